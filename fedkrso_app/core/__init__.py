@@ -1,0 +1,1 @@
+"""The mathematics: plain functions on tensors, without Flower, transformers, files or global randomness."""
