@@ -1,0 +1,122 @@
+"""The run as a list of entries on disk: W^0 plus the ledger *is* the model.
+
+Entry v leads from version v-1 to version v (entry 0 sets what W^0 does not have, such as the head). One safetensors
+file an entry, written whole or not at all; its metadata holds what happened in the round and a digest of the arrays.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+logger = logging.getLogger("flwr")
+
+
+class LedgerError(ValueError):
+    """The ledger cannot be read or continued; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    version: int
+    arrays: Mapping[str, np.ndarray]
+    record: Mapping[str, Any] = field(default_factory=dict)  # JSON: the round, who took part, bytes, loss
+
+
+class Ledger:
+    """Entries in ``folder``. ``keep`` = how many of the newest stay on disk (None: all)."""
+
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
+        self.folder, self.keep = folder, keep
+        folder.mkdir(parents=True, exist_ok=True)
+        self._set_damaged_last_entry_aside()
+
+    @property
+    def version(self) -> int:
+        """The newest version on disk; -1 if there is none."""
+        return max(self.versions(), default=-1)
+
+    def versions(self) -> list[int]:
+        """All versions on disk, ascending."""
+        return sorted(int(path.stem) for path in self.folder.glob("*.safetensors") if path.stem.isdigit())
+
+    def append(self, entry: Entry) -> None:
+        """Make ``entry`` the newest. Raises LedgerError if it does not follow; an OSError leaves all as it was."""
+        if entry.version != self.version + 1:
+            raise LedgerError(f"entry {entry.version} cannot follow entry {self.version} in {self.folder}")
+        self.put(entry)
+        if self.keep:
+            for version in self.versions()[: -self.keep]:
+                self._path(version).unlink()
+
+    def put(self, entry: Entry) -> None:
+        """Write ``entry`` atomically unless its version is there already (entries never change)."""
+        path = self._path(entry.version)
+        if path.exists():
+            return
+        arrays = {name: np.ascontiguousarray(value) for name, value in entry.arrays.items()}
+        metadata = {
+            "version": str(entry.version),
+            "digest": digest(arrays),
+            "record": json.dumps(dict(entry.record), sort_keys=True),
+        }
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(save(arrays, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(self.folder, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+    def read(self, version: int) -> Entry:
+        """Entry ``version``. Raises LedgerError if it is missing or damaged."""
+        path = self._path(version)
+        if not path.is_file():
+            raise LedgerError(f"entry {version} is missing: {path} does not exist")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record = json.loads(metadata["record"])
+            sound = metadata["digest"] == digest(arrays) and metadata["version"] == str(version)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise LedgerError(f"entry {version} is damaged: {path} ({error})") from None
+        if not sound:
+            raise LedgerError(f"entry {version} is damaged: {path} does not match its digest")
+        return Entry(version, arrays, record)
+
+    def _path(self, version: int) -> Path:
+        return self.folder / f"{version:06d}.safetensors"
+
+    def _set_damaged_last_entry_aside(self) -> None:
+        if self.version < 0:
+            return
+        try:
+            self.read(self.version)
+        except LedgerError as error:
+            path = self._path(self.version)
+            path.rename(path.with_suffix(".damaged"))
+            logger.warning("%s; set aside as %s.damaged, going on from the entry before it", error, path.stem)
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and bytes, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        sha.update(f"{name}:{value.dtype.str}:{value.shape};".encode())
+        sha.update(value.data if value.size else b"")
+    return sha.hexdigest()

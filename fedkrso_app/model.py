@@ -1,0 +1,128 @@
+"""Load a model, find its target layers and its head, write it in the hub's format."""
+
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from fedkrso_app import embedded
+from fedkrso_app.config import ConfigError, resolved_path
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model at W^0. ``targets`` and ``head`` map names to layers and parameters of ``module``, sorted by name."""
+
+    module: nn.Module
+    tokenizer: Any
+    targets: dict[str, nn.Module]
+    head: dict[str, nn.Parameter]
+    digest: str  # SHA-256 of the pretrained weights; newly initialised ones are not part of it
+
+
+def load(name: str, num_labels: int, seed: int) -> LoadedModel:
+    """The classifier (``num_labels`` = 1: regression) over the encoder ``name``, float32, on the best device at hand.
+
+    ``name`` is ``embedded``, a local folder, or a hub name. What the checkpoint lacks is initialised from ``seed``.
+    Raises :class:`ConfigError` where there is no such model, or no linear layer to train in it.
+    """
+    source = _source(name)
+    try:
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            settings = AutoConfig.from_pretrained(source, num_labels=num_labels)
+            if num_labels == 1:
+                settings.problem_type = "regression"
+            module, info = AutoModelForSequenceClassification.from_pretrained(
+                source, config=settings, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model = {name!r} could not be loaded ({reason}); give 'embedded', the folder of a model in the hub's "
+            "format, or a hub name while the hub can be reached."
+        ) from None
+    if settings.get_text_config().pad_token_id is None:
+        settings.pad_token_id = module.config.pad_token_id = tokenizer.pad_token_id
+    new = set(info["missing_keys"])
+    targets = find_targets(module)
+    if not targets:
+        raise ConfigError(f"model = {name!r} has no linear layer inside a stack of blocks: nothing to train.")
+    base = module.base_model_prefix + "."
+    parameters = dict(module.named_parameters())
+    head = {key: parameters[key] for key in sorted(parameters) if not key.startswith(base) or key in new}
+    module.eval()
+    digest = state_digest(module.state_dict(), without=new)
+    if torch.cuda.is_available():
+        module.cuda()
+    return LoadedModel(module, tokenizer, targets, head, digest)
+
+
+def find_targets(module: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer (``nn.Linear``, ``Conv1D``) inside a stack of blocks, by structure; no tied weights."""
+    uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+    stacks = [name + "." for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
+    return {
+        name: child
+        for name, child in sorted(module.named_modules())
+        if isinstance(child, nn.Linear | Conv1D)
+        and any(name.startswith(stack) for stack in stacks)
+        and uses[id(child.weight)] == 1
+    }
+
+
+def state_digest(state: Mapping[str, Tensor], without: set[str] | frozenset[str] = frozenset()) -> str:
+    """SHA-256 (hex) of a state's names, shapes and float bits."""
+    sha = hashlib.sha256()
+    for name in sorted(set(state) - set(without)):
+        value = state[name].detach().cpu().contiguous()
+        sha.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        sha.update(value.numpy().data if value.numel() else b"")
+    return sha.hexdigest()
+
+
+def export(loaded: LoadedModel, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a plain hub-format model with the weights ``state`` and its tokenizer to ``folder``."""
+    with _quiet():
+        plain = type(loaded.module)(loaded.module.config)
+        plain.load_state_dict({name: value.cpu() for name, value in state.items()})
+        plain.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+
+
+def _source(name: str) -> str:
+    if name == "embedded":
+        return str(embedded.model_path())
+    if name.startswith(("~", "/", ".")) or resolved_path(name).is_dir():
+        path = resolved_path(name)
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"model = {name!r}: {path} has no config.json; give the folder of a model in the hub's format."
+            )
+        return str(path)
+    return name
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' notes on newly initialised weights, which are expected here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

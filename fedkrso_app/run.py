@@ -1,0 +1,168 @@
+"""A run's folder: config.json, status, metrics.jsonl, ledger/, model/. Made new, or opened to be resumed."""
+
+import io
+import json
+import os
+import re
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedkrso_app.config import Config, ConfigError, parse, resolved_path
+
+_LIBRARIES = ("flwr", "torch", "transformers", "datasets", "flwr-datasets", "peft", "numpy", "safetensors")
+# What a resumed run may set anew; everything else must be what the run began with.
+_FREE = ("resume", "run-name", "output-dir", "num-server-rounds", "min-replies", "round-timeout")
+
+
+class Run:
+    """The folder of one run at ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """config.json as a dictionary; raises ConfigError where there is none."""
+        file = self.path / "config.json"
+        try:
+            return json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path} is not a run's folder: {file} cannot be read ({error}).") from None
+
+    @property
+    def config(self) -> Config:
+        return parse(self.info["config"])
+
+    @property
+    def status(self) -> str:
+        file = self.path / "status"
+        return file.read_text().strip() if file.is_file() else "unknown"
+
+    def set_status(self, status: str) -> None:
+        """``running``, ``completed`` or ``failed: <reason>``, in the file ``status``."""
+        _write(self.path / "status", status + "\n")
+
+    def complete(self, digest: str) -> None:
+        """Say that the run ended well; ``digest`` is the SHA-256 of the final weights."""
+        _write(self.path / "result.json", json.dumps({**self.metrics()[-1], "digest": digest}, indent=2) + "\n")
+        self.set_status("completed")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line that was cut short is left out."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        figures = []
+        for line in lines:
+            try:
+                figures.append(json.loads(line))
+            except ValueError:
+                break
+        return figures
+
+    def add_metrics(self, figures: dict[str, Any]) -> None:
+        """Append one line, or replace the lines from its round on (a resumed run does a round again)."""
+        kept = [line for line in self.metrics() if line["round"] < figures["round"]]
+        _write(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in [*kept, figures]))
+
+
+def create(config: Config, model_digest: str) -> Run:
+    """A new folder ``<output-dir>/<run-name>``; raises ConfigError if it is there already or cannot be made."""
+    name = config.run_name or time.strftime("%Y-%m-%d-%H%M%S-") + re.sub(
+        r"\W+", "-", f"{config.strategy}-{config.task}"
+    )
+    path = resolved_path(config.output_dir) / name
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(
+            f"{path} is there already: choose another run-name, remove it, or go on with it by resume='{path}'."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"output-dir = {config.output_dir!r}: {path} cannot be made ({error.strerror}).") from None
+    libraries = {}
+    for library in _LIBRARIES:
+        try:
+            libraries[library] = version(library)
+        except PackageNotFoundError:
+            libraries[library] = "not installed"
+    info = {"config": config.to_dict(), "libraries": libraries, "model_digest": model_digest}
+    _write(path / "config.json", json.dumps(info, indent=2) + "\n")
+    run = Run(path)
+    run.set_status("running")
+    return run
+
+
+def resume(config: Config, model_digest: str) -> Run:
+    """The folder of an interrupted run; raises ConfigError if it was made with other settings or another model."""
+    run = Run(resolved_path(config.resume))
+    before, now = run.info["config"], config.to_dict()
+    for key in now:
+        if key not in _FREE and before.get(key) != now[key]:
+            raise ConfigError(
+                f"resume: the run in {run.path} has {key} = {before.get(key)!r}, now it is {now[key]!r}; "
+                "give it the value it had, or start a new run."
+            )
+    if run.info["model_digest"] != model_digest:
+        raise ConfigError(f"resume: model = {config.model!r} has other weights than when the run in {run.path} began.")
+    run.set_status("running")
+    return run
+
+
+def line(figures: dict[str, Any], config: Config, metric: str) -> str:
+    """One round in one line."""
+    parts = [f"round {figures['round']}/{config.num_server_rounds}"]
+    if "metric" in figures:
+        parts.append(f"{metric} {figures['metric']:.4f}  loss {figures['eval_loss']:.4f}")
+    if figures["round"]:
+        train_loss = "none" if figures["train_loss"] is None else f"{figures['train_loss']:.4f}"
+        parts.append(f"train loss {train_loss}")
+        parts.append(f"up {figures['uplink_bytes'] / 1e6:.2f} MB  down {figures['downlink_bytes'] / 1e6:.2f} MB")
+        parts.append(f"clients {figures['clients']}  refused {figures['refused']}  failed {figures['failed']}")
+        parts.append(f"{figures['seconds']:.1f} s")
+    return "  ".join(parts)
+
+
+def closing_table(run: Run, metric: str) -> str:
+    """What the run came to, as text."""
+    rounds = [figures for figures in run.metrics() if figures["round"]]
+    config, result = run.config, json.loads((run.path / "result.json").read_text())
+    asked = sum(figures["clients"] + figures["refused"] + figures["failed"] for figures in rounds)
+    table = Table(title=f"{config.strategy} on {config.task}, {len(rounds)} rounds", show_header=False)
+    scores = [figures["metric"] for figures in run.metrics() if "metric" in figures]
+    if scores:
+        table.add_row(metric, f"{scores[-1]:.4f} at the end, {scores[0]:.4f} at the start, {max(scores):.4f} at best")
+    for label, key in (("up", "uplink_bytes"), ("down", "downlink_bytes")):
+        total = sum(figures[key] for figures in rounds)
+        table.add_row(label, f"{total / 1e6:.2f} MB in all, {total / 1e6 / max(asked, 1):.3f} MB a client and round")
+    paper = sum(figures["paper_bytes"] for figures in rounds)
+    table.add_row(
+        "both, paper's formula", f"{paper / 1e6:.2f} MB in all, {paper / 1e6 / max(asked, 1):.3f} MB a client and round"
+    )
+    for key in ("refused", "failed"):
+        table.add_row(f"replies {key}", str(sum(figures[key] for figures in rounds)))
+    table.add_row("seconds", f"{sum(figures['seconds'] for figures in rounds):.1f} in all rounds")
+    table.add_row("model", str(run.model))
+    table.add_row("SHA-256 of the weights", result["digest"])
+    console = Console(width=110, file=io.StringIO())
+    console.print(table)
+    return "\n" + console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def _write(file: Path, text: str) -> None:
+    """Replace a small file whole or not at all."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, file)

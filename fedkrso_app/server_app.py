@@ -1,0 +1,86 @@
+"""Run config -> strategy -> start -> save."""
+
+import functools
+import logging
+import shutil
+from typing import Any
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from fedkrso_app import data, metrics, model, run
+from fedkrso_app.config import Config, ConfigError, parse
+from fedkrso_app.ledger import Entry, Ledger
+from fedkrso_app.replica import Replica, entries_folder
+from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies.base import Shapes, no_figures
+from fedkrso_app.streaming import StreamingGrid
+
+logger = logging.getLogger("flwr")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run, from its config to its model."""
+    try:
+        config = parse(context.run_config)
+        task = data.task(config.task)
+        # What is wrong with data or model is found here, before any client starts.
+        data.load(task, config.data_dir, "train")
+        validation = data.load(task, config.data_dir, "validation")
+        loaded = model.load(config.model, task.num_labels, config.seed)
+        folder = run.resume(config, loaded.digest) if config.resume else run.create(config, loaded.digest)
+    except ConfigError as error:
+        logger.error("The run cannot start: %s", error)
+        raise
+    logger.info("Run directory: %s", folder.path)
+    try:
+        play(config, task, validation, loaded, folder, StreamingGrid(grid))
+    except BaseException as error:
+        reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        folder.set_status(f"failed: {reason}")
+        logger.error("The run failed: %s", reason)
+        logger.error("Run directory: %s (go on with it by --run-config \"resume='%s'\")", folder.path, folder.path)
+        raise
+    finally:
+        shutil.rmtree(entries_folder(context.run_id), ignore_errors=True)
+    logger.info("Run directory: %s", folder.path)
+
+
+def play(
+    config: Config, task: data.Task, validation: Any, loaded: model.LoadedModel, folder: run.Run, grid: StreamingGrid
+) -> None:
+    """All rounds that are left, then the model."""
+    strategy_class = STRATEGIES[config.strategy]
+    method = strategy_class.local(loaded.module, loaded.targets, loaded.head, config)
+    ledger = Ledger(folder.ledger, keep=None if strategy_class.incremental else 2)
+    if ledger.version < 0:
+        ledger.append(Entry(0, method.initial(), no_figures()))
+    replica = Replica(method, ledger, strategy_class.incremental)
+    strategy = strategy_class(config, Shapes.of(loaded.module, loaded.targets, loaded.head), ledger, loaded.digest)
+
+    @functools.lru_cache(maxsize=1)
+    def scores(version: int) -> dict[str, float]:
+        replica.advance(version)
+        if config.evaluate == "off":
+            return {}
+        device = next(loaded.module.parameters()).device
+        batches = data.evaluation_batches(validation, task, loaded.tokenizer, 4 * config.batch_size, config.max_length)
+        metric, loss = metrics.evaluate(loaded.module, batches, task.metric, device)
+        return {"metric": metric, "eval_loss": loss}
+
+    def after_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        figures = {**strategy.figures, **scores(ledger.version)}
+        folder.add_metrics(figures)
+        logger.info("%s", run.line(figures, config, task.metric))
+        return MetricRecord({**scores(ledger.version)}) if config.evaluate != "off" else None
+
+    rounds = max(0, config.num_server_rounds - strategy.first_round + 1)
+    strategy.start(grid, ArrayRecord(), rounds, config.round_timeout, evaluate_fn=after_round)  # type: ignore[arg-type]
+    replica.advance(ledger.version)
+    state = method.plain_state()
+    model.export(loaded, state, folder.model)
+    digest = model.state_digest(state)
+    folder.complete(digest)
+    logger.info("%s", run.closing_table(folder, task.metric))

@@ -1,0 +1,299 @@
+"""What every method shares: who is asked, what is sent, which replies count, the streaming average, bytes, the ledger.
+
+A method adds its two halves: a :class:`FedTune` for the server and a :class:`LocalMethod` for whoever holds the model
+(each client; the server too, to evaluate and to export).
+"""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor, nn
+
+from fedkrso_app import wire
+from fedkrso_app.config import Config
+from fedkrso_app.core.subspace import matrix
+from fedkrso_app.ledger import Entry, Ledger
+from fedkrso_app.strategies.nodes import Nodes
+from fedkrso_app.wire import Refused, Schema
+
+logger = logging.getLogger("flwr")
+
+Arrays = Mapping[str, np.ndarray]
+Batches = Iterator[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """All that the server must know of a model: target layers (name -> m, n), head and parameter sizes."""
+
+    targets: Mapping[str, tuple[int, int]]
+    head: int
+    parameters: int
+
+    @classmethod
+    def of(cls, module: nn.Module, targets: Mapping[str, nn.Module], head: Mapping[str, nn.Parameter]) -> "Shapes":
+        sizes = {name: tuple(matrix(layer).shape) for name, layer in targets.items()}
+        return cls(
+            targets={name: (m, n) for name, (m, n) in sizes.items()},
+            head=sum(parameter.numel() for parameter in head.values()),
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+        )
+
+    def outputs(self, rank: int) -> int:
+        """Q = Σ m·r, the size of all B factors."""
+        return rank * sum(m for m, _ in self.targets.values())
+
+    def inputs(self, rank: int) -> int:
+        """A# = Σ n·r, the size of all A factors."""
+        return rank * sum(n for _, n in self.targets.values())
+
+
+class LocalMethod(ABC):
+    """A method's half beside the model: brings it up to date, trains it, and says what training moved.
+
+    ``targets`` and ``head`` (name -> layer, name -> parameter of ``module``) are sorted by name.
+    """
+
+    def __init__(
+        self, module: nn.Module, targets: Mapping[str, nn.Module], head: Mapping[str, nn.Parameter], config: Config
+    ) -> None:
+        self.module, self.targets, self.head, self.config = module, targets, head, config
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+
+    @abstractmethod
+    def initial(self) -> dict[str, np.ndarray]:
+        """The arrays of ledger entry 0: whatever of the starting point W^0 alone does not tell."""
+
+    @abstractmethod
+    def apply(self, arrays: Arrays) -> None:
+        """Move the model by one ledger entry."""
+
+    @abstractmethod
+    def train(self, batches: Batches, instructions: ConfigRecord, rng: np.random.Generator) -> tuple[dict, float]:
+        """Train in place; return the arrays of the reply and the mean loss."""
+
+    @abstractmethod
+    def trained(self) -> list[Tensor]:
+        """The tensors that :meth:`train` changes."""
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """The model's state under the names of the plain hub model."""
+        return self.module.state_dict()
+
+
+class FedTune(Strategy, ABC):
+    """A round: sample, send each node the ledger entries it lacks, average what fits, append one entry.
+
+    Flower's ``start`` drives it. W itself is never an argument or a result of Flower's hooks: the ledger is the state,
+    and whoever wants W (evaluation, export) replays it. ``figures`` are the last round's.
+    """
+
+    local: ClassVar[type[LocalMethod]]
+    incremental: ClassVar[bool]  # whether entry v needs the model at v-1, or stands for itself
+
+    def __init__(self, config: Config, shapes: Shapes, ledger: Ledger, model_digest: str) -> None:
+        self.config, self.shapes, self.ledger = config, shapes, ledger
+        self.figures: dict[str, Any] = dict(ledger.read(ledger.version).record)
+        self.first_round = 1 + int(self.figures["round"])  # later than 1 in a resumed run
+        self.nodes = Nodes(model_digest)
+
+    # What a method adds
+
+    @classmethod
+    @abstractmethod
+    def entry_schema(cls, config: Config, shapes: Shapes) -> Schema:
+        """What a ledger entry holds."""
+
+    @classmethod
+    @abstractmethod
+    def reply_schema(cls, config: Config, shapes: Shapes) -> Schema:
+        """What a client's reply holds."""
+
+    @abstractmethod
+    def paper_bytes(self) -> int:
+        """Bytes of one client and round, both ways, by the paper's formula."""
+
+    def instructions(self, round: int) -> dict[str, Any]:
+        """What the clients must know for this round beside the model."""
+        return {}
+
+    def check(self, arrays: Arrays) -> None:
+        """Raise :class:`Refused` where a reply fits its schema and is wrong all the same."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Start a round's sums."""
+
+    @abstractmethod
+    def absorb(self, arrays: Arrays, weight: int, partition: int) -> None:
+        """Fold one checked reply into the sums, entirely or (raising OverflowError) not at all."""
+
+    @abstractmethod
+    def average(self, total_weight: int) -> dict[str, np.ndarray]:
+        """The arrays of the next ledger entry."""
+
+    # What Flower's loop calls
+
+    def summary(self) -> None:
+        share = f"{self.config.fraction_train:.0%} of the nodes a round, " if self.config.fraction_train < 1 else ""
+        logger.info("\t├── %s: %s%s weights", self.config.strategy, share, self.config.weighting)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any
+    ) -> Iterable[Message]:
+        self.round = self.first_round + server_round - 1
+        self._started = time.monotonic()
+        if server_round == 1:
+            self.nodes.wait_for_all(grid)
+        else:
+            self.nodes.welcome_new(grid)
+        content: dict[int, RecordDict] = {}  # one record for all nodes that lack the same entries
+        messages = []
+        self._asked: list[tuple[Message, int]] = []
+        for node in self.nodes.sample(grid, self.config.fraction_train, self.config.seed, self.round):
+            since = self.nodes.versions.get(node, -1)
+            if since not in content:
+                content[since] = self._content(since)
+            messages.append(Message(content[since], node, "train", group_id=str(self.round)))
+            self._asked.append((messages[-1], node))
+        sizes = {since: wire.measured_bytes(record) for since, record in content.items()}
+        self._downlink = sum(sizes[self.nodes.versions.get(node, -1)] for _, node in self._asked)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        self.begin()
+        self._uplink = 0
+        answered: dict[int, dict[str, float]] = {}  # partition id -> figures
+        heard, refused, failed = set(), 0, 0
+        for reply in replies:
+            node = {message.metadata.message_id: node for message, node in self._asked}.get(
+                reply.metadata.reply_to_message_id
+            )
+            if node is None or node in heard:
+                logger.warning("\t    a reply that nobody is waiting for was dropped")
+                continue
+            heard.add(node)
+            partition = self.nodes.partitions[node]
+            if reply.has_error():
+                failed += 1
+                reason = f"{reply.error.reason or 'no reason given'} (code {reply.error.code})"
+                logger.warning("\t    partition %s failed: %s", partition, reason.strip())
+                continue
+            try:
+                self._uplink += wire.measured_bytes(reply.content)
+                answered[partition] = self._accept(reply.content, node)  # type: ignore[index]
+            except Refused as reason:
+                refused += 1
+                logger.warning("\t    partition %s refused: %s", partition, reason)
+        for _, node in self._asked:
+            if node not in heard:
+                failed += 1
+                logger.warning(
+                    "\t    partition %s sent no reply within %g s",
+                    self.nodes.partitions[node],
+                    self.config.round_timeout,
+                )
+        asked = len(self._asked)
+        self._asked = []
+        return None, self._close(answered, asked, refused, failed)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any
+    ) -> Iterable[Message]:
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        for _ in replies:
+            pass
+        return None
+
+    # The parts of a round
+
+    def _content(self, since: int) -> RecordDict:
+        newest = self.ledger.version
+        first = since + 1 if self.incremental else max(since + 1, newest)
+        content = RecordDict()
+        for version in range(first, newest + 1):
+            arrays = dict(self.ledger.read(version).arrays)
+            if version < newest:
+                arrays.pop("head", None)  # absolute, so only the newest counts
+            content[f"entry-{version}"] = wire.pack(arrays)
+        content["train"] = ConfigRecord({"round": self.round, "version": newest, **self.instructions(self.round)})
+        return content
+
+    def _accept(self, content: RecordDict, node: int) -> dict[str, float]:
+        """Check one reply and fold it into the sums; returns its figures."""
+        status = content.get("status")
+        if not isinstance(status, ConfigRecord):
+            raise Refused("record 'status' is missing")
+        version = wire.number(status, "version", int, -1, self.ledger.version)
+        if status.get("need-sync"):
+            self.nodes.versions[node] = version
+            raise Refused(f"is at version {version} and asks to be brought up to date")
+        if version != self.ledger.version:
+            raise Refused(f"trained on version {version}, expected {self.ledger.version}")
+        update, metrics = content.get("update"), content.get("metrics")
+        if not isinstance(update, ArrayRecord) or not isinstance(metrics, MetricRecord):
+            raise Refused("record 'update' or 'metrics' is missing")
+        figures = {
+            "num-examples": wire.number(metrics, "num-examples", int, 1, 2**31),
+            "train-loss": wire.number(metrics, "train-loss", float, -1e30, 1e30),
+            "train-seconds": wire.number(metrics, "train-seconds", float, 0, 1e9),
+            "peak-bytes": wire.number(metrics, "peak-bytes", int, 0, 2**62),
+        }
+        arrays = wire.unpack(update, self.reply_schema(self.config, self.shapes))
+        self.check(arrays)
+        weight = figures["num-examples"] if self.config.weighting == "examples" else 1
+        try:
+            self.absorb(arrays, weight, self.nodes.partitions[node])  # type: ignore[arg-type]
+        except OverflowError as error:
+            raise Refused(str(error)) from None
+        self.nodes.versions[node] = version
+        return {**figures, "weight": weight}
+
+    def _close(self, answered: dict[int, dict[str, float]], asked: int, refused: int, failed: int) -> MetricRecord:
+        total = int(sum(figures["weight"] for figures in answered.values()))
+        published = len(answered) >= self.config.min_replies
+        mean_loss = (
+            sum(answered[p]["train-loss"] * answered[p]["weight"] for p in sorted(answered)) / total if total else None
+        )
+        figures = no_figures() | {
+            "round": self.round,
+            "version": self.ledger.version + published,
+            "train_loss": mean_loss,
+            "uplink_bytes": self._uplink,
+            "downlink_bytes": self._downlink,
+            "paper_bytes": self.paper_bytes() * asked,
+            "clients": len(answered),
+            "refused": refused,
+            "failed": failed,
+            "client_seconds": max((f["train-seconds"] for f in answered.values()), default=0.0),
+            "client_peak_bytes": max((f["peak-bytes"] for f in answered.values()), default=0),
+            "partitions": sorted(answered),
+            "seconds": time.monotonic() - self._started,
+        }
+        if published:
+            self.ledger.append(Entry(self.ledger.version + 1, self.average(total), figures))
+        else:
+            logger.warning(
+                "\t    %d good replies, min-replies = %d: nothing is published, the version stays %d",
+                len(answered), self.config.min_replies, self.ledger.version,
+            )  # fmt: skip
+        self.figures = figures
+        return MetricRecord({key: figures[key] for key in ("clients", "refused", "uplink_bytes", "downlink_bytes")})
+
+
+def no_figures() -> dict[str, Any]:
+    """What a round is described by, before there was any."""
+    counts = ("uplink_bytes", "downlink_bytes", "paper_bytes", "clients", "refused", "failed")
+    return {"round": 0, "version": 0, "train_loss": None, **dict.fromkeys(counts, 0), "partitions": [], "seconds": 0.0}

@@ -1,0 +1,106 @@
+"""Tensors <-> records: a fixed schema, packing, measured bytes. What does not fit the schema is refused by name.
+
+A schema is known to the receiver before it parses anything: which arrays, which dtype, which shape. An array is one
+flat block per kind (each costs 128 bytes of header), in numpy's npy format, which is never allowed to hold objects.
+"""
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+_NPY_HEADER_LIMIT = 1024
+
+
+class Refused(ValueError):
+    """A message that does not fit; the text says which part and why. The run goes on without it."""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Arrays by name: (dtype, shape). A letter in a shape stands for one length, the same in every array."""
+
+    arrays: Mapping[str, tuple[str, tuple[int | str, ...]]]
+    limits: Mapping[str, int] = field(default_factory=dict)  # letter -> largest length allowed
+    optional: frozenset[str] = frozenset()
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """Arrays of any shape and plain dtype as one record."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(value)) for name, value in arrays.items()})
+
+
+def unpack(record: ArrayRecord, schema: Schema) -> dict[str, np.ndarray]:
+    """The arrays of ``record``, read-only, once all of them fit ``schema`` and are finite; else :class:`Refused`."""
+    missing = [name for name in schema.arrays if name not in record and name not in schema.optional]
+    if missing:
+        raise Refused(f"array {missing[0]!r} is missing")
+    extra = [name for name in record if name not in schema.arrays]
+    if extra:
+        raise Refused(f"array {extra[0]!r} is not expected; expected: {', '.join(schema.arrays)}")
+    lengths: dict[str, int] = {}
+    return {name: _read(name, array, schema, lengths) for name, array in record.items()}
+
+
+def measured_bytes(content: RecordDict) -> int:
+    """Bytes of the serialised record: every object that Flower would send for it, headers included, repeats once."""
+    sizes: dict[str, int] = {}
+
+    def visit(item: Any) -> None:
+        sizes[item.object_id] = len(item.deflate())
+        for child in (item.children or {}).values():
+            visit(child)
+
+    visit(content)
+    return sum(sizes.values())
+
+
+def number(record: ConfigRecord | MetricRecord, key: str, kind: type, low: float, high: float) -> Any:
+    """``record[key]`` as ``kind`` (int or float), within [low, high]; else :class:`Refused`."""
+    value = record.get(key)
+    wanted = int if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        raise Refused(f"{key} = {value!r} is not of type {kind.__name__}")
+    if not low <= value <= high:  # type: ignore[operator]  # NaN fails this comparison too
+        raise Refused(f"{key} = {value} is not between {low:g} and {high:g}")
+    return kind(value)
+
+
+def _read(name: str, array: Array, schema: Schema, lengths: dict[str, int]) -> np.ndarray:
+    dtype, shape = schema.arrays[name]
+    if array.stype != "numpy.ndarray":
+        raise Refused(f"array {name!r} has the format {array.stype!r}, expected 'numpy.ndarray'")
+    stream = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        real_shape, fortran, real_dtype = read(stream, max_header_size=_NPY_HEADER_LIMIT)
+    except (ValueError, KeyError, EOFError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise Refused(f"array {name!r} is damaged: {error}") from None
+    if real_dtype != np.dtype(dtype).newbyteorder("<"):
+        raise Refused(f"array {name!r} has dtype {real_dtype}, expected {dtype}")
+    if fortran and len(real_shape) > 1:
+        raise Refused(f"array {name!r} is stored column by column, expected row by row")
+    if len(real_shape) != len(shape):
+        raise Refused(f"array {name!r} has shape {real_shape}, expected {shape}")
+    for real, wanted in zip(real_shape, shape, strict=True):
+        if isinstance(wanted, str):
+            most = schema.limits[wanted]
+            if not 0 <= real <= most:
+                raise Refused(f"array {name!r} has shape {real_shape}, expected {shape} with {wanted} at most {most}")
+            wanted = lengths.setdefault(wanted, real)
+        if real != wanted:
+            raise Refused(f"array {name!r} has shape {real_shape}, expected {shape}")
+    offset, count = stream.tell(), math.prod(real_shape)
+    if len(array.data) - offset != count * real_dtype.itemsize:
+        raise Refused(
+            f"array {name!r} carries {len(array.data) - offset} bytes, expected {count * real_dtype.itemsize}"
+        )
+    values = np.frombuffer(array.data, dtype=real_dtype, offset=offset, count=count).reshape(real_shape)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise Refused(f"array {name!r} holds NaN or infinite values")
+    return values

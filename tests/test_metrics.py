@@ -1,0 +1,121 @@
+"""Metrics against their textbook formulas, and an evaluation that leaves the model as it found it."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fedkrso_app.metrics import evaluate, score
+
+CPU = torch.device("cpu")
+
+
+class Classifier(torch.nn.Module):
+    """Logits are a linear map of ``input_ids``; dropout shows whether it is in eval mode."""
+
+    def __init__(self, num_labels):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(4, num_labels)
+        self.dropout = torch.nn.Dropout(0.9)
+
+    def forward(self, input_ids, labels):
+        assert not torch.is_grad_enabled()
+        logits = self.dropout(self.head(input_ids.float()))
+        if logits.shape[1] == 1:
+            return SimpleNamespace(logits=logits, loss=F.mse_loss(logits.squeeze(1), labels))
+        return SimpleNamespace(logits=logits, loss=F.cross_entropy(logits, labels))
+
+
+def examples(n, num_labels):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 9, (n, 4), generator=generator)
+    labels = torch.randn(n, generator=generator) if num_labels == 1 else torch.arange(n) % num_labels
+    return ids, labels
+
+
+def cut(ids, labels, sizes):
+    return [{"input_ids": i, "labels": y} for i, y in zip(ids.split(sizes), labels.split(sizes), strict=True)]
+
+
+def test_accuracy_is_the_share_of_hits():
+    assert score("accuracy", np.array([0, 1, 2, 1]), np.array([0, 1, 1, 1])) == 0.75
+
+
+def test_matthews_is_the_formula_over_the_confusion_matrix():
+    predictions = np.array([1] * 6 + [0] * 3 + [1] * 2 + [0] * 9)
+    labels = np.array([1] * 9 + [0] * 11)
+    tp, fn, fp, tn = 6, 3, 2, 9
+    expected = (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert score("matthews", predictions, labels) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pearson_is_the_correlation_and_ignores_scale_and_shift():
+    rng = np.random.default_rng(0)
+    labels = rng.normal(size=50)
+    predictions = labels + rng.normal(size=50)
+    expected = np.corrcoef(predictions, labels)[0, 1]
+    assert score("pearson", predictions, labels) == pytest.approx(expected, abs=1e-12)
+    assert score("pearson", 1 - 3 * predictions, labels) == pytest.approx(-expected, abs=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("metric", ["matthews", "pearson"])
+def test_a_correlation_with_something_constant_is_zero_without_warnings(metric):
+    varied, constant = np.array([0, 1, 1, 0]), np.ones(4, dtype=int)
+    assert score(metric, constant, varied) == 0.0
+    assert score(metric, varied, constant) == 0.0
+    assert score(metric, constant, constant) == 0.0
+    assert score(metric, varied[:1], varied[:1]) == 0.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_predictions_that_are_not_finite_are_refused(bad):
+    with pytest.raises(ValueError, match="not finite"):
+        score("pearson", np.array([0.0, bad]), np.array([0.0, 1.0]))
+
+
+def test_shapes_and_names_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"\(3,\).*\(2,\)"):
+        score("accuracy", np.zeros(3), np.zeros(2))
+    with pytest.raises(ValueError, match="n >= 1"):
+        score("accuracy", np.zeros(0), np.zeros(0))
+    with pytest.raises(ValueError, match="'f1'"):
+        score("f1", np.zeros(2), np.zeros(2))
+
+
+@pytest.mark.parametrize(("metric", "num_labels"), [("accuracy", 3), ("matthews", 2), ("pearson", 1)])
+def test_the_result_does_not_depend_on_how_the_examples_are_cut_into_batches(metric, num_labels):
+    model, (ids, labels) = Classifier(num_labels), examples(20, num_labels)
+    whole = evaluate(model, cut(ids, labels, [20]), metric, CPU)
+    uneven = evaluate(model, cut(ids, labels, [7, 7, 5, 1]), metric, CPU)
+    assert uneven == pytest.approx(whole, abs=1e-6)
+
+    logits = ids.float() @ model.head.weight.T + model.head.bias  # by hand, so without dropout
+    if num_labels == 1:
+        expected_loss = ((logits[:, 0] - labels) ** 2).mean()
+        expected = np.corrcoef(logits[:, 0].detach(), labels)[0, 1]
+    else:
+        expected_loss = -logits.log_softmax(1)[torch.arange(20), labels].mean()
+        expected = score(metric, logits.argmax(1).numpy(), labels.numpy())
+    assert whole == pytest.approx((expected, expected_loss.item()), abs=1e-5)
+
+
+def test_each_module_gets_back_the_training_mode_it_had():
+    model = Classifier(2)
+    model.train()
+    model.head.eval()
+    evaluate(model, cut(*examples(4, 2), [4]), "accuracy", CPU)
+    assert (model.training, model.head.training, model.dropout.training) == (True, False, True)
+    with pytest.raises(ValueError, match="no batches"):
+        evaluate(model, [], "accuracy", CPU)
+    assert model.training and not model.head.training
+
+
+def test_a_model_that_diverged_is_named_rather_than_scored():
+    model = Classifier(2)
+    torch.nn.init.constant_(model.head.bias, float("nan"))
+    with pytest.raises(ValueError, match="diverged"):
+        evaluate(model, cut(*examples(4, 2), [4]), "accuracy", CPU)

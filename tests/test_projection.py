@@ -1,0 +1,66 @@
+"""Projections: golden vectors, moments, and independence of anything but (seed, name, r, n)."""
+
+import numpy as np
+import pytest
+
+from fedkrso_app.core.projection import KINDS, _gaussian, layer_key, philox, probe, projection
+
+
+def test_golden_raw_words():
+    words = [f"{word:016x}" for word in philox(1234, 7).random_raw(3)]
+    assert words == ["e708c74f606173d3", "10c7f0971cb49ab1", "fc185a23b7c50880"]
+
+
+def test_golden_gaussian_values():
+    values = _gaussian(philox(1234, 7), 4 * 8) / 2
+    np.testing.assert_allclose(values[:4], [-0.0045542, -1.0371687, -0.0813487, 0.2413075], atol=5e-8)
+
+
+def test_golden_layer_key():
+    assert layer_key("roberta.encoder.layer.0.attention.self.query") == 0x4943490D55E379AF
+
+
+def test_rademacher_signs_follow_the_bits_from_the_lowest(monkeypatch):
+    monkeypatch.setattr("fedkrso_app.core.projection.layer_key", lambda name: 7)
+    signs = "".join("+" if value > 0 else "-" for value in projection(1234, "", 2, 8, "rademacher").ravel())
+    assert signs == "++--+-++++--+++-"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_arguments_same_bits(kind):
+    first, second = (projection(2**63 + 5, "layer.0", 4, 32, kind) for _ in range(2))
+    assert first.dtype == np.float32 and first.shape == (4, 32)
+    assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_seed_or_another_layer_gives_another_projection(kind):
+    base = projection(1, "a", 4, 32, kind)
+    assert not np.array_equal(base, projection(2, "a", 4, 32, kind))
+    assert not np.array_equal(base, projection(1, "b", 4, 32, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_of_PtP_is_the_identity(kind):
+    n, draws = 6, 4000
+    mean = sum(P.T @ P for P in (projection(s, "x", 2, n, kind) for s in range(draws))) / draws
+    np.testing.assert_allclose(mean, np.eye(n), atol=6 * np.sqrt(2 / draws))
+
+
+def test_orthonormal_rows_meet_assumption_4_exactly():
+    P = projection(3, "x", 5, 20, "orthonormal").astype(np.float64)
+    np.testing.assert_allclose(P @ P.T, 20 / 5 * np.eye(5), atol=1e-6)
+
+
+def test_rademacher_rows_have_exact_norms():
+    P = projection(3, "x", 4, 50, "rademacher")
+    np.testing.assert_allclose((P**2).sum(1), 50 / 4, rtol=1e-6)
+
+
+def test_more_orthonormal_rows_than_columns_are_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        projection(0, "x", 9, 8, "orthonormal")
+
+
+def test_probe_is_constant_and_names_the_generator():
+    assert probe() == probe() and probe().startswith("philox4x64-10")
