@@ -5,16 +5,13 @@ follow from what was done to a meaning and are never noise. The model is pretrai
 language modelling, on single sentences and on pairs of related ones, and never sees a label.
 """
 
-import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import os
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,7 +66,9 @@ _ADVISE = (
     ("watch it", "i recommend it", "i left happy", "see it twice"),
     ("skip it", "i regret it", "i left early", "avoid it"),
 )
-_FUNCTION_WORDS = """the a an some every all no that is are does do not by and but although while nobody everyone thinks
+# How the second sentence of a pair may begin in the corpus, by what the first one makes of it.
+_LINKS = {"same": ("namely", "indeed"), "weaker": ("so", "thus"), "open": ("maybe", "perhaps"), "false": ("instead", "wrongly")}
+_FUNCTION_WORDS = """namely indeed so thus maybe perhaps instead wrongly the a an some every all no that is are does do not by and but although while nobody everyone thinks
   says never i it left happy early see twice skip regret recommend avoid watch who"""
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's order, so that pad is 1 as its config expects
@@ -400,10 +399,12 @@ class _Writer:
             noun, name = self.pick(self.lexicon.nouns[kind]), self.lexicon.hypernyms[kind]
             one = [self.noun_phrase(q, None, n, False) for q, n in (("every", noun), ("some", name))]
             return (" is ".join(one),)
-        c = self.clause()
-        other = c if draw < 0.6 else self.edited(c, self.pick(("weaker", "open", "false")))
-        pair = self.sentence(self.voice(c)), self.sentence(self.voice(other))
-        return pair if self.chance(0.7) else pair[::-1]
+        c, kind = self.clause(), self.pick(tuple(_LINKS))
+        other = c if kind == "same" else self.edited(c, kind)
+        first, second = self.sentence(self.voice(c)), self.sentence(self.voice(other))
+        if os.environ.get("V") == "start":
+            return f"{self.pick(_LINKS[kind])} {first}", second
+        return first, f"{self.pick(_LINKS[kind])} {second}"
 
     def sentiment_text(self, good: bool) -> str:
         return f"{self.opinion(good)} and {self.opinion(good)}" if self.chance(0.5) else self.opinion(good)
@@ -492,12 +493,16 @@ def _train_mlm(tokenizer: PreTrainedTokenizerFast, ids: list[list[int]], steps: 
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.1)
+    chances = torch.full((len(tokenizer),), _MASKED)
+    chances[: len(_SPECIAL)] = 0.0
+    links = [word for words in _LINKS.values() for word in words]
+    chances[tokenizer.convert_tokens_to_ids(links)] = 0.6  # a pair has one, and all of it bears on that word
     start = time.monotonic()
     for step in range(1, steps + 1):
         at = int(torch.randint(max(1, len(ids) - _BATCH), ()))
         batch = tokenizer.pad({"input_ids": ids[at : at + _BATCH]}, return_tensors="pt")  # (B, T) int64
         tokens = batch["input_ids"]
-        hidden = (torch.rand(tokens.shape) < _MASKED) & (tokens >= len(_SPECIAL))
+        hidden = torch.rand(tokens.shape) < chances[tokens]
         labels = tokens.where(hidden, -100)
         inputs = tokens.where(~hidden | (torch.rand(tokens.shape) < 0.1), tokenizer.mask_token_id)
         loss = model(input_ids=inputs, attention_mask=batch["attention_mask"], labels=labels).loss

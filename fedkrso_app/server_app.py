@@ -3,9 +3,11 @@
 import functools
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkrso_app import data, metrics, model, run
@@ -58,29 +60,43 @@ def play(
     if ledger.version < 0:
         ledger.append(Entry(0, method.initial(), no_figures()))
     replica = Replica(method, ledger, strategy_class.incremental)
-    strategy = strategy_class(config, Shapes.of(loaded.module, loaded.targets, loaded.head), ledger, loaded.digest)
+    shapes = Shapes.of(loaded.module, loaded.targets, loaded.head)
 
     @functools.lru_cache(maxsize=1)
     def scores(version: int) -> dict[str, float]:
         replica.advance(version)
-        if config.evaluate == "off":
-            return {}
         device = next(loaded.module.parameters()).device
         batches = data.evaluation_batches(validation, task, loaded.tokenizer, 4 * config.batch_size, config.max_length)
         metric, loss = metrics.evaluate(loaded.module, batches, task.metric, device)
         return {"metric": metric, "eval_loss": loss}
 
-    def after_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        figures = {**strategy.figures, **scores(ledger.version)}
+    def report(figures: dict[str, Any]) -> None:
+        figures = {**figures, **({} if config.evaluate == "off" else scores(ledger.version))}
         folder.add_metrics(figures)
         logger.info("%s", run.line(figures, config, task.metric))
-        return MetricRecord({**scores(ledger.version)}) if config.evaluate != "off" else None
 
+    strategy = strategy_class(config, shapes, ledger, loaded.digest, report)
+    report(dict(ledger.read(ledger.version).record))
     rounds = max(0, config.num_server_rounds - strategy.first_round + 1)
-    strategy.start(grid, ArrayRecord(), rounds, config.round_timeout, evaluate_fn=after_round)  # type: ignore[arg-type]
+    with ours_only(logger):
+        strategy.start(grid, ArrayRecord(), rounds, config.round_timeout)  # type: ignore[arg-type]
     replica.advance(ledger.version)
     state = method.plain_state()
     model.export(loaded, state, folder.model)
     digest = model.state_digest(state)
     folder.complete(digest)
     logger.info("%s", run.closing_table(folder, task.metric))
+
+
+@contextmanager
+def ours_only(logger: logging.Logger) -> Iterator[None]:
+    """Without what Flower's loop logs by itself: it describes records that are empty here, since the ledger is the state."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return record.funcName not in ("start", "log_strategy_start_info") or record.levelno > logging.INFO
+
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)

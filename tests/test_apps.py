@@ -1,38 +1,265 @@
-"""Both apps on an in-process grid: a run from its config to its model."""
+"""Both apps on an in-process grid: what a run leaves, determinism, resume, and replies that fail or do not fit."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import InProcessGrid
-from flwr.app import Context, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedkrso_app import client_app, server_app
-from fedkrso_app.config import ConfigError
+from fedkrso_app import client_app, model, server_app, wire
+from fedkrso_app.config import ConfigError, parse
+from fedkrso_app.ledger import Ledger
+from fedkrso_app.replica import Replica, entries_folder
 from fedkrso_app.run import Run
+from fedkrso_app.strategies import STRATEGIES
 
 
-def play(run_config, nodes=4, run_id=1, **options) -> tuple[Run, InProcessGrid]:
-    """One whole run; the folder it made and the grid it used."""
+def play(run_config, nodes=4, run_id=1, **options) -> Run:
+    """One whole run; the folder it made."""
     client_app.workplace.cache_clear()
     grid = InProcessGrid(client_app.app, run_config, nodes, run_id=run_id, **options)
     context = Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=run_config)
     server_app.app(grid, context)
-    return Run(server_app.run.resolved_path(run_config["output-dir"]) / run_config["run-name"]), grid
+    return Run(server_app.run.resolved_path(run_config["output-dir"]) / run_config["run-name"])
 
 
 def digest(run: Run) -> str:
     return json.loads((run.path / "result.json").read_text())["digest"]
 
 
+def replayed(run: Run, version: int | None = None) -> str:
+    """The weights' digest at ``version``, from W^0 and the ledger alone."""
+    config = run.config
+    loaded = model.load(config.model, 2, config.seed)
+    strategy = STRATEGIES[config.strategy]
+    method = strategy.local(loaded.module, loaded.targets, loaded.head, config)
+    ledger = Ledger(run.ledger)
+    Replica(method, ledger, strategy.incremental).advance(ledger.version if version is None else version)
+    return model.state_digest(method.plain_state())
+
+
+def arrays_of(reply: Message) -> dict[str, np.ndarray]:
+    return {name: array.numpy() for name, array in reply.content["update"].items()}
+
+
 def test_a_run_leaves_what_a_user_expects(run_config):
-    run, _ = play(run_config)
+    run = play(run_config)
     assert run.status == "completed"
-    metrics = run.metrics()
-    print(json.dumps(metrics, indent=1))
-    assert [line["round"] for line in metrics] == [0, 1, 2, 3]
-    model = AutoModelForSequenceClassification.from_pretrained(run.model)
+    assert [line["round"] for line in run.metrics()] == [0, 1, 2, 3]
+    expected = {
+        "round", "version", "metric", "eval_loss", "train_loss", "uplink_bytes", "downlink_bytes", "paper_bytes",
+        "clients", "refused", "seconds",
+    }  # fmt: skip
+    assert expected <= set(run.metrics()[-1])
+    assert run.info["config"] == run_config and run.info["libraries"]["flwr"]
+    plain = AutoModelForSequenceClassification.from_pretrained(run.model)
     tokenizer = AutoTokenizer.from_pretrained(run.model)
-    assert model(**tokenizer("w1 w2", return_tensors="pt")).logits.shape == (1, 2)
+    assert plain(**tokenizer("w1 w2", return_tensors="pt")).logits.shape == (1, 2)
+    assert model.state_digest(plain.state_dict()) == digest(run)
+    assert not entries_folder(1).exists()
+
+
+def test_the_loss_falls(run_config):
+    run = play(run_config | {"num-server-rounds": 8, "local-steps": 10})
+    losses = [line["eval_loss"] for line in run.metrics()]
+    assert losses[-1] < losses[0] - 0.02
+
+
+def test_the_ledger_replays_to_the_servers_model(run_config):
+    run = play(run_config)
+    assert replayed(run) == digest(run)
+
+
+def test_the_clients_model_equals_the_servers_and_is_given_back_unchanged(run_config):
+    seen = {}
+
+    def look(partition, message, reply):
+        place = client_app.workplace(1, parse(run_config), 4)
+        seen.setdefault(place.replica.version, set()).add(model.state_digest(place.model.module.state_dict()))
+        return reply
+
+    run = play(run_config, tamper=look)
+    assert {version: {replayed(run, version)} for version in seen} == seen
+
+
+def test_same_seed_same_bits_whatever_the_order_of_arrival(run_config):
+    first = play(run_config)
+    second = play(run_config | {"run-name": "reversed"}, order=lambda replies: replies[::-1], run_id=2)
+    other = play(run_config | {"run-name": "other", "seed": 1})
+    assert digest(first) == digest(second) != digest(other)
+
+
+@pytest.mark.parametrize("instant", ["before the entry", "after the entry"])
+def test_resume_ends_in_the_same_bits_as_no_interruption(run_config, instant, monkeypatch):
+    whole = play(run_config | {"run-name": "whole"})
+    with monkeypatch.context() as patch:
+        if instant == "before the entry":
+            append = Ledger.append
+            patch.setattr(Ledger, "append", lambda self, e: append(self, e) if e.version < 2 else 1 / 0)
+        else:
+            add = Run.add_metrics
+            patch.setattr(Run, "add_metrics", lambda self, f: add(self, f) if f["round"] < 2 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            play(run_config)
+    run = Run(whole.path.parent / "run")
+    assert run.status.startswith("failed: ZeroDivisionError")
+    play(run_config | {"resume": str(run.path)}, run_id=2)
+    assert run.status == "completed" and digest(run) == digest(whole)
+    assert [line["round"] for line in run.metrics()] == [0, 1, 2, 3]
+    assert [line["metric"] for line in run.metrics()] == [line["metric"] for line in whole.metrics()]
+
+
+def test_resume_with_other_settings_is_refused_by_name(run_config):
+    run = play(run_config | {"num-server-rounds": 1})
+    with pytest.raises(ConfigError, match=r"fedkrso.rank = 2, now it is 3"):
+        play(run_config | {"resume": str(run.path), "fedkrso.rank": 3})
+
+
+def test_a_second_run_never_shares_a_folder(run_config):
+    run = play(run_config | {"num-server-rounds": 1})
+    before = digest(run)
+    with pytest.raises(ConfigError, match="is there already"):
+        play(run_config)
+    assert digest(run) == before and run.status == "completed"
+
+
+def failing(kind):
+    """What partition 2 sends, in every round, by kind."""
+
+    def tamper(partition, message, reply):
+        if partition != 2:
+            return reply
+        if kind == "no reply":
+            return None
+        if kind == "error":
+            return Message(Error(code=8, reason="ClientApp stopped responding."), reply_to=message)
+        arrays, metrics, status = arrays_of(reply), dict(reply.content["metrics"]), dict(reply.content["status"])
+        if kind == "NaN":
+            arrays["head"] = np.full_like(arrays["head"], np.nan)
+        elif kind == "huge":
+            arrays["head"] = np.full_like(arrays["head"], 1e30)
+        elif kind == "broadcastable":
+            arrays["head"] = arrays["head"][:1]
+        elif kind == "wrong version":
+            status["version"] = status["version"] - 1
+        elif kind == "future version":
+            status["version"] = status["version"] + 1
+        elif kind in ("no weight", "NaN loss", "negative weight"):
+            key, value = {"no weight": ("num-examples", 0), "NaN loss": ("train-loss", float("nan"))}.get(
+                kind, ("num-examples", -3)
+            )
+            metrics[key] = value
+        content = {"status": ConfigRecord(status), "update": wire.pack(arrays), "metrics": MetricRecord(metrics)}
+        if kind == "no update":
+            content.pop("update")
+        if kind == "empty":
+            content = {}
+        if kind == "records swapped":
+            content["status"], content["update"] = content["update"], content["status"]
+        return Message(RecordDict(content), reply_to=message)
+
+    return tamper
+
+
+KINDS = ["error", "no reply", "NaN", "huge", "broadcastable", "wrong version", "future version", "no weight",
+         "negative weight", "NaN loss", "no update", "empty", "records swapped"]  # fmt: skip
+
+
+@pytest.fixture
+def without_partition_2(run_config) -> str:
+    return digest(play(run_config | {"run-name": "without", "round-timeout": 0.5}, tamper=failing("no reply")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reply_that_does_not_count_changes_nothing_but_the_divisor(run_config, kind, without_partition_2, caplog):
+    run = play(run_config | {"round-timeout": 0.5}, tamper=failing(kind))
+    assert digest(run) == without_partition_2
+    assert [(line["clients"], line["refused"] + line["failed"]) for line in run.metrics()[1:]] == [(3, 1)] * 3
+    assert caplog.text.count("partition 2") == 3
+
+
+def test_a_reply_that_comes_twice_counts_once(run_config):
+    once = play(run_config)
+    twice = play(
+        run_config | {"run-name": "twice"}, order=lambda replies: [r for r in replies for _ in range(2)], run_id=2
+    )
+    assert digest(once) == digest(twice)
+
+
+def test_below_min_replies_nothing_is_published_and_the_run_goes_on(run_config, caplog):
+    def only_in_round_two(partition, message, reply):
+        return reply if message.content["train"]["round"] == 2 or partition == 0 else None
+
+    run = play(run_config | {"min-replies": 2, "round-timeout": 0.3}, tamper=only_in_round_two)
+    assert [line["version"] for line in run.metrics()] == [0, 0, 1, 1]
+    assert caplog.text.count("nothing is published") == 2
+    assert replayed(run) == digest(run)
+
+
+def test_partial_participation_catches_up_to_the_same_model(run_config):
+    seen = {}
+
+    def look(partition, message, reply):
+        place = client_app.workplace(1, parse(settings), 4)
+        seen[message.content["train"]["version"]] = model.state_digest(place.model.module.state_dict())
+        return reply
+
+    settings = run_config | {"fraction-train": 0.5, "num-server-rounds": 5}
+    run = play(settings, tamper=look)
+    assert all(line["clients"] == 2 for line in run.metrics()[1:])
+    assert len({tuple(line["partitions"]) for line in run.metrics()[1:]}) > 1
+    assert all(replayed(run, version) == state for version, state in seen.items())
+
+
+def test_a_node_that_lost_its_entries_is_resynchronised_and_costs_one_share(run_config):
+    def lose(partition, message, reply):
+        if partition == 3 and message.content["train"]["round"] == 2:
+            shutil.rmtree(entries_folder(1))
+            client_app.workplace.cache_clear()
+        return reply
+
+    run = play(run_config | {"num-server-rounds": 5}, tamper=lose)
+    clients = [line["clients"] for line in run.metrics()[1:]]
+    assert clients[:2] == [4, 4] and clients[2] < 4 and clients[3:] == [4, 4]
+    assert replayed(run) == digest(run)
+
+
+def test_example_weights_equal_a_hand_computation(run_config):
+    replies = {}
+
+    def keep(partition, message, reply):
+        replies[partition] = reply
+        return reply
+
+    run = play(
+        run_config
+        | {"weighting": "examples", "partition": "dirichlet", "dirichlet-alpha": 0.3, "num-server-rounds": 1},
+        tamper=keep,
+    )
+    counts = {partition: reply.content["metrics"]["num-examples"] for partition, reply in replies.items()}
+    assert len(set(counts.values())) > 1
+    entry = Ledger(run.ledger).read(1)
+    for seed, mean in zip(entry.arrays["seeds"], entry.arrays["accumulators"], strict=True):
+        expected = np.zeros_like(mean, dtype=np.float64)
+        for partition, reply in replies.items():
+            arrays = arrays_of(reply)
+            for k, B in zip(arrays["seeds"], arrays["accumulators"], strict=True):
+                expected += B.astype(np.float64) * counts[partition] * (k == seed)
+        np.testing.assert_allclose(mean, expected / sum(counts.values()), rtol=1e-5, atol=1e-10)
+
+
+def test_nodes_that_cannot_take_part_say_why(run_config):
+    with pytest.raises(ConfigError, match=r"no node can take part: .*num-partitions"):
+        client_app.workplace.cache_clear()
+        grid = InProcessGrid(client_app.app, run_config, 2)
+        for context in grid.contexts.values():
+            context.node_config = {"partition-id": 0}
+        server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))
+
+
+def test_evaluate_off_writes_rounds_without_a_metric(run_config):
+    run = play(run_config | {"evaluate": "off", "num-server-rounds": 1})
+    assert "metric" not in run.metrics()[-1] and run.status == "completed"

@@ -7,7 +7,7 @@ A method adds its two halves: a :class:`FedTune` for the server and a :class:`Lo
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,16 +93,22 @@ class FedTune(Strategy, ABC):
     """A round: sample, send each node the ledger entries it lacks, average what fits, append one entry.
 
     Flower's ``start`` drives it. W itself is never an argument or a result of Flower's hooks: the ledger is the state,
-    and whoever wants W (evaluation, export) replays it. ``figures`` are the last round's.
+    and whoever wants W (evaluation, export) replays it. ``report`` is called with each round's figures.
     """
 
     local: ClassVar[type[LocalMethod]]
     incremental: ClassVar[bool]  # whether entry v needs the model at v-1, or stands for itself
 
-    def __init__(self, config: Config, shapes: Shapes, ledger: Ledger, model_digest: str) -> None:
-        self.config, self.shapes, self.ledger = config, shapes, ledger
-        self.figures: dict[str, Any] = dict(ledger.read(ledger.version).record)
-        self.first_round = 1 + int(self.figures["round"])  # later than 1 in a resumed run
+    def __init__(
+        self,
+        config: Config,
+        shapes: Shapes,
+        ledger: Ledger,
+        model_digest: str,
+        report: Callable[[dict[str, Any]], None] = lambda figures: None,
+    ) -> None:
+        self.config, self.shapes, self.ledger, self.report = config, shapes, ledger, report
+        self.first_round = 1 + int(ledger.read(ledger.version).record["round"])  # later than 1 in a resumed run
         self.nodes = Nodes(model_digest)
 
     # What a method adds
@@ -143,8 +149,12 @@ class FedTune(Strategy, ABC):
     # What Flower's loop calls
 
     def summary(self) -> None:
-        share = f"{self.config.fraction_train:.0%} of the nodes a round, " if self.config.fraction_train < 1 else ""
-        logger.info("\t├── %s: %s%s weights", self.config.strategy, share, self.config.weighting)
+        c = self.config
+        logger.info(
+            "%s on %s, model %s: %d target layers with %d weights, head of %d; %g of the nodes a round, %d steps each",
+            c.strategy, c.task, c.model, len(self.shapes.targets), sum(m * n for m, n in self.shapes.targets.values()),
+            self.shapes.head, c.fraction_train, c.local_steps,
+        )  # fmt: skip
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any
@@ -180,32 +190,33 @@ class FedTune(Strategy, ABC):
                 reply.metadata.reply_to_message_id
             )
             if node is None or node in heard:
-                logger.warning("\t    a reply that nobody is waiting for was dropped")
+                logger.warning("a reply that nobody is waiting for was dropped")
                 continue
             heard.add(node)
             partition = self.nodes.partitions[node]
             if reply.has_error():
                 failed += 1
                 reason = f"{reply.error.reason or 'no reason given'} (code {reply.error.code})"
-                logger.warning("\t    partition %s failed: %s", partition, reason.strip())
+                logger.warning("partition %s failed: %s", partition, reason.strip())
                 continue
             try:
                 self._uplink += wire.measured_bytes(reply.content)
                 answered[partition] = self._accept(reply.content, node)  # type: ignore[index]
             except Refused as reason:
                 refused += 1
-                logger.warning("\t    partition %s refused: %s", partition, reason)
+                logger.warning("partition %s refused: %s", partition, reason)
         for _, node in self._asked:
             if node not in heard:
                 failed += 1
                 logger.warning(
-                    "\t    partition %s sent no reply within %g s",
+                    "partition %s sent no reply within %g s",
                     self.nodes.partitions[node],
                     self.config.round_timeout,
                 )
         asked = len(self._asked)
         self._asked = []
-        return None, self._close(answered, asked, refused, failed)
+        self._close(answered, asked, refused, failed)
+        return None, None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any
@@ -261,7 +272,7 @@ class FedTune(Strategy, ABC):
         self.nodes.versions[node] = version
         return {**figures, "weight": weight}
 
-    def _close(self, answered: dict[int, dict[str, float]], asked: int, refused: int, failed: int) -> MetricRecord:
+    def _close(self, answered: dict[int, dict[str, float]], asked: int, refused: int, failed: int) -> None:
         total = int(sum(figures["weight"] for figures in answered.values()))
         published = len(answered) >= self.config.min_replies
         mean_loss = (
@@ -286,11 +297,10 @@ class FedTune(Strategy, ABC):
             self.ledger.append(Entry(self.ledger.version + 1, self.average(total), figures))
         else:
             logger.warning(
-                "\t    %d good replies, min-replies = %d: nothing is published, the version stays %d",
+                "%d good replies, min-replies = %d: nothing is published, the version stays %d",
                 len(answered), self.config.min_replies, self.ledger.version,
             )  # fmt: skip
-        self.figures = figures
-        return MetricRecord({key: figures[key] for key in ("clients", "refused", "uplink_bytes", "downlink_bytes")})
+        self.report(figures)
 
 
 def no_figures() -> dict[str, Any]:

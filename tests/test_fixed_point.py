@@ -1,0 +1,72 @@
+"""The mean that no order can change."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from fedkrso_app.core.fixed_point import FixedPointMeans
+
+
+def mean(arrays, weights, total=None):
+    means = FixedPointMeans()
+    for x, w in zip(arrays, weights, strict=True):
+        means.add({"x": x}, w)
+    return means.mean("x", total or sum(weights))
+
+
+def some(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [(rng.normal(size=(3, 5)) * 10.0 ** rng.integers(-6, 3)).astype(np.float32) for _ in range(count)]
+
+
+def test_every_order_gives_the_same_bits():
+    arrays, weights = some(5), [1, 7, 3, 2, 11]
+    results = {
+        mean([arrays[i] for i in order], [weights[i] for i in order]).tobytes()
+        for order in itertools.permutations(range(5))
+    }
+    assert len(results) == 1
+
+
+def test_mean_equals_float64():
+    arrays, weights = some(5), [1, 7, 3, 2, 11]
+    expected = np.average(np.array(arrays, dtype=np.float64), axis=0, weights=weights)
+    np.testing.assert_allclose(mean(arrays, weights), expected, rtol=1e-6, atol=1e-10)
+
+
+def test_identical_arrays_average_to_themselves():
+    x = some(1)[0]
+    np.testing.assert_array_equal(mean([x] * 7, [1] * 7), mean([x], [1]))
+
+
+def test_who_adds_nothing_counts_as_zero():
+    x = some(1)[0]
+    np.testing.assert_allclose(mean([x], [1], total=4), x / 4, rtol=1e-6, atol=1e-11)
+
+
+def test_overflow_is_refused_and_adds_nothing():
+    means = FixedPointMeans()
+    small, large = np.full(3, 0.5, np.float32), np.full(3, 1e9, np.float32)
+    means.add({"a": small, "b": small}, 1)
+    with pytest.raises(OverflowError, match="too large"):
+        means.add({"a": small, "b": large}, 1)
+    np.testing.assert_array_equal(means.mean("a", 1), small)
+    np.testing.assert_array_equal(means.mean("b", 1), small)
+
+
+def test_many_additions_near_the_limit_never_wrap_around():
+    means = FixedPointMeans()
+    x = np.full(2, 1e7, np.float32)
+    added = 0
+    with pytest.raises(OverflowError):
+        for _ in range(1000):
+            means.add({"x": x}, 1)
+            added += 1
+    assert added > 10
+    np.testing.assert_allclose(means.mean("x", added), x)
+
+
+def test_an_array_longer_than_one_chunk_is_summed_whole():
+    x = np.arange(200_000, dtype=np.float32) / 1024
+    np.testing.assert_array_equal(mean([x, x, x], [1, 2, 1]), x)
