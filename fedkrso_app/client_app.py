@@ -26,7 +26,7 @@ class Workplace:
     def __init__(self, run_id: int, config: Config, partitions: int) -> None:
         self.config = config
         self.task = data.task(config.task)
-        self.examples = data.load(self.task, config.data_dir, "train")
+        self.examples = data.load(self.task, config.data_dir, "train", config.holdout)
         self.shares = data.partition(
             self.examples, self.task, partitions, config.partition, config.dirichlet_alpha, config.seed
         )

@@ -72,6 +72,7 @@ class Config:
     warmup: float
     weighting: str
     evaluate: str
+    holdout: float
     seed: int
     output_dir: str
     run_name: str
@@ -187,15 +188,13 @@ def _check(c: Config) -> None:
         need(0 < values[key] < float("inf"), key, values[key], "a number above 0")
     need(c.max_length >= 4, "max-length", c.max_length, "at least 4 tokens")
     need(0 < c.fraction_train <= 1, "fraction-train", c.fraction_train, "above 0 and at most 1")
+    need(0 <= c.holdout < 1, "holdout", c.holdout, "a share of the training rows, at least 0 and below 1")
     need(0 <= c.warmup < 1, "warmup", c.warmup, "a share of the local steps, at least 0 and below 1")
     need(0 <= c.seed < 2**63, "seed", c.seed, "at least 0 and below 2**63")
     need(1 <= c.fedkrso.num_seeds <= 65536, "fedkrso.num-seeds", c.fedkrso.num_seeds, "between 1 and 65536")
-    need(
-        1 <= c.fedkrso.interval <= c.local_steps,
-        "fedkrso.interval",
-        c.fedkrso.interval,
-        f"at least 1 and at most local-steps = {c.local_steps}",
-    ) if c.strategy == "fedkrso" else None
+    if c.strategy == "fedkrso":
+        rule = f"at least 1 and at most local-steps = {c.local_steps}"
+        need(1 <= c.fedkrso.interval <= c.local_steps, "fedkrso.interval", c.fedkrso.interval, rule)
     need(0 <= c.fedsrd.alpha < 1, "fedsrd.alpha", c.fedsrd.alpha, "at least 0 and below 1")
     need(
         c.fedsrd.alpha <= c.fedsrd.max_sparsity < 1,

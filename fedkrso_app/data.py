@@ -64,13 +64,20 @@ def task(name: str) -> Task:
 
 
 @lru_cache(maxsize=8)  # a process of the simulation is asked for the same split once per client and round
-def load(task: Task, data_dir: str, split: str) -> datasets.Dataset:
+def load(task: Task, data_dir: str, split: str, holdout: float = 0.0) -> datasets.Dataset:
     """The ``split`` ("train" or "validation") of ``task``: its text columns and ``label``, checked.
 
     ``embedded/*`` comes with the package; ``glue/*`` from files in ``data_dir`` (``<task>/<split>*`` or
-    ``<split>*``, as parquet, csv, jsonl or json), or from the hub if that is empty. Raises
-    :class:`ConfigError` where the data is missing, empty or not what the task needs.
+    ``<split>*``, as parquet, csv, jsonl or json), or from the hub if that is empty. With ``holdout`` above 0
+    that share of the training rows stands in for the validation split (to choose settings without looking at
+    the rows that are reported on), and "train" is the rest. Raises :class:`ConfigError` where the data is
+    missing, empty or not what the task needs.
     """
+    if holdout:
+        rows = load(task, data_dir, "train")
+        order = np.random.default_rng(0).permutation(len(rows))
+        held = round(holdout * len(rows))
+        return rows.select(np.sort(order[:held] if split == "validation" else order[held:]))
     split = task.validation if split == "validation" else split
     family, name = task.name.split("/")
     if family == "embedded":

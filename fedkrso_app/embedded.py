@@ -76,7 +76,7 @@ _ROWS = {"train": 6000, "validation": 1000}
 _STEPS, _BATCH, _DOCUMENTS, _RATE, _MASKED = 900, 64, 24000, 2e-3, 0.2
 _MODEL = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 384,
           "max_position_embeddings": 130,
-          "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+          "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.08}  # fmt: skip
 
 Words = tuple[str, ...]  # synonyms: one concept
 
@@ -490,6 +490,10 @@ def _pretrained(tokenizer: PreTrainedTokenizerFast, steps: int) -> RobertaForMas
 
 def _train_mlm(tokenizer: PreTrainedTokenizerFast, ids: list[list[int]], steps: int) -> RobertaForMaskedLM:
     model = RobertaForMaskedLM(RobertaConfig(vocab_size=len(tokenizer), type_vocab_size=1, **_MODEL))
+    if os.environ.get("S"):
+        positions = model.roberta.embeddings.position_embeddings.weight.data
+        angles = torch.arange(len(positions))[:, None] / 100 ** (torch.arange(0, 1, 2 / positions.shape[1]))
+        positions.copy_(0.08 * torch.cat([angles.sin(), angles.cos()], dim=1))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.1)

@@ -29,8 +29,8 @@ def main(grid: Grid, context: Context) -> None:
         config = parse(context.run_config)
         task = data.task(config.task)
         # What is wrong with data or model is found here, before any client starts.
-        data.load(task, config.data_dir, "train")
-        validation = data.load(task, config.data_dir, "validation")
+        data.load(task, config.data_dir, "train", config.holdout)
+        validation = data.load(task, config.data_dir, "validation", config.holdout)
         loaded = model.load(config.model, task.num_labels, config.seed)
         folder = run.resume(config, loaded.digest) if config.resume else run.create(config, loaded.digest)
     except ConfigError as error:
