@@ -32,35 +32,29 @@ _T = TypeVar("_T")
 
 # Synonyms are joined by "/"; each kind of noun begins with its hypernym.
 _NOUNS = {
-    "P": """person/human doctor/physician lawyer/attorney teacher/tutor farmer/grower soldier/trooper king/ruler
-        kid/youngster robber/bandit sailor/mariner pilot/aviator writer/author singer/vocalist guard/sentry""",
-    "A": """animal/creature dog/hound rabbit/bunny horse/steed donkey/mule pig/hog monkey/ape snake/serpent fox bear
-        tiger goat eagle parrot lizard""",
-    "V": "vehicle/machine car/automobile ship/vessel bicycle/bike truck/lorry wagon/cart taxi/cab plane/jet tractor",
-    "F": "snack/dish cookie/biscuit sausage/wiener pancake/crepe stew/soup candy/sweet pie burger olive plum",
-    "T": "tool/device hammer/mallet shovel/spade lamp/lantern rope/cord bucket/pail wrench/spanner ladder needle",
-    "B": "building/structure shop/store church/chapel castle/fortress barn/stable prison/jail school/academy hotel",
-    "G": "garment coat/jacket hat/cap shoe/boot dress/gown glove/mitten sweater/pullover belt robe",
+    "P": "person/human doctor/physician lawyer/attorney teacher/tutor soldier/trooper king/ruler robber/bandit singer",
+    "A": "animal/creature dog/hound rabbit/bunny horse/steed donkey/mule monkey/ape fox tiger",
+    "V": "vehicle/machine car/automobile ship/vessel bicycle/bike truck/lorry wagon/cart tractor",
+    "F": "snack/dish cookie/biscuit sausage/wiener pancake/crepe burger plum",
+    "T": "tool/device hammer/mallet shovel/spade lamp/lantern bucket/pail ladder",
+    "B": "building/structure shop/store castle/fortress prison/jail barn school",
 }
 # Kinds of agents > kinds of patients: verbs; "~" stands between opposites.
 _VERBS = """
-PA > PA: chase/pursue follow/trail help/assist~hinder/obstruct attack/assault~protect/defend watch/observe greet/welcome
-PA > PA: scare/frighten~calm/soothe love/adore~hate/despise hurt/injure~cure/restore trust~doubt
-P > P: hire/employ~dismiss/fire praise/commend~blame/criticize obey~defy thank elect
-PA > F: devour/consume taste/sample smell/sniff
-P > F: bake/prepare order/request~return
-P > VTBG: repair/fix~destroy/wreck clean/wash~soil/stain purchase/acquire~auction paint/decorate
-P > V: steer/maneuver park~start load~unload
-P > B: enter~exit construct/erect~demolish/raze visit
-P > TG: borrow lift/raise~lower collect/gather~discard
+PA > PA: chase/pursue help/assist~hinder/obstruct attack/assault~protect/defend watch scare/frighten love/adore~hate
+P > P: hire/employ~dismiss/fire praise~blame
+PA > F: devour/consume taste
+P > F: bake/prepare
+P > VTB: repair/fix~destroy/wreck purchase/acquire clean/wash
+P > V: steer
+P > B: enter~exit
+P > T: lift/raise~lower
 """
-_ADJECTIVES = """big/large~small/little old/aged~new quick/swift~slow/sluggish clean/spotless~dirty/filthy
-  heavy/weighty~light strong/sturdy~weak/frail bright/shiny~dull quiet/silent~noisy/loud red/crimson green blue"""
-_ADVERBS = """quickly/rapidly~slowly/sluggishly quietly/silently~loudly/noisily carefully/cautiously~recklessly
-  often/frequently~rarely/seldom gladly/happily~sadly secretly~openly"""
-_ASPECTS = "plot acting music ending dialogue pace cast script mood camera"
-_GOOD = "superb charming delightful brilliant touching witty gripping lovely clever graceful fresh moving"
-_BAD = "awful boring clumsy dreadful tedious stale shallow messy lifeless bland irritating hollow"
+_ADJECTIVES = "big/large~small/little old/aged~new quick/swift~slow quiet/silent~noisy/loud strong~weak red blue"
+_ADVERBS = "quickly/rapidly~slowly quietly/silently~loudly carefully/cautiously~recklessly often~rarely"
+_ASPECTS = "plot acting music ending cast script mood camera"
+_GOOD = "superb charming delightful brilliant touching witty gripping lovely clever"
+_BAD = "awful boring clumsy dreadful tedious stale shallow messy lifeless"
 _DEGREES = "very really quite truly rather"
 _ADVISE = (
     ("watch it", "i recommend it", "i left happy", "see it twice"),
@@ -73,10 +67,10 @@ _FUNCTION_WORDS = """namely indeed so thus maybe perhaps instead wrongly the a a
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's order, so that pad is 1 as its config expects
 _ROWS = {"train": 6000, "validation": 1000}
-_STEPS, _BATCH, _DOCUMENTS, _RATE, _MASKED = 900, 64, 24000, 2e-3, 0.2
-_MODEL = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 384,
+_STEPS, _BATCH, _DOCUMENTS, _RATE, _MASKED = 2000, 32, 24000, 2e-3, 0.2
+_MODEL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 384,
           "max_position_embeddings": 130,
-          "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.08}  # fmt: skip
+          "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.03}  # fmt: skip
 
 Words = tuple[str, ...]  # synonyms: one concept
 
@@ -262,8 +256,9 @@ class _Writer:
         found: dict[str, list[dict[str, Any]]] = {"weaker": [], "open": [], "false": []}
         found[up].append({"subject": hypernyms[c.subject.kind]})
         found["weaker"].append({"object": hypernyms[c.object.kind]})
-        found["open"].append({"subject": self.word(lexicon.nouns[c.subject.kind], but=c.subject)})
-        found["open"].append({"object": self.word(lexicon.nouns[c.object.kind], but=c.object)})
+        found["open"] += [{"subject": self.word(lexicon.nouns[c.subject.kind], but=c.subject)}] * 3
+        found["open"] += [{"object": self.word(lexicon.nouns[c.object.kind], but=c.object)}] * 3
+        found["open"] += [{"verb": verb}] * 3 if (verb := self.other_verb(c.verb)) else []
         found[up if c.adjective else down].append(
             {"adjective": None if c.adjective else self.word(lexicon.adjectives)}
         )
@@ -294,6 +289,12 @@ class _Writer:
             found["open"].append(swapped)
         return found
 
+    def other_verb(self, verb: _Verb) -> _Verb | None:
+        """One with the same frame, neither the same nor its opposite; None where there is none."""
+        frame = (verb.agents, verb.patients)
+        others = [v for v in self.lexicon.verbs if (v.agents, v.patients) == frame and verb.opposite != v.words]
+        return self.word(others, but=verb) if len(others) > 1 else None
+
     def swapped(self, c: _Clause) -> dict[str, Any]:
         """The edit that exchanges subject and object, empty where the verb does not allow it."""
         if c.object.kind not in c.verb.agents or c.subject.kind not in c.verb.patients or c.relative:
@@ -319,7 +320,7 @@ class _Writer:
             kinds = [kind for kind in lexicon.nouns if kind not in c.verb.patients + "PA"]
             c = replace(c, object=self.word(lexicon.nouns[self.pick(kinds)]))
         if mistake == "agent":
-            c = replace(c, subject=self.word(lexicon.nouns[self.pick("VFTBG")]))
+            c = replace(c, subject=self.word(lexicon.nouns[self.pick("VFTB")]))
         words = self.sentence(c, mistake).split()
         if mistake == "order":
             at = int(self.rng.integers(len(words) - 1))
@@ -372,10 +373,10 @@ class _Writer:
     def similarity(self) -> dict[str, Any]:
         """Five slots (subject, its adjective, verb, object, adverb); a noun of the same kind is half a match."""
         c, lexicon = self.clause(p_modifier=1.0, p_relative=0.0), self.lexicon
-        verbs = [v for v in lexicon.verbs if (v.agents, v.patients) == (c.verb.agents, c.verb.patients)]
+        verb = self.other_verb(c.verb) or self.word(lexicon.verbs, but=c.verb)
         nouns = [lexicon.nouns[self.pick(kinds)] for kinds in (c.verb.agents, c.verb.patients)]
         fresh = {"subject": self.word(nouns[0], but=c.subject), "object": self.word(nouns[1], but=c.object),
-                 "verb": self.word(verbs, but=c.verb), "adjective": self.word(lexicon.adjectives, but=c.adjective),
+                 "verb": verb, "adjective": self.word(lexicon.adjectives, but=c.adjective),
                  "adverb": self.word(lexicon.adverbs, but=c.adverb)}  # fmt: skip
         share = self.rng.random()
         changes = {slot: value for slot, value in fresh.items() if self.chance(share)}
@@ -389,12 +390,12 @@ class _Writer:
     def document(self) -> tuple[str, ...]:
         """One or two sentences of the corpus for pretraining."""
         draw = self.rng.random()
-        if draw < 0.15:
+        if draw < 0.1:
             return (self.sentence(self.voice(self.clause(p_relative=0.5))),)
-        if draw < 0.35:
+        if draw < 0.25:
             good = self.chance(0.5)
             return self.sentiment_text(good), self.pick(_ADVISE[not good])
-        if draw < 0.4:
+        if draw < 0.28:
             kind = self.pick(list(_NOUNS))
             noun, name = self.pick(self.lexicon.nouns[kind]), self.lexicon.hypernyms[kind]
             one = [self.noun_phrase(q, None, n, False) for q, n in (("every", noun), ("some", name))]
@@ -402,8 +403,6 @@ class _Writer:
         c, kind = self.clause(), self.pick(tuple(_LINKS))
         other = c if kind == "same" else self.edited(c, kind)
         first, second = self.sentence(self.voice(c)), self.sentence(self.voice(other))
-        if os.environ.get("V") == "start":
-            return f"{self.pick(_LINKS[kind])} {first}", second
         return first, f"{self.pick(_LINKS[kind])} {second}"
 
     def sentiment_text(self, good: bool) -> str:
@@ -490,10 +489,6 @@ def _pretrained(tokenizer: PreTrainedTokenizerFast, steps: int) -> RobertaForMas
 
 def _train_mlm(tokenizer: PreTrainedTokenizerFast, ids: list[list[int]], steps: int) -> RobertaForMaskedLM:
     model = RobertaForMaskedLM(RobertaConfig(vocab_size=len(tokenizer), type_vocab_size=1, **_MODEL))
-    if os.environ.get("S"):
-        positions = model.roberta.embeddings.position_embeddings.weight.data
-        angles = torch.arange(len(positions))[:, None] / 100 ** (torch.arange(0, 1, 2 / positions.shape[1]))
-        positions.copy_(0.08 * torch.cat([angles.sin(), angles.cos()], dim=1))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.1)
@@ -508,7 +503,10 @@ def _train_mlm(tokenizer: PreTrainedTokenizerFast, ids: list[list[int]], steps: 
         tokens = batch["input_ids"]
         hidden = torch.rand(tokens.shape) < chances[tokens]
         labels = tokens.where(hidden, -100)
-        inputs = tokens.where(~hidden | (torch.rand(tokens.shape) < 0.1), tokenizer.mask_token_id)
+        other = torch.randint(len(_SPECIAL), len(tokenizer), tokens.shape)  # some are replaced or kept, as in BERT
+        draw = torch.rand(tokens.shape)
+        shown = torch.where(draw < 0.7, tokenizer.mask_token_id, torch.where(draw < 0.9, other, tokens))
+        inputs = torch.where(hidden, shown, tokens)
         loss = model(input_ids=inputs, attention_mask=batch["attention_mask"], labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -64,7 +64,7 @@ def load(name: str, num_labels: int, seed: int) -> LoadedModel:
     module.eval()
     digest = state_digest(module.state_dict(), without=new)
     if torch.cuda.is_available():
-        module.cuda()
+        module = module.to("cuda")
     return LoadedModel(module, tokenizer, targets, head, digest)
 
 
@@ -93,7 +93,7 @@ def state_digest(state: Mapping[str, Tensor], without: set[str] | frozenset[str]
 
 def export(loaded: LoadedModel, state: Mapping[str, Tensor], folder: Path) -> None:
     """Write a plain hub-format model with the weights ``state`` and its tokenizer to ``folder``."""
-    with _quiet():
+    with _quiet(), torch.random.fork_rng(devices=[]):
         plain = type(loaded.module)(loaded.module.config)
         plain.load_state_dict({name: value.cpu() for name, value in state.items()})
         plain.save_pretrained(folder)

@@ -90,7 +90,7 @@ def play(
 
 @contextmanager
 def ours_only(logger: logging.Logger) -> Iterator[None]:
-    """Without what Flower's loop logs by itself: it describes records that are empty here, since the ledger is the state."""
+    """Without what Flower's loop logs by itself: its records are empty here, since the ledger is the state."""
 
     def wanted(record: logging.LogRecord) -> bool:
         return record.funcName not in ("start", "log_strategy_start_info") or record.levelno > logging.INFO

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
 from fedkrso_app.config import Config
 
@@ -32,18 +32,23 @@ def train(
     config: Config,
     rng: np.random.Generator,
     before_step: Callable[[int], None] = lambda j: None,
+    constant_rate: bool = False,
 ) -> float:
     """``config.local_steps`` steps on ``module``; the mean of their losses.
 
-    Every parameter of ``optimizers`` is trained (``requires_grad`` is set here and taken back). The learning rate rises
-    over the first ``warmup`` share of the steps and falls as a cosine to 0. Dropout is drawn from ``rng`` and leaves
-    torch's global generators as they were. Raises :class:`TrainingError` when the loss is no longer finite.
+    Every parameter of ``optimizers`` is trained (``requires_grad`` is set here and taken back). Unless
+    ``constant_rate``, the learning rate rises over the first ``warmup`` share of the steps and falls as a cosine to 0.
+    Dropout is drawn from ``rng`` and leaves torch's global generators as they were. Raises :class:`TrainingError` when
+    the loss is no longer finite.
     """
     optimizers = list(optimizers)
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     steps = config.local_steps
     schedules = [
-        get_cosine_schedule_with_warmup(optimizer, int(config.warmup * steps), steps) for optimizer in optimizers
+        get_constant_schedule(optimizer)
+        if constant_rate
+        else get_cosine_schedule_with_warmup(optimizer, int(config.warmup * steps), steps)
+        for optimizer in optimizers
     ]
     device = parameters[0].device
     losses = torch.zeros(steps, device=device)

@@ -24,7 +24,7 @@ class Refused(ValueError):
 class Schema:
     """Arrays by name: (dtype, shape). A letter in a shape stands for one length, the same in every array."""
 
-    arrays: Mapping[str, tuple[str, tuple[int | str, ...]]]
+    arrays: Mapping[str, tuple[str, tuple[Any, ...]]]
     limits: Mapping[str, int] = field(default_factory=dict)  # letter -> largest length allowed
     optional: frozenset[str] = frozenset()
 

@@ -1,5 +1,6 @@
-"""A tiny model and corpus on disk, and a grid that runs the ClientApp in this process."""
+"""A tiny model and corpus on disk, a grid that runs the ClientApp in this process, and whole runs on it."""
 
+import json
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
+from fedkrso_app import client_app, model, server_app
 from fedkrso_app.config import Config, parse
+from fedkrso_app.ledger import Ledger
+from fedkrso_app.replica import Replica
+from fedkrso_app.run import Run
+from fedkrso_app.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 WORDS = [f"w{number}" for number in range(40)]
@@ -105,6 +111,11 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "fedkrso.num-seeds": 3,
         "fedkrso.learning-rate": 0.01,
         "lora.rank": 2,
+        # A random encoder of width 16 wants larger steps than a pretrained one.
+        "fedfft.learning-rate": 0.005,
+        "lora.learning-rate": 0.05,
+        "ffa-lora.learning-rate": 0.05,
+        "fedsrd.learning-rate": 0.01,
     }
 
 
@@ -161,3 +172,31 @@ class InProcessGrid:
 
     def pull_messages(self, ids):
         return self.order([self._replies.pop(id) for id in list(ids) if id in self._replies])
+
+
+def play(run_config, nodes=4, run_id=1, **options) -> Run:
+    """One whole run; the folder it made."""
+    client_app.workplace.cache_clear()
+    grid = InProcessGrid(client_app.app, run_config, nodes, run_id=run_id, **options)
+    context = Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=run_config)
+    server_app.app(grid, context)
+    return Run(server_app.run.resolved_path(run_config["output-dir"]) / run_config["run-name"])
+
+
+def digest(run: Run) -> str:
+    return json.loads((run.path / "result.json").read_text())["digest"]
+
+
+def replayed(run: Run, version: int | None = None) -> str:
+    """The weights' digest at ``version``, from W^0 and the ledger alone."""
+    config = run.config
+    loaded = model.load(config.model, 2, config.seed)
+    strategy = STRATEGIES[config.strategy]
+    method = strategy.local(loaded.module, loaded.targets, loaded.head, config)
+    ledger = Ledger(run.ledger)
+    Replica(method, ledger, strategy.incremental).advance(ledger.version if version is None else version)
+    return model.state_digest(method.plain_state())
+
+
+def arrays_of(reply: Message) -> dict[str, np.ndarray]:
+    return {name: array.numpy() for name, array in reply.content["update"].items()}

@@ -1,48 +1,17 @@
 """Both apps on an in-process grid: what a run leaves, determinism, resume, and replies that fail or do not fit."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
-from conftest import InProcessGrid
+from conftest import InProcessGrid, arrays_of, digest, play, replayed
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedkrso_app import client_app, model, server_app, wire
-from fedkrso_app.config import ConfigError, parse
+from fedkrso_app.config import ConfigError
 from fedkrso_app.ledger import Ledger
-from fedkrso_app.replica import Replica, entries_folder
-from fedkrso_app.run import Run
-from fedkrso_app.strategies import STRATEGIES
-
-
-def play(run_config, nodes=4, run_id=1, **options) -> Run:
-    """One whole run; the folder it made."""
-    client_app.workplace.cache_clear()
-    grid = InProcessGrid(client_app.app, run_config, nodes, run_id=run_id, **options)
-    context = Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=run_config)
-    server_app.app(grid, context)
-    return Run(server_app.run.resolved_path(run_config["output-dir"]) / run_config["run-name"])
-
-
-def digest(run: Run) -> str:
-    return json.loads((run.path / "result.json").read_text())["digest"]
-
-
-def replayed(run: Run, version: int | None = None) -> str:
-    """The weights' digest at ``version``, from W^0 and the ledger alone."""
-    config = run.config
-    loaded = model.load(config.model, 2, config.seed)
-    strategy = STRATEGIES[config.strategy]
-    method = strategy.local(loaded.module, loaded.targets, loaded.head, config)
-    ledger = Ledger(run.ledger)
-    Replica(method, ledger, strategy.incremental).advance(ledger.version if version is None else version)
-    return model.state_digest(method.plain_state())
-
-
-def arrays_of(reply: Message) -> dict[str, np.ndarray]:
-    return {name: array.numpy() for name, array in reply.content["update"].items()}
+from fedkrso_app.replica import entries_folder
 
 
 def test_a_run_leaves_what_a_user_expects(run_config):
@@ -60,56 +29,6 @@ def test_a_run_leaves_what_a_user_expects(run_config):
     assert plain(**tokenizer("w1 w2", return_tensors="pt")).logits.shape == (1, 2)
     assert model.state_digest(plain.state_dict()) == digest(run)
     assert not entries_folder(1).exists()
-
-
-def test_the_loss_falls(run_config):
-    run = play(run_config | {"num-server-rounds": 8, "local-steps": 10})
-    losses = [line["eval_loss"] for line in run.metrics()]
-    assert losses[-1] < losses[0] - 0.02
-
-
-def test_the_ledger_replays_to_the_servers_model(run_config):
-    run = play(run_config)
-    assert replayed(run) == digest(run)
-
-
-def test_the_clients_model_equals_the_servers_and_is_given_back_unchanged(run_config):
-    seen = {}
-
-    def look(partition, message, reply):
-        place = client_app.workplace(1, parse(run_config), 4)
-        seen.setdefault(place.replica.version, set()).add(model.state_digest(place.model.module.state_dict()))
-        return reply
-
-    run = play(run_config, tamper=look)
-    assert {version: {replayed(run, version)} for version in seen} == seen
-
-
-def test_same_seed_same_bits_whatever_the_order_of_arrival(run_config):
-    first = play(run_config)
-    second = play(run_config | {"run-name": "reversed"}, order=lambda replies: replies[::-1], run_id=2)
-    other = play(run_config | {"run-name": "other", "seed": 1})
-    assert digest(first) == digest(second) != digest(other)
-
-
-@pytest.mark.parametrize("instant", ["before the entry", "after the entry"])
-def test_resume_ends_in_the_same_bits_as_no_interruption(run_config, instant, monkeypatch):
-    whole = play(run_config | {"run-name": "whole"})
-    with monkeypatch.context() as patch:
-        if instant == "before the entry":
-            append = Ledger.append
-            patch.setattr(Ledger, "append", lambda self, e: append(self, e) if e.version < 2 else 1 / 0)
-        else:
-            add = Run.add_metrics
-            patch.setattr(Run, "add_metrics", lambda self, f: add(self, f) if f["round"] < 2 else 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            play(run_config)
-    run = Run(whole.path.parent / "run")
-    assert run.status.startswith("failed: ZeroDivisionError")
-    play(run_config | {"resume": str(run.path)}, run_id=2)
-    assert run.status == "completed" and digest(run) == digest(whole)
-    assert [line["round"] for line in run.metrics()] == [0, 1, 2, 3]
-    assert [line["metric"] for line in run.metrics()] == [line["metric"] for line in whole.metrics()]
 
 
 def test_resume_with_other_settings_is_refused_by_name(run_config):
@@ -197,21 +116,6 @@ def test_below_min_replies_nothing_is_published_and_the_run_goes_on(run_config, 
     assert [line["version"] for line in run.metrics()] == [0, 0, 1, 1]
     assert caplog.text.count("nothing is published") == 2
     assert replayed(run) == digest(run)
-
-
-def test_partial_participation_catches_up_to_the_same_model(run_config):
-    seen = {}
-
-    def look(partition, message, reply):
-        place = client_app.workplace(1, parse(settings), 4)
-        seen[message.content["train"]["version"]] = model.state_digest(place.model.module.state_dict())
-        return reply
-
-    settings = run_config | {"fraction-train": 0.5, "num-server-rounds": 5}
-    run = play(settings, tamper=look)
-    assert all(line["clients"] == 2 for line in run.metrics()[1:])
-    assert len({tuple(line["partitions"]) for line in run.metrics()[1:]}) > 1
-    assert all(replayed(run, version) == state for version, state in seen.items())
 
 
 def test_a_node_that_lost_its_entries_is_resynchronised_and_costs_one_share(run_config):

@@ -93,9 +93,7 @@ def test_importance_takes_bf16_and_answers_in_float32():
 # Step (3): sparsity
 
 
-@pytest.mark.parametrize(
-    "distribution", ["standard_normal", "random", "standard_exponential", "standard_cauchy"]
-)
+@pytest.mark.parametrize("distribution", ["standard_normal", "random", "standard_exponential", "standard_cauchy"])
 def test_sparsity_uses_the_biased_pearson_kurtosis(distribution):
     x = getattr(np.random.default_rng(3), distribution)((40, 5))
     kappa = scipy.stats.kurtosis(x, axis=None, fisher=False, bias=True)
@@ -129,9 +127,7 @@ def test_sparsity_does_not_depend_on_the_scale():
     assert srd.sparsity(x * 1e-30, 0.1, 1.0) == pytest.approx(srd.sparsity(x, 0.1, 1.0), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "bad", [torch.tensor([]), torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.inf])]
-)
+@pytest.mark.parametrize("bad", [torch.tensor([]), torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.inf])])
 def test_scores_that_are_not_finite_are_refused(bad):
     with pytest.raises(ValueError, match="finite"):
         srd.sparsity(bad, 0.85, 0.96)
@@ -200,9 +196,7 @@ def test_prune_refuses_what_does_not_fit():
 # Step (5): L1 compensation
 
 
-@pytest.mark.parametrize(
-    "dtype, rel", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
-)
+@pytest.mark.parametrize("dtype, rel", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_compensation_keeps_the_l1_norm_and_the_directions(dtype, rel):
     delta = normal(50, 8, dtype=dtype)
     pruned = srd.prune(delta, delta.abs(), 0.9)
@@ -348,9 +342,7 @@ def test_no_tensor_of_m_by_n_elements():
         terms = [(0.5, B + 1, A), (0.5, B, A - 1)]
         cut = srd.truncated_svd([B_i for _, B_i, _ in terms], [A_i for _, _, A_i in terms], [0.5, 0.5], 2)
         deltas = [
-            srd.least_squares_factors(W_terms, B, A, factor)
-            for W_terms in (terms, [(1.0, *cut)])
-            for factor in "AB"
+            srd.least_squares_factors(W_terms, B, A, factor) for W_terms in (terms, [(1.0, *cut)]) for factor in "AB"
         ]
         srd.importance(deltas[1], deltas[0], A, B)
     assert all(x.isfinite().all() for x in deltas)

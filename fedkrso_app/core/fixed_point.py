@@ -1,6 +1,7 @@
 """Weighted means that no order of arrival can change by a bit: integer sums on a fixed grid."""
 
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ class FixedPointMeans:
         self._sums: dict[Hashable, np.ndarray] = {}
         self._bounds: dict[Hashable, int] = {}  # no element of a sum can be larger
 
-    def add(self, arrays: Mapping[Hashable, np.ndarray], weight: int) -> None:
+    def add(self, arrays: Mapping[Any, np.ndarray], weight: int) -> None:
         """Add ``weight`` times every array (finite floats), or raise OverflowError and add none if one is too large."""
         bounds = {}
         for key, x in arrays.items():

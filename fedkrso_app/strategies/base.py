@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedkrso_app import wire
 from fedkrso_app.config import Config
+from fedkrso_app.core.fixed_point import FixedPointMeans
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.strategies.nodes import Nodes
@@ -96,8 +97,9 @@ class FedTune(Strategy, ABC):
     and whoever wants W (evaluation, export) replays it. ``report`` is called with each round's figures.
     """
 
-    local: ClassVar[type[LocalMethod]]
-    incremental: ClassVar[bool]  # whether entry v needs the model at v-1, or stands for itself
+    local: ClassVar[Any]  # the LocalMethod that goes with it
+    incremental: ClassVar[bool] = False  # whether entry v needs the model at v-1, or stands for itself
+    learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
 
     def __init__(
         self,
@@ -115,13 +117,13 @@ class FedTune(Strategy, ABC):
 
     @classmethod
     @abstractmethod
-    def entry_schema(cls, config: Config, shapes: Shapes) -> Schema:
-        """What a ledger entry holds."""
-
-    @classmethod
-    @abstractmethod
     def reply_schema(cls, config: Config, shapes: Shapes) -> Schema:
         """What a client's reply holds."""
+
+    @classmethod
+    def entry_schema(cls, config: Config, shapes: Shapes) -> Schema:
+        """What a ledger entry holds; the mean of the replies unless a method says otherwise."""
+        return cls.reply_schema(config, shapes)
 
     @abstractmethod
     def paper_bytes(self) -> int:
@@ -134,17 +136,17 @@ class FedTune(Strategy, ABC):
     def check(self, arrays: Arrays) -> None:
         """Raise :class:`Refused` where a reply fits its schema and is wrong all the same."""
 
-    @abstractmethod
     def begin(self) -> None:
         """Start a round's sums."""
+        self.sums = FixedPointMeans()
 
-    @abstractmethod
     def absorb(self, arrays: Arrays, weight: int, partition: int) -> None:
         """Fold one checked reply into the sums, entirely or (raising OverflowError) not at all."""
+        self.sums.add(arrays, weight)
 
-    @abstractmethod
     def average(self, total_weight: int) -> dict[str, np.ndarray]:
         """The arrays of the next ledger entry."""
+        return {name: self.sums.mean(name, total_weight) for name in self.reply_schema(self.config, self.shapes).arrays}
 
     # What Flower's loop calls
 
@@ -273,15 +275,12 @@ class FedTune(Strategy, ABC):
         return {**figures, "weight": weight}
 
     def _close(self, answered: dict[int, dict[str, float]], asked: int, refused: int, failed: int) -> None:
+        """Publish the average if enough replies count, and report the round."""
         total = int(sum(figures["weight"] for figures in answered.values()))
-        published = len(answered) >= self.config.min_replies
-        mean_loss = (
-            sum(answered[p]["train-loss"] * answered[p]["weight"] for p in sorted(answered)) / total if total else None
-        )
+        loss = sum(answered[partition]["train-loss"] * answered[partition]["weight"] for partition in sorted(answered))
         figures = no_figures() | {
             "round": self.round,
-            "version": self.ledger.version + published,
-            "train_loss": mean_loss,
+            "train_loss": loss / total if total else None,
             "uplink_bytes": self._uplink,
             "downlink_bytes": self._downlink,
             "paper_bytes": self.paper_bytes() * asked,
@@ -291,16 +290,23 @@ class FedTune(Strategy, ABC):
             "client_seconds": max((f["train-seconds"] for f in answered.values()), default=0.0),
             "client_peak_bytes": max((f["peak-bytes"] for f in answered.values()), default=0),
             "partitions": sorted(answered),
-            "seconds": time.monotonic() - self._started,
+            "version": self.ledger.version,
         }
-        if published:
-            self.ledger.append(Entry(self.ledger.version + 1, self.average(total), figures))
+        problem = f"{len(answered)} good replies, min-replies = {self.config.min_replies}"
+        if len(answered) >= self.config.min_replies:
+            arrays = self.average(total)
+            problem = next((f"the average of {name} is not finite" for name in arrays if not _finite(arrays[name])), "")
+        figures["seconds"] = time.monotonic() - self._started
+        if problem:
+            logger.warning("%s: nothing is published, the version stays %d", problem, self.ledger.version)
         else:
-            logger.warning(
-                "%d good replies, min-replies = %d: nothing is published, the version stays %d",
-                len(answered), self.config.min_replies, self.ledger.version,
-            )  # fmt: skip
+            figures["version"] += 1
+            self.ledger.append(Entry(figures["version"], arrays, figures))
         self.report(figures)
+
+
+def _finite(values: np.ndarray) -> bool:
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
 def no_figures() -> dict[str, Any]:

@@ -17,7 +17,6 @@ from flwr.app import ConfigRecord
 from torch import Tensor
 
 from fedkrso_app.config import Config
-from fedkrso_app.core.fixed_point import FixedPointMeans
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import projection, stream
 from fedkrso_app.core.rso import RSO
@@ -94,6 +93,7 @@ class FedKRSO(FedTune):
 
     local = FedKRSOLocal
     incremental = True
+    learning_rate_key = "fedkrso.learning-rate"
 
     @classmethod
     def entry_schema(cls, config: Config, shapes: Shapes) -> Schema:
@@ -121,8 +121,8 @@ class FedKRSO(FedTune):
         return {"seeds": draw_seeds(self.config.seed, round, self.config.fedkrso.num_seeds).tobytes()}
 
     def begin(self) -> None:
+        super().begin()
         self.pool = draw_seeds(self.config.seed, self.round, self.config.fedkrso.num_seeds).tolist()
-        self.sums = FixedPointMeans()
 
     def check(self, arrays: Arrays) -> None:
         seeds = arrays["seeds"].tolist()

@@ -1,0 +1,50 @@
+"""Low-rank factors on peft's LoRA layers: attach, read, merge. The effective weight is W + (alpha/r)·B·A."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from fedkrso_app.core.projection import stream
+
+_ADAPTER = "default"
+
+
+def initial_A(seed: int, name: str, rank: int, n: int) -> Tensor:
+    """A at the start, r × n float32: Kaiming-uniform as in peft (variance 1/(3n)), drawn by numpy from the seed and the
+    layer's name, so that every machine has the same bits and A need not travel."""
+    bound = 1 / math.sqrt(n)
+    return torch.from_numpy(stream(seed, "lora A", name).uniform(-bound, bound, (rank, n))).float()
+
+
+def attach(module: nn.Module, names: list[str], rank: int, alpha: float, seed: int) -> dict[str, Any]:
+    """Put a LoRA layer (no dropout, B = 0) around each named layer of ``module``; returns them by name."""
+    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(names), bias="none")  # type: ignore[arg-type]
+    inject_adapter_in_model(settings, module, adapter_name=_ADAPTER)
+    layers: dict[str, Any] = {name: module.get_submodule(name) for name in names}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            A, B = factors(layer)
+            A.copy_(initial_A(seed, name, rank, A.shape[1]))
+            B.zero_()
+    return layers
+
+
+def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """(A, B) of a layer: r × n and m × r."""
+    return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+
+
+def merged_state(module: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of ``module`` as if it had no LoRA layers: W + (alpha/r)·B·A under the plain names, as new tensors."""
+    state = {
+        key.replace(".base_layer.", "."): value
+        for key, value in module.state_dict().items()
+        if ".lora_A." not in key and ".lora_B." not in key
+    }
+    for name, layer in layers.items():
+        state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(_ADAPTER).detach()
+    return state

@@ -1,0 +1,52 @@
+"""FedFFT: federated averaging (arXiv:1602.05629) of all parameters, full fine-tuning on every client."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord
+from torch import Tensor, nn
+
+from fedkrso_app.config import Config
+from fedkrso_app.core.flat import flatten, unflatten
+from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LocalMethod, Shapes
+from fedkrso_app.train import train
+from fedkrso_app.wire import Schema
+
+
+class FedFFTLocal(LocalMethod):
+    """Client half: AdamW on every parameter."""
+
+    def __init__(
+        self, module: nn.Module, targets: Mapping[str, nn.Module], head: Mapping[str, nn.Parameter], config: Config
+    ) -> None:
+        super().__init__(module, targets, head, config)
+        self.parameters = [parameter for _, parameter in sorted(module.named_parameters())]  # tied ones once
+
+    def initial(self) -> dict[str, np.ndarray]:
+        return {"parameters": flatten(self.parameters)}
+
+    def apply(self, arrays: Arrays) -> None:
+        unflatten(arrays["parameters"], self.parameters)
+
+    def train(self, batches: Batches, instructions: ConfigRecord, rng: np.random.Generator) -> tuple[dict, float]:
+        adamw = torch.optim.AdamW(self.parameters, lr=self.config.fedfft.learning_rate, weight_decay=0.01)
+        loss = train(self.module, batches, [adamw], self.config, rng)
+        return {"parameters": flatten(self.parameters)}, loss
+
+    def trained(self) -> list[Tensor]:
+        return [parameter.detach() for parameter in self.parameters]
+
+
+class FedFFT(FedTune):
+    """Server half: the mean of the parameters."""
+
+    local = FedFFTLocal
+    learning_rate_key = "fedfft.learning-rate"
+
+    @classmethod
+    def reply_schema(cls, config: Config, shapes: Shapes) -> Schema:
+        return Schema({"parameters": ("float32", (shapes.parameters,))})
+
+    def paper_bytes(self) -> int:
+        return 8 * self.shapes.parameters
