@@ -32,12 +32,12 @@ _T = TypeVar("_T")
 
 # Synonyms are joined by "/"; each kind of noun begins with its hypernym.
 _NOUNS = {
-    "P": "person/human doctor/physician lawyer/attorney teacher/tutor soldier/trooper king/ruler robber/bandit singer",
-    "A": "animal/creature dog/hound rabbit/bunny horse/steed donkey/mule monkey/ape fox tiger",
-    "V": "vehicle/machine car/automobile ship/vessel bicycle/bike truck/lorry wagon/cart tractor",
-    "F": "snack/dish cookie/biscuit sausage/wiener pancake/crepe burger plum",
-    "T": "tool/device hammer/mallet shovel/spade lamp/lantern bucket/pail ladder",
-    "B": "building/structure shop/store castle/fortress prison/jail barn school",
+    "P": "person doctor/physician lawyer/attorney teacher/tutor soldier/trooper king/ruler robber/bandit singer",
+    "A": "animal dog/hound rabbit/hare horse/steed donkey/mule monkey/ape fox tiger",
+    "V": "vehicle car/automobile ship/vessel bicycle/bike truck/lorry wagon/cart tractor",
+    "F": "snack cookie/biscuit sausage/wiener pancake/crepe burger plum",
+    "T": "tool hammer/mallet shovel/spade lamp/lantern bucket/pail ladder",
+    "B": "building shop/store castle/fortress prison/jail barn school",
 }
 # Kinds of agents > kinds of patients: verbs; "~" stands between opposites.
 _VERBS = """
@@ -61,14 +61,21 @@ _ADVISE = (
     ("skip it", "i regret it", "i left early", "avoid it"),
 )
 # How the second sentence of a pair may begin in the corpus, by what the first one makes of it.
-_LINKS = {"same": ("namely", "indeed"), "weaker": ("so", "thus"), "open": ("maybe", "perhaps"), "false": ("instead", "wrongly")}
-_FUNCTION_WORDS = """namely indeed so thus maybe perhaps instead wrongly the a an some every all no that is are does do not by and but although while nobody everyone thinks
-  says never i it left happy early see twice skip regret recommend avoid watch who"""
+_LINKS = {
+    "same": ("namely", "indeed"),
+    "weaker": ("so", "thus"),
+    "open": ("maybe", "perhaps"),
+    "false": ("instead", "wrongly"),
+}
+_FUNCTION_WORDS = """namely indeed so thus maybe perhaps instead wrongly the a an some every all no that is are does do not
+  by and but although while nobody everyone thinks says never i it left happy early see twice skip regret recommend
+  avoid watch who"""
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's order, so that pad is 1 as its config expects
+_ENDINGS = ("##s", "##es", "##d", "##ed")
 _ROWS = {"train": 6000, "validation": 1000}
 _STEPS, _BATCH, _DOCUMENTS, _RATE, _MASKED = 2000, 32, 24000, 2e-3, 0.2
-_MODEL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 384,
+_MODEL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 384,
           "max_position_embeddings": 130,
           "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.03}  # fmt: skip
 
@@ -144,12 +151,10 @@ def _plural(word: str) -> str:
     """The plural of a noun and the third person of a verb: both add s."""
     if word.endswith(("s", "x", "ch", "sh")):
         return word + "es"
-    return word[:-1] + "ies" if word[-1] == "y" and word[-2] not in "aeo" else word + "s"
+    return word + "s"
 
 
 def _participle(word: str) -> str:
-    if word[-1] == "y" and word[-2] not in "aeo":
-        return word[:-1] + "ied"
     return word + ("d" if word.endswith("e") else "ed")
 
 
@@ -158,12 +163,9 @@ def _vocabulary() -> list[str]:
     lexicon = _lexicon()
     words = set(f"{_FUNCTION_WORDS} {_ASPECTS} {_GOOD} {_BAD} {_DEGREES}".split())
     nouns = [*lexicon.hypernyms.values(), *(noun for nouns in lexicon.nouns.values() for noun in nouns)]
-    for word in [word for noun in nouns for word in noun.words]:
-        words |= {word, _plural(word)}
-    for word in [word for verb in lexicon.verbs for word in verb.words]:
-        words |= {word, _plural(word), _participle(word)}
+    words |= {word for item in [*nouns, *lexicon.verbs] for word in item.words}
     words |= {word for concept in lexicon.adjectives + lexicon.adverbs for word in concept}
-    return [*_SPECIAL, *sorted(words)]
+    return [*_SPECIAL, *_ENDINGS, *sorted(words)]
 
 
 class _Writer:
@@ -187,7 +189,7 @@ class _Writer:
     def clause(self, p_modifier: float = 0.4, p_relative: float = 0.1) -> _Clause:
         lexicon = self.lexicon
         verb = self.word(lexicon.verbs)
-        quantifier = self.pick(("the", "the", "some", "some", "every", "no"))
+        quantifier = self.pick(("the", "some") * 4 + ("every", "no"))
         plain = quantifier in ("the", "some")
         negated = plain and self.chance(0.25)
         kind, plural = self.pick(verb.agents), quantifier != "no" and self.chance(0.5)
@@ -400,7 +402,7 @@ class _Writer:
             noun, name = self.pick(self.lexicon.nouns[kind]), self.lexicon.hypernyms[kind]
             one = [self.noun_phrase(q, None, n, False) for q, n in (("every", noun), ("some", name))]
             return (" is ".join(one),)
-        c, kind = self.clause(), self.pick(tuple(_LINKS))
+        c, kind = self.clause(), self.pick((*_LINKS, "same"))
         other = c if kind == "same" else self.edited(c, kind)
         first, second = self.sentence(self.voice(c)), self.sentence(self.voice(other))
         return first, f"{self.pick(_LINKS[kind])} {second}"
@@ -458,7 +460,7 @@ def _model_path(steps: int) -> Path:
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: index for index, word in enumerate(_vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
@@ -494,6 +496,7 @@ def _train_mlm(tokenizer: PreTrainedTokenizerFast, ids: list[list[int]], steps: 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.1)
     chances = torch.full((len(tokenizer),), _MASKED)
     chances[: len(_SPECIAL)] = 0.0
+    chances[tokenizer.convert_tokens_to_ids(_FUNCTION_WORDS.split())] /= 2  # easy, there is little to learn from
     links = [word for words in _LINKS.values() for word in words]
     chances[tokenizer.convert_tokens_to_ids(links)] = 0.6  # a pair has one, and all of it bears on that word
     start = time.monotonic()
@@ -503,10 +506,7 @@ def _train_mlm(tokenizer: PreTrainedTokenizerFast, ids: list[list[int]], steps: 
         tokens = batch["input_ids"]
         hidden = torch.rand(tokens.shape) < chances[tokens]
         labels = tokens.where(hidden, -100)
-        other = torch.randint(len(_SPECIAL), len(tokenizer), tokens.shape)  # some are replaced or kept, as in BERT
-        draw = torch.rand(tokens.shape)
-        shown = torch.where(draw < 0.7, tokenizer.mask_token_id, torch.where(draw < 0.9, other, tokens))
-        inputs = torch.where(hidden, shown, tokens)
+        inputs = tokens.where(~hidden | (torch.rand(tokens.shape) < 0.1), tokenizer.mask_token_id)
         loss = model(input_ids=inputs, attention_mask=batch["attention_mask"], labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

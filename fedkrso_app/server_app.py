@@ -32,13 +32,15 @@ def main(grid: Grid, context: Context) -> None:
         data.load(task, config.data_dir, "train", config.holdout)
         validation = data.load(task, config.data_dir, "validation", config.holdout)
         loaded = model.load(config.model, task.num_labels, config.seed)
+        shapes = Shapes.of(loaded.module, loaded.targets, loaded.head)
+        STRATEGIES[config.strategy].check_rank(config, shapes)
         folder = run.resume(config, loaded.digest) if config.resume else run.create(config, loaded.digest)
     except ConfigError as error:
         logger.error("The run cannot start: %s", error)
         raise
     logger.info("Run directory: %s", folder.path)
     try:
-        play(config, task, validation, loaded, folder, StreamingGrid(grid))
+        play(config, task, validation, loaded, shapes, folder, StreamingGrid(grid))
     except BaseException as error:
         reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
         folder.set_status(f"failed: {reason}")
@@ -51,7 +53,13 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def play(
-    config: Config, task: data.Task, validation: Any, loaded: model.LoadedModel, folder: run.Run, grid: StreamingGrid
+    config: Config,
+    task: data.Task,
+    validation: Any,
+    loaded: model.LoadedModel,
+    shapes: Shapes,
+    folder: run.Run,
+    grid: StreamingGrid,
 ) -> None:
     """All rounds that are left, then the model."""
     strategy_class = STRATEGIES[config.strategy]
@@ -60,7 +68,6 @@ def play(
     if ledger.version < 0:
         ledger.append(Entry(0, method.initial(), no_figures()))
     replica = Replica(method, ledger, strategy_class.incremental)
-    shapes = Shapes.of(loaded.module, loaded.targets, loaded.head)
 
     @functools.lru_cache(maxsize=1)
     def scores(version: int) -> dict[str, float]:

@@ -167,3 +167,35 @@ def test_nodes_that_cannot_take_part_say_why(run_config):
 def test_evaluate_off_writes_rounds_without_a_metric(run_config):
     run = play(run_config | {"evaluate": "off", "num-server-rounds": 1})
     assert "metric" not in run.metrics()[-1] and run.status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "key"), [("fedkrso", "fedkrso.rank"), ("fedit", "lora.rank"), ("fedsrd", "lora.rank")]
+)
+def test_a_rank_as_wide_as_a_layer_is_refused_before_there_is_a_folder(run_config, strategy, key, tmp_path):
+    with pytest.raises(ConfigError, match=f"{key} = 16 is impossible: it must be below 16"):
+        play(run_config | {"strategy": strategy, key: 16})
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data-dir": "/nowhere"}, "data-dir = '/nowhere' is not a folder"),
+        ({"task": "glue/sst3"}, "task = 'glue/sst3'.*Did you mean 'glue/sst2'"),
+        ({"model": "/nowhere"}, "model = '/nowhere'.*config.json"),
+        ({"output-dir": "/dev/null/runs"}, "output-dir = '/dev/null/runs'"),
+    ],
+)
+def test_a_missing_input_fails_before_round_one_with_one_sentence(run_config, changes, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        play(run_config | changes)
+
+
+def test_more_clients_than_rows_fail_with_the_reason_of_the_clients(run_config):
+    with pytest.raises(ConfigError, match="no node can take part: num-supernodes = 500 must be 1 to 160"):
+        client_app.workplace.cache_clear()
+        grid = InProcessGrid(client_app.app, run_config, 2)
+        for context in grid.contexts.values():
+            context.node_config = {"partition-id": 0, "num-partitions": 500}
+        server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))

@@ -23,7 +23,8 @@ def initial_A(seed: int, name: str, rank: int, n: int) -> Tensor:
 def attach(module: nn.Module, names: list[str], rank: int, alpha: float, seed: int) -> dict[str, Any]:
     """Put a LoRA layer (no dropout, B = 0) around each named layer of ``module``; returns them by name."""
     settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(names), bias="none")  # type: ignore[arg-type]
-    inject_adapter_in_model(settings, module, adapter_name=_ADAPTER)
+    with torch.random.fork_rng():  # peft draws a start of its own, which is overwritten below
+        inject_adapter_in_model(settings, module, adapter_name=_ADAPTER)
     layers: dict[str, Any] = {name: module.get_submodule(name) for name in names}
     with torch.no_grad():
         for name, layer in layers.items():

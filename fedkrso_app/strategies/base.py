@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
 from fedkrso_app import wire
-from fedkrso_app.config import Config
+from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.fixed_point import FixedPointMeans
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.ledger import Entry, Ledger
@@ -100,6 +100,7 @@ class FedTune(Strategy, ABC):
     local: ClassVar[Any]  # the LocalMethod that goes with it
     incremental: ClassVar[bool] = False  # whether entry v needs the model at v-1, or stands for itself
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
+    rank_key: ClassVar[str] = ""  # and its rank, if it has one
 
     def __init__(
         self,
@@ -112,6 +113,15 @@ class FedTune(Strategy, ABC):
         self.config, self.shapes, self.ledger, self.report = config, shapes, ledger, report
         self.first_round = 1 + int(ledger.read(ledger.version).record["round"])  # later than 1 in a resumed run
         self.nodes = Nodes(model_digest)
+
+    @classmethod
+    def check_rank(cls, config: Config, shapes: Shapes) -> None:
+        """Raise ConfigError if the rank is not below the width of every target layer."""
+        rank, width = config.to_dict().get(cls.rank_key, 0), min(min(size) for size in shapes.targets.values())
+        if rank >= width:
+            raise ConfigError(
+                f"{cls.rank_key} = {rank} is impossible: it must be below {width}, the narrowest layer's width."
+            )
 
     # What a method adds
 
@@ -173,7 +183,7 @@ class FedTune(Strategy, ABC):
         for node in self.nodes.sample(grid, self.config.fraction_train, self.config.seed, self.round):
             since = self.nodes.versions.get(node, -1)
             if since not in content:
-                content[since] = self._content(since)
+                content[since] = self.message_content(since)
             messages.append(Message(content[since], node, "train", group_id=str(self.round)))
             self._asked.append((messages[-1], node))
         sizes = {since: wire.measured_bytes(record) for since, record in content.items()}
@@ -232,7 +242,8 @@ class FedTune(Strategy, ABC):
 
     # The parts of a round
 
-    def _content(self, since: int) -> RecordDict:
+    def message_content(self, since: int) -> RecordDict:
+        """What a node at version ``since`` (-1: nothing) gets: the entries it lacks and this round's instructions."""
         newest = self.ledger.version
         first = since + 1 if self.incremental else max(since + 1, newest)
         content = RecordDict()

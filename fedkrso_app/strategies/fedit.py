@@ -62,6 +62,7 @@ class FedIT(FedTune):
 
     local = FedITLocal
     learning_rate_key = "lora.learning-rate"
+    rank_key = "lora.rank"
 
     @classmethod
     def reply_schema(cls, config: Config, shapes: Shapes) -> Schema:

@@ -94,6 +94,7 @@ class FedKRSO(FedTune):
     local = FedKRSOLocal
     incremental = True
     learning_rate_key = "fedkrso.learning-rate"
+    rank_key = "fedkrso.rank"
 
     @classmethod
     def entry_schema(cls, config: Config, shapes: Shapes) -> Schema:

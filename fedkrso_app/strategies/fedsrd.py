@@ -112,6 +112,7 @@ class FedSRD(FedTune):
     local = FedSRDLocal
     incremental = True
     learning_rate_key = "fedsrd.learning-rate"
+    rank_key = "lora.rank"
 
     def __init__(self, config: Config, shapes: Shapes, ledger: Ledger, *rest: Any) -> None:
         super().__init__(config, shapes, ledger, *rest)

@@ -1,0 +1,272 @@
+"""Methods × partitions × seeds on one task: one ``flwr run`` each, kept, resumed or told why it failed; then the table.
+
+What a run came to is judged by its folder's status: ``flwr run`` also returns 0 when the run has crashed.
+"""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.text import Text
+
+from fedkrso_app import data
+from fedkrso_app.config import ConfigError, parse, resolved_path
+from fedkrso_app.report import mean_sd, measures
+from fedkrso_app.run import Run, line
+from fedkrso_app.strategies import STRATEGIES
+
+Settings = dict[str, Any]  # a flat run config with every key
+
+APP = Path(__file__).resolve().parents[1]
+FLWR = Path(sys.executable).with_name("flwr")
+HOLDOUT, FACTOR, LAST = 0.2, 2.0, 3  # of a sweep: share of the training rows, step of the grid, rounds in the score
+_PLACES = ("output-dir", "run-name", "resume")
+
+
+def settings(file: Path | None, assignments: Sequence[str]) -> Settings:
+    """pyproject.toml's defaults, changed by the TOML ``file`` and then by ``key=value``. Raises ConfigError."""
+    try:
+        project = tomllib.loads((APP / "pyproject.toml").read_text())
+        flat = _flat(project["tool"]["flwr"]["app"]["config"])
+        flat |= _flat(tomllib.loads(file.expanduser().read_text())) if file else {}
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"the settings cannot be read: {error}.") from None
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment!r} is not key=value.")
+        try:
+            flat[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            flat[key] = value  # a string without quotes
+    for key in ("model", "data-dir"):  # Flower's engine runs in a folder of its own
+        if flat[key] and Path(str(flat[key])).expanduser().exists():
+            flat[key] = str(resolved_path(str(flat[key])))
+    return parse(flat).to_dict()
+
+
+def jobs(base: Settings, rates: Mapping[tuple[str, str], float], seeds: Sequence[int], output: Path) -> list[Settings]:
+    """The settings of one run per (strategy, partition) in ``rates`` and seed. Raises ConfigError."""
+    return [
+        _job(base, output, f"{strategy}-{partition}-seed{seed}", strategy, partition, rate, seed=seed)
+        for (strategy, partition), rate in rates.items()
+        for seed in seeds
+    ]
+
+
+def sweep_jobs(base: Settings, rates: Mapping[tuple[str, str], float], count: int, output: Path) -> list[Settings]:
+    """``count`` runs per (strategy, partition), on :func:`grid`: seed 0, judged on a part of the training rows."""
+    return [
+        _job(base, output, f"{pair[0]}-{pair[1]}-rate{rate:g}", *pair, rate, seed=0, holdout=HOLDOUT)
+        for pair, middle in rates.items()
+        for rate in grid(middle, count)
+    ]
+
+
+def rate_of(config: Settings) -> float:
+    """The learning rate of the config's own method."""
+    return config[STRATEGIES[config["strategy"]].learning_rate_key]
+
+
+def grid(rate: float, count: int) -> list[float]:
+    """``count`` rates, each twice the one before, ``rate`` in their middle or just below it."""
+    return [float(f"{rate * FACTOR ** (i - (count - 1) // 2):.6g}") for i in range(count)]
+
+
+def choose(made: Sequence[Settings]) -> list[dict[str, Any]]:
+    """Per strategy and partition the rate with the best score: the mean metric of a completed run's last rounds.
+
+    ``best`` is None where no run has completed; ``edge`` says that the best may lie outside the grid.
+    """
+    choices = []
+    for (strategy, partition), group in _by_pair(made).items():
+        rates, runs = [rate_of(config) for config in group], [_run(config) for config in group]
+        scores = [_score(run) for run in runs]
+        ranked = sorted((score, rate) for score, rate in zip(scores, rates, strict=True) if score is not None)
+        best = ranked[-1][1] if ranked else None
+        choice = {"strategy": strategy, "partition": partition, "rates": rates, "scores": scores, "best": best}
+        choices.append(choice | {"edge": best in (rates[0], rates[-1])})
+    return choices
+
+
+def make(wanted: Sequence[Settings], clients: int, console: Console) -> dict[str, str]:
+    """Make the runs that are not complete yet; returns why those that failed did, by run-name.
+
+    Raises ConfigError, before anything starts, if a folder holds a run with other settings.
+    """
+    todo = [config for config in wanted if not _complete(config)]
+    failures: dict[str, str] = {}
+    bar = Progress(
+        "rounds", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), speed_estimate_period=7200, console=console
+    )
+    before = [_rounds(config) for config in todo]
+    missing = [config["num-server-rounds"] - made for config, made in zip(todo, before, strict=True)]
+    task = bar.add_task("", total=sum(missing))
+    with Live(console=console, transient=True) as live:
+        for i, config in enumerate(todo):
+            title = f"{len(wanted) - len(todo) + i + 1} of {len(wanted)}  {config['run-name']}"
+            for _ in _play(config, clients):
+                live.update(Group(Text(f"{title}\n{_last(config)}"), bar))
+                bar.update(task, completed=sum(missing[:i]) + _rounds(config) - before[i])
+            if _run(config).status != "completed":
+                failures[config["run-name"]] = _why(config)
+            told = failures.get(config["run-name"], _last(config))
+            console.print(f"{title}  {told}", markup=False, highlight=False, soft_wrap=True)
+    return failures
+
+
+def rows(made: Sequence[Settings]) -> list[dict[str, Any]]:
+    """One row per strategy and partition over its completed runs: mean and sample sd of the last metric, mean costs."""
+    table = []
+    for (strategy, partition), group in _by_pair(made).items():
+        figures = [measures(_run(config)) for config in group if _run(config).status == "completed"]
+        mean, sd = mean_sd([f["metric"] for f in figures])
+        row = {"strategy": strategy, "partition": partition, "learning_rate": rate_of(group[0]), "seeds": len(figures)}
+        row |= {"metric": mean, "metric_sd": sd}
+        for key in ("uplink_mb", "downlink_mb", "paper_mb", "client_peak_mb", "step_ms", "seconds_per_round"):
+            row[key] = mean_sd([f[key] for f in figures])[0]
+        table.append(row)
+    return table
+
+
+def save(table: Sequence[Mapping[str, Any]], made: Sequence[Settings], clients: int, command: str, output: Path) -> str:
+    """Write results.csv and results.json to ``output``; returns the text of the latter."""
+    with open(output / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    runs = []
+    for config in made:
+        if (run := _run(config)).path.exists():
+            runs.append({"run": run.path.name, "seed": config["seed"], "status": run.status, **measures(run)})
+    facts = {"command": command, "clients": clients, "task": made[0]["task"], "rows": table, "runs": runs}
+    text = json.dumps(facts, indent=2)
+    (output / "results.json").write_text(text + "\n")
+    return text
+
+
+def same_clients(output: Path, clients: int) -> None:
+    """Remember how many clients the runs in ``output`` have; raises ConfigError if they were made with another number."""
+    file = output / "clients"
+    before = file.read_text().strip() if file.is_file() else str(clients)
+    if before != str(clients):
+        raise ConfigError(f"{output} was made with --clients {before}, now it is {clients}; choose another --output.")
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{clients}\n")
+
+
+def _job(base: Settings, output: Path, name: str, strategy: str, partition: str, rate: float, **more: Any) -> Settings:
+    changes = {"strategy": strategy, "partition": partition, STRATEGIES[strategy].learning_rate_key: rate, **more}
+    return parse(base | changes | {"output-dir": str(output), "run-name": name, "resume": ""}).to_dict()
+
+
+def _play(config: Settings, clients: int) -> Iterator[None]:
+    """Make or resume one run; yields now and then while it is under way, and returns when it is over."""
+    run, log = _run(config), _beside(config, ".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if run.path.exists():
+        _stop(log)  # Flower goes on with a run whose watcher was killed
+        run.set_status("running")  # so that an old failure is not taken for a new one
+        config = config | {"resume": str(run.path)}
+    file = _beside(config, ".toml")
+    file.write_text("".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items()))
+    federation = f"num-supernodes={clients} client-resources-num-cpus=1"
+    command = [FLWR, "run", APP, "--stream", "--federation-config", federation, "--run-config", file]
+    with open(log, "w") as output:
+        # A session of its own, so that Ctrl-C reaches us alone and the run can be stopped in order.
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(), start_new_session=True)
+    try:
+        while process.poll() is None:
+            yield
+            time.sleep(0.5)
+    except BaseException:
+        _stop(log)
+        process.terminate()
+        raise
+
+
+def _stop(log: Path) -> None:
+    """Have Flower stop the run that ``log`` is about; no harm if it is over."""
+    started = re.findall(r"started run (\d+)", log.read_text(errors="replace")) if log.is_file() else []
+    if started:
+        subprocess.run([FLWR, "stop", started[-1]], env=_environment(), capture_output=True, timeout=60)
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PATH": f"{FLWR.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def _why(config: Settings) -> str:
+    """Why a run is not complete: its status, or else the end of its log."""
+    status, log = _run(config).status, _beside(config, ".log")
+    if status.startswith("failed"):
+        return status
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
+    said = re.findall(r"The run (?:cannot start|failed): (.*)", text)
+    last = said[-1:] or [line.strip() for line in text.splitlines() if line.strip()][-5:]
+    return f"failed: {' / '.join(last) or 'Flower said nothing'} (log: {log})"
+
+
+def _complete(config: Settings) -> bool:
+    run = _run(config)
+    if not run.path.exists():
+        return False
+    before = run.info["config"]
+    for key, value in config.items():
+        if key not in _PLACES and before.get(key) != value:
+            raise ConfigError(
+                f"{run.path} was made with {key} = {before.get(key)!r}, now it is {value!r}; "
+                "choose another --output, or remove that folder."
+            )
+    return run.status == "completed"
+
+
+def _run(config: Settings) -> Run:
+    return Run(Path(config["output-dir"]) / config["run-name"])
+
+
+def _beside(config: Settings, ending: str) -> Path:
+    return Path(config["output-dir"]) / (config["run-name"] + ending)
+
+
+def _rounds(config: Settings) -> int:
+    """The newest round of a run."""
+    return max([figures["round"] for figures in _run(config).metrics()], default=0)
+
+
+def _last(config: Settings) -> str:
+    """The newest round of a run in one line."""
+    figures = _run(config).metrics()[-1:]
+    return line(figures[0], parse(config), data.task(config["task"]).metric) if figures else "starting"
+
+
+def _score(run: Run) -> float | None:
+    """What a sweep goes by; None for a run that did not complete."""
+    metrics = [figures["metric"] for figures in run.metrics() if figures["round"]]
+    return fmean(metrics[-LAST:]) if run.status == "completed" else None
+
+
+def _by_pair(made: Sequence[Settings]) -> dict[tuple[str, str], list[Settings]]:
+    groups: dict[tuple[str, str], list[Settings]] = {}
+    for config in made:
+        groups.setdefault((config["strategy"], config["partition"]), []).append(config)
+    return groups
+
+
+def _flat(tables: Mapping[str, Any]) -> Settings:
+    flat: Settings = {}
+    for key, value in tables.items():
+        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

@@ -1,0 +1,84 @@
+"""Who may know whom: imports go down the house, never up."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fedkrso_app"
+OUTSIDE_IN_CORE = {"torch", "numpy"}
+ALLOWED = {  # room -> rooms of this package that it may import
+    "core": {"core"},
+    "config": {"strategies"},  # the table of names, to check one against it
+    "wire": set(),
+    "ledger": set(),
+    "streaming": set(),
+    "train": {"config"},
+    "metrics": set(),
+    "embedded": {"config"},
+    "data": {"config", "embedded"},
+    "model": {"config", "embedded"},
+    "run": {"config"},
+    "strategies": {"strategies", "core", "wire", "ledger", "train", "config"},
+    "replica": {"ledger", "strategies"},
+}
+DOORS = {"cli", "server_app", "client_app", "compare", "report"}  # may import anything; nobody below imports them
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names += [f"{module}.{alias.name}" for alias in node.names] if module == "fedkrso_app" else [module]
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    name = room(path)
+    if name in DOORS or name == "__init__":
+        return
+    ours = {module.split(".")[1] for module in imported(path) if module.startswith("fedkrso_app.")}
+    assert ours <= ALLOWED[name], f"{name} must not import {ours - ALLOWED[name]}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "core").glob("*.py")), ids=lambda path: path.name)
+def test_core_knows_only_torch_and_numpy(path):
+    import sys
+
+    extra = {"lora.py": {"peft"}}.get(path.name, set())
+    outside = {module.split(".")[0] for module in imported(path)} - {"fedkrso_app"}
+    assert outside - set(sys.stdlib_module_names) <= OUTSIDE_IN_CORE | extra
+
+
+def test_a_strategy_imports_a_sibling_only_where_the_paper_says_so():
+    allowed = {("ffa_lora", "fedit")}
+    for path in (PACKAGE / "strategies").glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        siblings = {m.split(".")[2] for m in imported(path) if m.startswith("fedkrso_app.strategies.")}
+        assert {(path.stem, sibling) for sibling in siblings - {"base", "nodes"}} <= allowed
+
+
+def test_only_the_doors_touch_flowers_apps():
+    for path in modules():
+        if room(path) not in DOORS:
+            assert not any(module in ("flwr.serverapp", "flwr.clientapp") for module in imported(path)), path
+
+
+def test_no_pickle_anywhere():
+    for path in modules():
+        assert not {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} & set(imported(path)), path
+        assert "torch.load" not in path.read_text() and "allow_pickle=True" not in path.read_text()
