@@ -57,122 +57,51 @@ def settings(file: Path | None, assignments: Sequence[str]) -> Settings:
     return parse(flat).to_dict()
 
 
-def jobs(base: Settings, rates: Mapping[tuple[str, str], float], seeds: Sequence[int], output: Path) -> list[Settings]:
-    """The settings of one run per (strategy, partition) in ``rates`` and seed. Raises ConfigError."""
-    return [
-        _job(base, output, f"{strategy}-{partition}-seed{seed}", strategy, partition, rate, seed=seed)
-        for (strategy, partition), rate in rates.items()
-        for seed in seeds
-    ]
+class Plan:
+    """All methods × partitions × seeds, in the folder ``output``. Raises ConfigError where that cannot be."""
 
+    def __init__(
+        self, base: Settings, strategies: list[str], partitions: list[str], seeds: list[int], output: Path, clients: int
+    ) -> None:
+        if not (strategies and partitions and seeds) or base["evaluate"] == "off":
+            raise ConfigError("a comparison needs a method, a partition and a seed at least, and evaluate = 'server'.")
+        self.base, self.seeds, self.output, self.clients = base, seeds, output.expanduser().resolve(), clients
+        # By partition, then by strategy: the settings with which a pair is run.
+        changes = [{"partition": partition, "strategy": strategy} for partition in partitions for strategy in strategies]
+        self.pairs = [parse(base | change).to_dict() for change in changes]
+        self.runs = [self._job(pair, f"seed{seed}", seed=seed) for pair in self.pairs for seed in seeds]
+        file = self.output / "clients"
+        before = file.read_text().strip() if file.is_file() else str(clients)
+        if before != str(clients):
+            raise ConfigError(f"{output} was made with --clients {before}, not {clients}; choose another --output.")
+        self.output.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{clients}\n")
 
-def sweep_jobs(base: Settings, rates: Mapping[tuple[str, str], float], count: int, output: Path) -> list[Settings]:
-    """``count`` runs per (strategy, partition), on :func:`grid`: seed 0, judged on a part of the training rows."""
-    return [
-        _job(base, output, f"{pair[0]}-{pair[1]}-rate{rate:g}", *pair, rate, seed=0, holdout=HOLDOUT)
-        for pair, middle in rates.items()
-        for rate in grid(middle, count)
-    ]
+    def sweep(self, count: int, console: Console) -> list[dict[str, Any]]:
+        """Try ``count`` learning rates for every pair; returns what :func:`choose` does, and writes sweep.json."""
+        tried = [
+            self._job(pair, f"rate{rate:g}", "sweep", rate, seed=0, holdout=HOLDOUT)
+            for pair in self.pairs
+            for rate in grid(rate_of(pair), count)
+        ]
+        make(tried, self.clients, console)
+        choices = choose(tried)
+        (self.output / "sweep" / "sweep.json").write_text(json.dumps(choices, indent=2) + "\n")
+        return choices
 
+    def run(self, choices: Sequence[Mapping[str, Any]], console: Console) -> dict[str, str]:
+        """Make all runs, at the rates of ``choices`` if there are any; returns why those that failed did, by name."""
+        rates = {(choice["strategy"], choice["partition"]): choice["best"] for choice in choices}
+        failures = {f"{s}-{p}": "every learning rate failed" for (s, p), best in rates.items() if best is None}
+        self.pairs = [pair for pair in self.pairs if f"{pair['strategy']}-{pair['partition']}" not in failures]
+        self.runs = [
+            self._job(pair, f"seed{seed}", "", rates.get((pair["strategy"], pair["partition"])), seed=seed)
+            for pair in self.pairs
+            for seed in self.seeds
+        ]
+        return failures | make(self.runs, self.clients, console)
 
-def rate_of(config: Settings) -> float:
-    """The learning rate of the config's own method."""
-    return config[STRATEGIES[config["strategy"]].learning_rate_key]
-
-
-def grid(rate: float, count: int) -> list[float]:
-    """``count`` rates, each twice the one before, ``rate`` in their middle or just below it."""
-    return [float(f"{rate * FACTOR ** (i - (count - 1) // 2):.6g}") for i in range(count)]
-
-
-def choose(made: Sequence[Settings]) -> list[dict[str, Any]]:
-    """Per strategy and partition the rate with the best score: the mean metric of a completed run's last rounds.
-
-    ``best`` is None where no run has completed; ``edge`` says that the best may lie outside the grid.
-    """
-    choices = []
-    for (strategy, partition), group in _by_pair(made).items():
-        rates, runs = [rate_of(config) for config in group], [_run(config) for config in group]
-        scores = [_score(run) for run in runs]
-        ranked = sorted((score, rate) for score, rate in zip(scores, rates, strict=True) if score is not None)
-        best = ranked[-1][1] if ranked else None
-        choice = {"strategy": strategy, "partition": partition, "rates": rates, "scores": scores, "best": best}
-        choices.append(choice | {"edge": best in (rates[0], rates[-1])})
-    return choices
-
-
-def make(wanted: Sequence[Settings], clients: int, console: Console) -> dict[str, str]:
-    """Make the runs that are not complete yet; returns why those that failed did, by run-name.
-
-    Raises ConfigError, before anything starts, if a folder holds a run with other settings.
-    """
-    todo = [config for config in wanted if not _complete(config)]
-    failures: dict[str, str] = {}
-    bar = Progress(
-        "rounds", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), speed_estimate_period=7200, console=console
-    )
-    before = [_rounds(config) for config in todo]
-    missing = [config["num-server-rounds"] - made for config, made in zip(todo, before, strict=True)]
-    task = bar.add_task("", total=sum(missing))
-    with Live(console=console, transient=True) as live:
-        for i, config in enumerate(todo):
-            title = f"{len(wanted) - len(todo) + i + 1} of {len(wanted)}  {config['run-name']}"
-            for _ in _play(config, clients):
-                live.update(Group(Text(f"{title}\n{_last(config)}"), bar))
-                bar.update(task, completed=sum(missing[:i]) + _rounds(config) - before[i])
-            if _run(config).status != "completed":
-                failures[config["run-name"]] = _why(config)
-            told = failures.get(config["run-name"], _last(config))
-            console.print(f"{title}  {told}", markup=False, highlight=False, soft_wrap=True)
-    return failures
-
-
-def rows(made: Sequence[Settings]) -> list[dict[str, Any]]:
-    """One row per strategy and partition over its completed runs: mean and sample sd of the last metric, mean costs."""
-    table = []
-    for (strategy, partition), group in _by_pair(made).items():
-        figures = [measures(_run(config)) for config in group if _run(config).status == "completed"]
-        mean, sd = mean_sd([f["metric"] for f in figures])
-        row = {"strategy": strategy, "partition": partition, "learning_rate": rate_of(group[0]), "seeds": len(figures)}
-        row |= {"metric": mean, "metric_sd": sd}
-        for key in ("uplink_mb", "downlink_mb", "paper_mb", "client_peak_mb", "step_ms", "seconds_per_round"):
-            row[key] = mean_sd([f[key] for f in figures])[0]
-        table.append(row)
-    return table
-
-
-def save(table: Sequence[Mapping[str, Any]], made: Sequence[Settings], clients: int, command: str, output: Path) -> str:
-    """Write results.csv and results.json to ``output``; returns the text of the latter."""
-    with open(output / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-    runs = []
-    for config in made:
-        if (run := _run(config)).path.exists():
-            runs.append({"run": run.path.name, "seed": config["seed"], "status": run.status, **measures(run)})
-    facts = {"command": command, "clients": clients, "task": made[0]["task"], "rows": table, "runs": runs}
-    text = json.dumps(facts, indent=2)
-    (output / "results.json").write_text(text + "\n")
-    return text
-
-
-def same_clients(output: Path, clients: int) -> None:
-    """Remember how many clients the runs in ``output`` have; raises ConfigError if they were made with another number."""
-    file = output / "clients"
-    before = file.read_text().strip() if file.is_file() else str(clients)
-    if before != str(clients):
-        raise ConfigError(f"{output} was made with --clients {before}, now it is {clients}; choose another --output.")
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{clients}\n")
-
-
-def _job(base: Settings, output: Path, name: str, strategy: str, partition: str, rate: float, **more: Any) -> Settings:
-    changes = {"strategy": strategy, "partition": partition, STRATEGIES[strategy].learning_rate_key: rate, **more}
-    return parse(base | changes | {"output-dir": str(output), "run-name": name, "resume": ""}).to_dict()
-
-
-def _play(config: Settings, clients: int) -> Iterator[None]:
+    def _play(config: Settings, clients: int) -> Iterator[None]:
     """Make or resume one run; yields now and then while it is under way, and returns when it is over."""
     run, log = _run(config), _beside(config, ".log")
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -186,7 +186,7 @@ class _Writer:
             if item != but:
                 return item
 
-    def clause(self, p_modifier: float = 0.4, p_relative: float = 0.1) -> _Clause:
+    def clause(self, p_modifier: float = 0.2, p_relative: float = 0.0) -> _Clause:
         lexicon = self.lexicon
         verb = self.word(lexicon.verbs)
         quantifier = self.pick(("the", "some") * 4 + ("every", "no"))
@@ -220,7 +220,7 @@ class _Writer:
     def voice(self, c: _Clause) -> _Clause:
         """``c`` in either voice, where both mean the same: "every" and "no" would change their scope."""
         same = c.quantifier == "the" or (c.quantifier == "some" and not c.negated)
-        return replace(c, passive=same and self.chance(0.4))
+        return replace(c, passive=same and self.chance(0.15))
 
     def noun_phrase(self, quantifier: str, adjective: Words | None, noun: _Noun, plural: bool) -> str:
         words = [self.pick(adjective)] if adjective else []
@@ -351,7 +351,7 @@ class _Writer:
         return {"sentence": main, "label": int(good)}
 
     def paraphrase(self) -> dict[str, Any]:
-        c, lexicon, label = self.clause(p_modifier=0.5), self.lexicon, int(self.chance(0.5))
+        c, lexicon, label = self.clause(), self.lexicon, int(self.chance(0.5))
         other = c
         if not label:
             swapped = self.swapped(c)
@@ -402,7 +402,7 @@ class _Writer:
             noun, name = self.pick(self.lexicon.nouns[kind]), self.lexicon.hypernyms[kind]
             one = [self.noun_phrase(q, None, n, False) for q, n in (("every", noun), ("some", name))]
             return (" is ".join(one),)
-        c, kind = self.clause(), self.pick((*_LINKS, "same"))
+        c, kind = self.clause(), self.pick(tuple(_LINKS))
         other = c if kind == "same" else self.edited(c, kind)
         first, second = self.sentence(self.voice(c)), self.sentence(self.voice(other))
         return first, f"{self.pick(_LINKS[kind])} {second}"
@@ -498,7 +498,7 @@ def _train_mlm(tokenizer: PreTrainedTokenizerFast, ids: list[list[int]], steps: 
     chances[: len(_SPECIAL)] = 0.0
     chances[tokenizer.convert_tokens_to_ids(_FUNCTION_WORDS.split())] /= 2  # easy, there is little to learn from
     links = [word for words in _LINKS.values() for word in words]
-    chances[tokenizer.convert_tokens_to_ids(links)] = 0.6  # a pair has one, and all of it bears on that word
+    chances[tokenizer.convert_tokens_to_ids(links)] = 0.8  # a pair has one, and all of it bears on that word
     start = time.monotonic()
     for step in range(1, steps + 1):
         at = int(torch.randint(max(1, len(ids) - _BATCH), ()))

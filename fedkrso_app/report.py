@@ -194,7 +194,7 @@ def _section(setting: tuple[str, str], here: list[Line]) -> list[str]:
 
 
 def _curves(here: list[Line], metric: str, by_bytes: bool) -> str:
-    figure = Figure(figsize=(5.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(4.9, 4.2), layout="constrained")
     axes = figure.subplots()
     for line in here:
         rounds, spent, metrics = line.curves()
@@ -202,8 +202,14 @@ def _curves(here: list[Line], metric: str, by_bytes: bool) -> str:
         points = [p for p in zip(spent if by_bytes else rounds, metrics, strict=True) if p[0] > 0 or not by_bytes]
         x, y = [x for x, _ in points], [values for _, values in points]
         colour, dash = _COLOURS[line.style % len(_COLOURS)], _DASHES[line.style % len(_DASHES)]
-        marker, every = _MARKERS[line.style % len(_MARKERS)], max(1, len(x) // 8)
-        look = {"color": colour, "linestyle": dash, "marker": marker, "markevery": every, "label": _plain(line.label)}
+        marker, every = _MARKERS[line.style % len(_MARKERS)], 0.08
+        look: dict[str, Any] = {
+            "color": colour,
+            "linestyle": dash,
+            "marker": marker,
+            "markevery": every,
+            "label": _plain(line.label),
+        }
         axes.plot(x, [statistics.fmean(values) for values in y], linewidth=1.8, markersize=5.5, **look)
         axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=colour, alpha=0.15, linewidth=0)
     if by_bytes:
@@ -219,7 +225,7 @@ def _curves(here: list[Line], metric: str, by_bytes: bool) -> str:
 
 
 def _bytes(here: list[Line]) -> str:
-    figure = Figure(figsize=(5.4, 1.5 + 0.62 * len(here)), layout="constrained")
+    figure = Figure(figsize=(4.9, 1.5 + 0.62 * len(here)), layout="constrained")
     axes = figure.subplots()
     for offset, key, name, colour, hatch in (
         (-0.2, "uplink_mb", "up", "#0072B2", ""),
@@ -241,7 +247,7 @@ def _costs(here: list[Line]) -> str:
         "seconds_per_round": "seconds of a round",
         "client_peak_mb": "peak memory of a client, MB",
     }
-    figure = Figure(figsize=(5.4, 0.4 + len(panels) * (0.7 + 0.32 * len(here))), layout="constrained")
+    figure = Figure(figsize=(4.9, 0.4 + len(panels) * (0.7 + 0.32 * len(here))), layout="constrained")
     every = list(figure.subplots(len(panels), 1))
     for axes, (key, name) in zip(every, panels.items(), strict=True):
         values = [line.mean(key) for line in here]

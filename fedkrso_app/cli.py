@@ -1,0 +1,300 @@
+"""``fedkrso``: compare methods, draw runs, export a model of any round, read and verify a ledger."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fedkrso_app.config import ConfigError
+from fedkrso_app.ledger import Entry, Ledger, LedgerError
+
+if TYPE_CHECKING:  # imported inside the commands instead, since torch takes seconds and --help should not
+    from fedkrso_app.run import Run
+
+app = typer.Typer(
+    name="fedkrso", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
+out, err = Console(), Console(stderr=True)
+_PLAIN: Any = {"markup": False, "highlight": False, "soft_wrap": True}  # for sentences and paths
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, wherever it was copied to.")]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What the user can mend ends with exit code 2 and one sentence."""
+    try:
+        yield
+    except (ConfigError, LedgerError) as error:
+        err.print(f"Error: {error}", **_PLAIN)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def compare(
+    strategies: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "fedkrso,fedit,ffa-lora,fedfft",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; each method runs once with each.")] = "0,1,2",
+    partitions: Annotated[str, typer.Option(help="iid, dirichlet or both; default: what the settings say.")] = "",
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file with run settings.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One run setting.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; default: <output-dir>/compare-<task>.")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients of the simulated federation.")] = 10,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Choose each method's learning rate first, see above.")
+    ] = False,
+    rates: Annotated[int, typer.Option(min=1, help="Learning rates that the sweep tries for each method.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
+) -> None:
+    """Run methods on the same clients, partitions and seeds, and print what they reach and what they cost.
+
+    The folder gets one run and one log per method, partition and seed, results.csv and results.json. The same command
+    goes on where it was interrupted: complete runs are kept, begun ones resumed. Ctrl-C stops the run under way too. Exit
+    code 1: a run has failed (the others are made all the same).
+
+    --sweep chooses the learning rate of each method for each partition: as many rates for every method, each twice the
+    one before, around the rate in the settings (4 rates: ×0.5, ×1, ×2, ×4), with seed 0. They are judged by the mean
+    metric of the last 3 rounds on a fifth of the training rows, which those runs do not train on; the validation rows
+    that the table reports are never looked at. The choice is printed and kept in <output>/sweep/sweep.json.
+    """
+    with explained():
+        from fedkrso_app import compare as c
+
+        base = c.settings(config, set_ or [])
+        folder = output or Path(base["output-dir"]) / f"compare-{base['task'].replace('/', '-')}"
+        plan = c.Plan(
+            base, _names(strategies), _names(partitions or base["partition"]), _numbers(seeds), folder, clients
+        )
+        choices: list[dict[str, Any]] = []
+        try:
+            if sweep:
+                choices = plan.sweep(rates, err)
+                err.print(_sweep_table(choices, c.LAST, c.HOLDOUT))
+            failures = plan.run(choices, err)
+        except KeyboardInterrupt:
+            err.print("Stopped, the run under way too. The same command goes on from here.")
+            raise typer.Exit(130) from None
+        command = shlex.join(["fedkrso", *sys.argv[1:]])
+        facts = plan.save(command)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        out.print(_results_table(facts))
+        out.print(f"Made by: {command}\nDraw it: fedkrso report {shlex.quote(str(plan.output))}", **_PLAIN)
+    if failures:
+        err.print(f"{len(failures)} failed: " + "; ".join(f"{name}: {why}" for name, why in failures.items()), **_PLAIN)
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders that hold some.")],
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: report.html in the first RUN.")] = None,
+) -> None:
+    """Draw runs as one HTML file that needs no network: metric over rounds and over bytes, costs, settings.
+
+    Runs that differ in nothing but the seed are drawn as one line with a band.
+    """
+    with explained():
+        from fedkrso_app import report as r
+
+        file = output or runs[0] / "report.html"
+        found = r.find_runs(runs)
+        with err.status(f"Drawing {len(found)} runs"):
+            r.write(found, file)
+    out.print(str(file), **_PLAIN)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder for the model.")],
+    round: Annotated[int | None, typer.Option(min=0, help="Round to export; default: the newest.")] = None,
+) -> None:
+    """Rebuild the model of a round from the base model and the ledger, and write it in the hub's format.
+
+    transformers' from_pretrained reads DIR without this package. A method whose entries stand for themselves keeps only
+    the newest ones, so its older rounds cannot be exported.
+    """
+    with explained():
+        opened, ledger = _open(run)
+        from fedkrso_app import model
+        from fedkrso_app.strategies import STRATEGIES
+
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder} is there already and not empty; choose another folder.")
+        versions = ledger.versions()
+        if STRATEGIES[opened.config.strategy].incremental:
+            versions = [version for i, version in enumerate(versions) if version == i]
+        at = {line["round"]: line["version"] for line in opened.metrics() if line["version"] in versions}
+        if versions:
+            at[ledger.read(versions[-1]).record["round"]] = versions[-1]  # its line may not have been written
+        if not at or (round is not None and round not in at):
+            listed = ", ".join(map(str, sorted(at))) or "none"
+            raise LedgerError(
+                f"round {round} cannot be exported from {run}; the ledger leads to these rounds: {listed}."
+            )
+        version = at[max(at) if round is None else round]
+        loaded, state = _replay(opened, ledger, version)
+        model.export(loaded, state, folder)
+    out.print(f"{folder}: version {version} of {run}", **_PLAIN)
+
+
+@app.command()
+def ledger(
+    run: RunFolder,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Replay all and compare with the digest in result.json.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
+) -> None:
+    """Show what every round did: who took part, what was sent, and how far the model moved.
+
+    The norms are those of each kind of array: of what an entry adds, or of the change where an entry holds absolute
+    values. --verify rebuilds the final model from the base model and the ledger; exit code 1 if it is another one.
+    """
+    with explained():
+        opened, entries = _open(run)
+        described = list(_described(opened, entries))
+        facts: dict[str, Any] = {"run": str(run), "status": opened.status, "entries": described}
+        if verify:
+            from fedkrso_app import model
+
+            try:
+                expected = json.loads((run / "result.json").read_text())["digest"]
+            except (OSError, ValueError, KeyError):
+                raise LedgerError(f"{run} has no result.json with a digest to compare with: {opened.status}.") from None
+            facts["digest"] = model.state_digest(_replay(opened, entries, entries.version)[1])
+            facts["verified"] = facts["digest"] == expected
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        out.print(_entries_table(facts))
+    if verify:
+        said = "leads to the model in" if facts["verified"] else f"leads to another model ({facts['digest']}) than"
+        (out if facts["verified"] and not as_json else err).print(f"The ledger {said} result.json.", **_PLAIN)
+        raise typer.Exit(0 if facts["verified"] else 1)
+
+
+def _open(folder: Path) -> "tuple[Run, Ledger]":
+    from fedkrso_app.run import Run
+
+    run = Run(folder)
+    _ = run.config  # says so where the folder is no run
+    if not run.ledger.is_dir():
+        raise LedgerError(f"{folder} has no ledger.")
+    return run, Ledger(run.ledger)
+
+
+def _replay(run: "Run", entries: Ledger, to: int) -> tuple[Any, Any]:
+    """The loaded model, and its plain state at version ``to``."""
+    from fedkrso_app import data, model
+    from fedkrso_app.replica import NeedSync, Replica
+    from fedkrso_app.strategies import STRATEGIES
+
+    config = run.config
+    loaded = model.load(config.model, data.task(config.task).num_labels, config.seed)
+    if loaded.digest != run.info["model_digest"]:
+        raise ConfigError(f"model = {config.model!r} has other weights than when {run.path} was made.")
+    strategy = STRATEGIES[config.strategy]
+    method = strategy.local(loaded.module, loaded.targets, loaded.head, config)
+    replica = Replica(method, entries, strategy.incremental)
+    try:
+        for version in track(range(to + 1) if strategy.incremental else [to], "Replaying", console=err, transient=True):
+            replica.advance(version)
+    except NeedSync as error:
+        raise LedgerError(str(error)) from None
+    return loaded, method.plain_state()
+
+
+def _described(run: "Run", entries: Ledger) -> Iterator[dict[str, Any]]:
+    """What every entry on disk says, as JSON would have it."""
+    from fedkrso_app.strategies import STRATEGIES
+
+    incremental, before = STRATEGIES[run.config.strategy].incremental, None
+    for version in entries.versions():
+        entry = entries.read(version)
+        yield {
+            "version": version,
+            **{key: value for key, value in entry.record.items() if key != "version"},
+            "arrays": {name: list(value.shape) for name, value in entry.arrays.items()},
+            "disk_bytes": (entries.folder / f"{version:06d}.safetensors").stat().st_size,
+            "norms": _norms(entry, before, incremental),
+        }
+        before = entry
+
+
+def _norms(entry: Entry, before: Entry | None, incremental: bool) -> dict[str, float]:
+    norms = {}
+    for name, value in entry.arrays.items():
+        if value.dtype.kind != "f":
+            continue
+        if incremental and name != "head":  # the head is absolute in every method
+            norms[name] = float(np.linalg.norm(value.astype(np.float64)))
+        elif before is not None and before.version == entry.version - 1 and name in before.arrays:
+            norms[name] = float(np.linalg.norm(value.astype(np.float64) - before.arrays[name]))
+    return norms
+
+
+def _entries_table(facts: Mapping[str, Any]) -> Table:
+    table = Table(title=f"{facts['run']}: {facts['status']}")
+    for head in ("version", "round", "took part", "arrays", "on disk, MB", "up, MB", "down, MB", "norm of the update"):
+        table.add_column(head, justify="left" if head in ("took part", "arrays", "norm of the update") else "right")
+    for e in facts["entries"]:
+        who = f"{e['clients']}: {' '.join(map(str, e['partitions']))}" if e["partitions"] else "–"
+        arrays = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in e["arrays"].items())
+        norms = ", ".join(f"{name} {norm:.4g}" for name, norm in e["norms"].items())
+        sizes = [f"{e[key] / 1e6:.3f}" for key in ("disk_bytes", "uplink_bytes", "downlink_bytes")]
+        table.add_row(str(e["version"]), str(e["round"]), who, arrays, *sizes, norms or "–")
+    return table
+
+
+def _results_table(facts: Mapping[str, Any]) -> Table:
+    from fedkrso_app.report import plus_minus
+
+    table = Table(title=f"{facts['task']}: {facts['metric']} after the last round, mean ± sd over the seeds")
+    costs = {"uplink_mb": "MB up", "downlink_mb": "MB down", "paper_mb": "MB, paper", "client_peak_mb": "client MB"}
+    costs |= {"step_ms": "ms a step", "seconds_per_round": "s a round"}
+    for head in ("method", "partition", "rate", "seeds", facts["metric"], *costs.values()):
+        table.add_column(head, justify="left" if head in ("method", "partition") else "right")
+    for row in facts["rows"]:
+        first = [row["strategy"], row["partition"], f"{row['learning_rate']:g}", str(row["seeds"])]
+        cells = ["–" if row[key] is None else f"{row[key]:.4g}" for key in costs]
+        table.add_row(*first, plus_minus(row["metric"], row["metric_sd"]), *cells)
+    return table
+
+
+def _sweep_table(choices: Sequence[Mapping[str, Any]], last: int, holdout: float) -> Table:
+    table = Table(
+        title=f"Learning rates by the mean metric of the last {last} rounds on {holdout:.0%} of the training rows"
+    )
+    for head in ("method", "partition", *(f"rate {i + 1}" for i in range(len(choices[0]["rates"]))), ""):
+        table.add_column(head)
+    for choice in choices:
+        cells = []
+        for rate, score in zip(choice["rates"], choice["scores"], strict=True):
+            text = f"{rate:g}: " + ("failed" if score is None else f"{score:.4f}")
+            cells.append(f"[bold]{text} *[/bold]" if rate == choice["best"] else text)
+        edge = "the best is at the edge: a better one may lie beyond" if choice["edge"] else ""
+        table.add_row(choice["strategy"], choice["partition"], *cells, edge)
+    return table
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(name) for name in _names(text)]
+    except ValueError:
+        raise ConfigError(f"--seeds {text!r} are not whole numbers separated by commas, such as 0,1,2.") from None

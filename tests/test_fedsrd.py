@@ -1,0 +1,101 @@
+"""What holds for FedSRD and FedSRD-e: sparse both ways, both sides at the same pair, bytes by the formula."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import arrays_of, digest, play, replayed
+
+from fedkrso_app import client_app
+from fedkrso_app.config import parse
+from fedkrso_app.core.flat import flatten
+from fedkrso_app.ledger import Ledger
+from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
+
+SIZE = 2 * 2 * (4 * (16 + 16) + 2 * (16 + 24))  # rank 2, two blocks: all B and all A
+
+
+@pytest.fixture(params=["fedsrd", "fedsrd-e"])
+def settings(request, run_config) -> dict:
+    return run_config | {"strategy": request.param, "num-server-rounds": 4}
+
+
+def test_the_two_variants_differ_in_one_step():
+    own = {name for name in vars(FedSRDe) if not name.startswith("__")}
+    assert own - {"_abc_impl"} == {"represent"} and issubclass(FedSRDe, FedSRD)
+
+
+def test_an_upload_is_values_and_one_bit_an_element(settings):
+    replies = []
+    play(settings, tamper=lambda partition, message, reply: replies.append(reply) or reply)
+    for reply in replies:
+        arrays = arrays_of(reply)
+        bits = np.unpackbits(arrays["bits"], bitorder="little")
+        assert arrays["bits"].nbytes == -(-SIZE // 8)
+        assert arrays["values"].nbytes == 4 * bits.sum()
+        assert bits.sum() <= (1 - 0.85) * SIZE + 24  # at least alpha is pruned, up to one element a matrix
+
+
+def test_factors_take_turns_and_B_is_first(settings):
+    run = play(settings)
+    ledger = Ledger(run.ledger)
+    assert [int(ledger.read(version).arrays["mask"][1]) for version in (1, 2, 3, 4)] == [0, 1, 0, 1]
+
+
+def test_a_broadcast_keeps_about_a_fifth_of_one_factor(settings):
+    run = play(settings)
+    for version in (1, 2, 3, 4):
+        values = Ledger(run.ledger).read(version).arrays["values"]
+        assert 0.1 * SIZE / 2 < len(values) < 0.3 * SIZE / 2
+
+
+def test_the_server_and_every_client_hold_the_same_pair_bit_for_bit(settings, monkeypatch):
+    servers, clients = {}, {}
+    average = FedSRD.average
+
+    def keep(self, total):
+        version = self.ledger.version
+        servers[version] = {name: flatten(tensors).tobytes() for name, tensors in self.pair.items()}
+        return average(self, total)
+
+    def look(partition, message, reply):
+        method = client_app.workplace(1, parse(settings), 4).replica.method
+        pair = {name: flatten(method.state[name]).tobytes() for name in ("B", "A")}
+        clients.setdefault(message.content["train"]["version"], []).append(pair)
+        return reply
+
+    monkeypatch.setattr(FedSRD, "average", keep)
+    play(settings, tamper=look)
+    assert len(servers) == 4
+    assert all(pair == servers[version] for version, pairs in clients.items() for pair in pairs)
+
+
+def test_a_sparse_head_costs_less_and_replays_to_the_same_bits(settings):
+    dense = play(settings)
+    sparse = play(settings | {"run-name": "sparse", "fedsrd.sparsify-head": True}, run_id=2)
+    assert replayed(sparse) == digest(sparse)
+    assert sparse.metrics()[-1]["uplink_bytes"] < dense.metrics()[-1]["uplink_bytes"]
+
+
+def test_without_sparsification_and_with_one_client_a_B_round_takes_over_the_clients_B(run_config, monkeypatch):
+    """FedSRD-e, p = 0, nothing pruned, A untouched: the server's B becomes the client's."""
+    settings = run_config | {
+        "strategy": "fedsrd-e", "fedsrd.alpha": 0.0, "fedsrd.max-sparsity": 0.0, "fedsrd.compensate": "none",
+        "fedsrd.download-sparsity": 0.0, "num-server-rounds": 1,
+    }  # fmt: skip
+    local, ends = STRATEGIES["fedsrd-e"].local, []
+    train = local.train
+
+    def train_B_only(self, batches, instructions, rng):
+        A = [tensor.detach().clone() for tensor in self.state["A"]]
+        for tensor in self.state["A"]:
+            tensor.register_hook(torch.zeros_like)
+        arrays, loss = train(self, batches, instructions, rng)
+        assert all(torch.equal(a, b) for a, b in zip(A, self.state["A"], strict=True))
+        ends.append(flatten(self.state["B"]))
+        return arrays, loss
+
+    monkeypatch.setattr(local, "train", train_B_only)
+    run = play(settings, nodes=1)
+    values = Ledger(run.ledger).read(1).arrays["values"]
+    np.testing.assert_allclose(values, ends[0], rtol=0, atol=2e-7)
