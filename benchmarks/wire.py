@@ -4,7 +4,7 @@
 
 Builds each method on RoBERTa-base and RoBERTa-large *shapes* (a model from its config on the meta device: no weights),
 fills its records with random numbers and counts the bytes that Flower would serialise, headers included. FedKRSO stands
-twice: with all K = 10 seeds both ways, as the paper counts it, and with the seeds that ten clients really draw in a round.
+twice: with all K = 10 seeds both ways, as the paper counts it, and with the seeds that ten clients really draw.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def shapes(size: str) -> Shapes:
 
 
 def draws(config: Config) -> tuple[float, float]:
-    """(mean number of distinct seeds that a client draws, number that ten clients use), over 20 rounds of ten clients."""
+    """Mean numbers of distinct seeds that one client draws and that ten clients use, over 20 rounds."""
     K, intervals = config.fedkrso.num_seeds, config.local_steps // config.fedkrso.interval
     drawn, used = [], []
     for round in range(20):
@@ -164,13 +164,15 @@ def main() -> None:
         "both MB",
         "formula MB",
         "both GiB",
+        "formula GiB",
         "paper's Table III",
         "note",
     ):
         table.add_column(column, justify="left" if column in ("model", "method", "note") else "right")
     for row in result:
         figures = [f"{row[key] / 1e6:.3f}" for key in ("up", "down", "both", "formula")]
-        table.add_row(row["model"], row["method"], *figures, f"{row['both'] / 2**30:.5f}", row["paper"], row["note"])
+        figures += [f"{row[key] / 2**30:.5f}" for key in ("both", "formula")]
+        table.add_row(row["model"], row["method"], *figures, row["paper"], row["note"])
     Console(width=170).print(table)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -21,9 +22,16 @@ if TYPE_CHECKING:  # imported inside the commands instead, since torch takes sec
     from fedkrso_app.run import Run
 
 app = typer.Typer(
-    name="fedkrso", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+    name="fedkrso",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help=__doc__,
 )
-out, err = Console(), Console(stderr=True)
+# A pipe or a file has no width; the tables should not be cut to 80 columns there.
+out = Console(width=None if sys.stdout.isatty() else 120)
+err = Console(width=None if sys.stderr.isatty() else 120, stderr=True)
 _PLAIN: Any = {"markup": False, "highlight": False, "soft_wrap": True}  # for sentences and paths
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, wherever it was copied to.")]
 
@@ -46,7 +54,7 @@ def compare(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file with run settings.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One run setting.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the runs; default: <output-dir>/compare-<task>.")
+        Path | None, typer.Option(help="Folder of the runs; default: compare-TASK in output-dir.")
     ] = None,
     clients: Annotated[int, typer.Option(min=1, help="Clients of the simulated federation.")] = 10,
     sweep: Annotated[
@@ -58,19 +66,19 @@ def compare(
     """Run methods on the same clients, partitions and seeds, and print what they reach and what they cost.
 
     The folder gets one run and one log per method, partition and seed, results.csv and results.json. The same command
-    goes on where it was interrupted: complete runs are kept, begun ones resumed. Ctrl-C stops the run under way too. Exit
-    code 1: a run has failed (the others are made all the same).
+    goes on where it was interrupted: complete runs are kept, begun ones resumed. Ctrl-C stops the run under way too.
+    A run that fails does not keep the others from being made; the exit code is then 1.
 
     --sweep chooses the learning rate of each method for each partition: as many rates for every method, each twice the
     one before, around the rate in the settings (4 rates: ×0.5, ×1, ×2, ×4), with seed 0. They are judged by the mean
     metric of the last 3 rounds on a fifth of the training rows, which those runs do not train on; the validation rows
-    that the table reports are never looked at. The choice is printed and kept in <output>/sweep/sweep.json.
+    that the table reports are never looked at. The choice is printed and kept in OUTPUT/sweep/sweep.json.
     """
     with explained():
         from fedkrso_app import compare as c
 
         base = c.settings(config, set_ or [])
-        folder = output or Path(base["output-dir"]) / f"compare-{base['task'].replace('/', '-')}"
+        folder = output or Path(str(base["output-dir"])) / f"compare-{base['task']}".replace("/", "-")
         plan = c.Plan(
             base, _names(strategies), _names(partitions or base["partition"]), _numbers(seeds), folder, clients
         )
@@ -261,14 +269,20 @@ def _entries_table(facts: Mapping[str, Any]) -> Table:
 def _results_table(facts: Mapping[str, Any]) -> Table:
     from fedkrso_app.report import plus_minus
 
-    table = Table(title=f"{facts['task']}: {facts['metric']} after the last round, mean ± sd over the seeds")
-    costs = {"uplink_mb": "MB up", "downlink_mb": "MB down", "paper_mb": "MB, paper", "client_peak_mb": "client MB"}
-    costs |= {"step_ms": "ms a step", "seconds_per_round": "s a round"}
+    table = Table(title=f"{facts['task']}: mean ± sd over the seeds, after the last round", box=box.SIMPLE_HEAD)
+    table.caption = "MB: 10^6 bytes, of one client and round; the rest is in results.csv"
+    costs = {
+        "uplink_mb": "MB up",
+        "downlink_mb": "MB down",
+        "client_peak_mb": "client MB",
+        "seconds_per_round": "s/round",
+    }
     for head in ("method", "partition", "rate", "seeds", facts["metric"], *costs.values()):
         table.add_column(head, justify="left" if head in ("method", "partition") else "right")
     for row in facts["rows"]:
         first = [row["strategy"], row["partition"], f"{row['learning_rate']:g}", str(row["seeds"])]
-        cells = ["–" if row[key] is None else f"{row[key]:.4g}" for key in costs]
+        cells = ["–" if row[key] is None else f"{row[key]:.3g}" for key in costs]
+        cells[2] = cells[2] if row["client_peak_mb"] is None else f"{row['client_peak_mb']:.0f}"
         table.add_row(*first, plus_minus(row["metric"], row["metric_sd"]), *cells)
     return table
 

@@ -9,9 +9,9 @@ import os
 import re
 import subprocess
 import sys
-import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,7 +36,10 @@ _PLACES = ("output-dir", "run-name", "resume")
 
 
 def settings(file: Path | None, assignments: Sequence[str]) -> Settings:
-    """pyproject.toml's defaults, changed by the TOML ``file`` and then by ``key=value``. Raises ConfigError."""
+    """pyproject.toml's defaults, changed by the TOML ``file`` and then by ``key=value``; not checked yet.
+
+    Raises ConfigError where something cannot be read.
+    """
     try:
         project = tomllib.loads((APP / "pyproject.toml").read_text())
         flat = _flat(project["tool"]["flwr"]["app"]["config"])
@@ -54,7 +57,7 @@ def settings(file: Path | None, assignments: Sequence[str]) -> Settings:
     for key in ("model", "data-dir"):  # Flower's engine runs in a folder of its own
         if flat[key] and Path(str(flat[key])).expanduser().exists():
             flat[key] = str(resolved_path(str(flat[key])))
-    return parse(flat).to_dict()
+    return flat
 
 
 class Plan:
@@ -65,11 +68,13 @@ class Plan:
     ) -> None:
         if not (strategies and partitions and seeds) or base["evaluate"] == "off":
             raise ConfigError("a comparison needs a method, a partition and a seed at least, and evaluate = 'server'.")
+        if not FLWR.is_file():
+            raise ConfigError(f"Flower's command {FLWR} is missing: pip install -r requirements.txt.")
         self.base, self.seeds, self.output, self.clients = base, seeds, output.expanduser().resolve(), clients
-        # By partition, then by strategy: the settings with which a pair is run.
-        changes = [{"partition": partition, "strategy": strategy} for partition in partitions for strategy in strategies]
-        self.pairs = [parse(base | change).to_dict() for change in changes]
+        pairs = [{"partition": partition, "strategy": strategy} for partition in partitions for strategy in strategies]
+        self.pairs = [parse(base | pair).to_dict() for pair in pairs]
         self.runs = [self._job(pair, f"seed{seed}", seed=seed) for pair in self.pairs for seed in seeds]
+        self.metric = data.task(base["task"]).metric
         file = self.output / "clients"
         before = file.read_text().strip() if file.is_file() else str(clients)
         if before != str(clients):
@@ -101,7 +106,99 @@ class Plan:
         ]
         return failures | make(self.runs, self.clients, console)
 
-    def _play(config: Settings, clients: int) -> Iterator[None]:
+    def save(self, command: str) -> dict[str, Any]:
+        """Write results.csv and results.json; returns what the latter holds."""
+        table = rows(self.runs)
+        with open(self.output / "results.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]) if table else [])
+            writer.writeheader()
+            writer.writerows(table)
+        runs = [(config["seed"], _run(config)) for config in self.runs if _run(config).path.exists()]
+        facts = {
+            "command": command,
+            "task": self.base["task"],
+            "metric": self.metric,
+            "clients": self.clients,
+            "rows": table,
+            "runs": [{"run": run.path.name, "seed": seed, "status": run.status, **measures(run)} for seed, run in runs],
+        }
+        (self.output / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
+        return facts
+
+    def _job(self, pair: Settings, what: str, inside: str = "", rate: float | None = None, **changes: Any) -> Settings:
+        name = f"{pair['strategy']}-{pair['partition']}-{what}"
+        places = {"output-dir": str(self.output / inside), "run-name": name, "resume": ""}
+        key = STRATEGIES[pair["strategy"]].learning_rate_key
+        return parse(pair | changes | places | {key: rate or pair[key]}).to_dict()
+
+
+def rate_of(config: Settings) -> float:
+    """The learning rate of the config's own method."""
+    return config[STRATEGIES[config["strategy"]].learning_rate_key]
+
+
+def grid(rate: float, count: int) -> list[float]:
+    """``count`` rates, each twice the one before, ``rate`` in their middle or just below it."""
+    return [float(f"{rate * FACTOR ** (i - (count - 1) // 2):.6g}") for i in range(count)]
+
+
+def choose(tried: Sequence[Settings]) -> list[dict[str, Any]]:
+    """Per strategy and partition the rate with the best score: the mean metric of a completed run's last rounds.
+
+    ``best`` is None where no run has completed; ``edge`` says that a better one may lie outside the grid.
+    """
+    choices = []
+    for (strategy, partition), group in _by_pair(tried).items():
+        rates, scores = [rate_of(config) for config in group], [_score(_run(config)) for config in group]
+        ranked = sorted((score, rate) for score, rate in zip(scores, rates, strict=True) if score is not None)
+        best = ranked[-1][1] if ranked else None
+        choice = {"strategy": strategy, "partition": partition, "rates": rates, "scores": scores, "best": best}
+        choices.append(choice | {"edge": best in (rates[0], rates[-1])})
+    return choices
+
+
+def make(wanted: Sequence[Settings], clients: int, console: Console) -> dict[str, str]:
+    """Make the runs that are not complete yet; returns why those that failed did, by run-name.
+
+    Raises ConfigError, before anything starts, if a folder holds a run with other settings.
+    """
+    todo = [config for config in wanted if not _complete(config)]
+    failures: dict[str, str] = {}
+    bar = Progress(
+        "rounds", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), speed_estimate_period=7200, console=console
+    )
+    before = [_rounds(config) for config in todo]
+    missing = [config["num-server-rounds"] - made for config, made in zip(todo, before, strict=True)]
+    task = bar.add_task("", total=sum(missing))
+    with Live(console=console, transient=True) as live:
+        for i, config in enumerate(todo):
+            title = f"{len(wanted) - len(todo) + i + 1} of {len(wanted)}  {config['run-name']}"
+            with closing(_play(config, clients)) as playing:
+                for _ in playing:
+                    live.update(Group(Text(f"{title}\n{_last(config)}"), bar))
+                    bar.update(task, completed=sum(missing[:i]) + _rounds(config) - before[i])
+            if _run(config).status != "completed":
+                failures[config["run-name"]] = _why(config)
+            told = failures.get(config["run-name"], _last(config))
+            console.print(f"{title}  {told}", markup=False, highlight=False, soft_wrap=True)
+    return failures
+
+
+def rows(made: Sequence[Settings]) -> list[dict[str, Any]]:
+    """One row per strategy and partition over its completed runs: mean and sample sd of the last metric, mean costs."""
+    table = []
+    for (strategy, partition), group in _by_pair(made).items():
+        figures = [measures(_run(config)) for config in group if _run(config).status == "completed"]
+        mean, sd = mean_sd([f["metric"] for f in figures])
+        row = {"strategy": strategy, "partition": partition, "learning_rate": rate_of(group[0]), "seeds": len(figures)}
+        row |= {"metric": mean, "metric_sd": sd}
+        for key in ("uplink_mb", "downlink_mb", "paper_mb", "client_peak_mb", "step_ms", "seconds_per_round"):
+            row[key] = mean_sd([f[key] for f in figures])[0]
+        table.append(row)
+    return table
+
+
+def _play(config: Settings, clients: int) -> Generator[None]:
     """Make or resume one run; yields now and then while it is under way, and returns when it is over."""
     run, log = _run(config), _beside(config, ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -112,14 +209,15 @@ class Plan:
     file = _beside(config, ".toml")
     file.write_text("".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items()))
     federation = f"num-supernodes={clients} client-resources-num-cpus=1"
-    command = [FLWR, "run", APP, "--stream", "--federation-config", federation, "--run-config", file]
+    command: list[str | Path] = [FLWR, "run", APP, "--stream", "--federation-config", federation, "--run-config", file]
     with open(log, "w") as output:
         # A session of its own, so that Ctrl-C reaches us alone and the run can be stopped in order.
         process = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(), start_new_session=True)
     try:
         while process.poll() is None:
             yield
-            time.sleep(0.5)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)
     except BaseException:
         _stop(log)
         process.terminate()
@@ -130,7 +228,8 @@ def _stop(log: Path) -> None:
     """Have Flower stop the run that ``log`` is about; no harm if it is over."""
     started = re.findall(r"started run (\d+)", log.read_text(errors="replace")) if log.is_file() else []
     if started:
-        subprocess.run([FLWR, "stop", started[-1]], env=_environment(), capture_output=True, timeout=60)
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([FLWR, "stop", started[-1]], env=_environment(), capture_output=True, timeout=60)
 
 
 def _environment() -> dict[str, str]:

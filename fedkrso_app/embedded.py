@@ -41,14 +41,15 @@ _NOUNS = {
 }
 # Kinds of agents > kinds of patients: verbs; "~" stands between opposites.
 _VERBS = """
-PA > PA: chase/pursue help/assist~hinder/obstruct attack/assault~protect/defend watch scare/frighten love/adore~hate
+PA > PA: chase/pursue help/assist~hinder/obstruct attack/assault~protect/defend scare/frighten
+PA > PAVFTB: watch/observe love/adore~hate/despise
+PA > VFTB: approach inspect~ignore
 P > P: hire/employ~dismiss/fire praise~blame
 PA > F: devour/consume taste
-P > F: bake/prepare
-P > VTB: repair/fix~destroy/wreck purchase/acquire clean/wash
-P > V: steer
-P > B: enter~exit
-P > T: lift/raise~lower
+P > VFTB: purchase/acquire clean/wash~stain prepare
+P > VTB: repair/fix~destroy/wreck
+P > VT: lift/raise~lower
+P > VB: enter~exit
 """
 _ADJECTIVES = "big/large~small/little old/aged~new quick/swift~slow quiet/silent~noisy/loud strong~weak red blue"
 _ADVERBS = "quickly/rapidly~slowly quietly/silently~loudly carefully/cautiously~recklessly often~rarely"
@@ -173,6 +174,7 @@ class _Writer:
 
     def __init__(self, seed: int, skew: float = 1.0):
         self.rng, self.skew, self.lexicon = np.random.default_rng(seed), skew, _lexicon()
+        self.said: dict[Words, str] = {}  # the words of this row's concepts
 
     def chance(self, p: float) -> bool:
         return bool(self.rng.random() < p)
@@ -180,13 +182,20 @@ class _Writer:
     def pick(self, items: Sequence[_T]) -> _T:
         return items[int(self.rng.random() * len(items))]
 
+    def say(self, concept: Words) -> str:
+        """One of the synonyms, mostly the one that this row has used before."""
+        if concept not in self.said or self.chance(0.3):
+            self.said[concept] = self.pick(concept)
+        return self.said[concept]
+
     def word(self, items: Sequence[_T], but: Any = None) -> _T:
         while True:
             item = items[int(len(items) * self.rng.random() ** self.skew)]
             if item != but:
                 return item
 
-    def clause(self, p_modifier: float = 0.2, p_relative: float = 0.0) -> _Clause:
+    def clause(self, p_modifier: float = 0.3, p_relative: float = 0.0) -> _Clause:
+        self.said.clear()
         lexicon = self.lexicon
         verb = self.word(lexicon.verbs)
         quantifier = self.pick(("the", "some") * 4 + ("every", "no"))
@@ -223,8 +232,8 @@ class _Writer:
         return replace(c, passive=same and self.chance(0.15))
 
     def noun_phrase(self, quantifier: str, adjective: Words | None, noun: _Noun, plural: bool) -> str:
-        words = [self.pick(adjective)] if adjective else []
-        word = self.pick(noun.words)
+        words = [self.say(adjective)] if adjective else []
+        word = self.say(noun.words)
         words.append(_plural(word) if plural else word)
         one = "an" if words[0][0] in "aeiou" else "a"
         determiners = {"some": (one, "some"), "every": ("every", "all")}
@@ -236,7 +245,7 @@ class _Writer:
         object_ = self.noun_phrase(c.object_quantifier, c.object_adjective, c.object, c.object_plural)
         plural = (c.object_plural if c.passive else c.plural) != (mistake == "number")
         negation = "not" if c.negated else ""
-        base = self.pick(c.verb.words)
+        base = self.say(c.verb.words)
         if c.passive:
             verb = base if mistake == "form" else _participle(base)
             parts = [object_, "are" if plural else "is", negation, verb, "by", subject]
@@ -247,7 +256,7 @@ class _Writer:
             parts = [subject, "are" if plural else "is", base, object_]
         else:
             parts = [subject, base if plural else _plural(base), object_]
-        return " ".join(" ".join([*parts, self.pick(c.adverb) if c.adverb else ""]).split())
+        return " ".join(" ".join([*parts, self.say(c.adverb) if c.adverb else ""]).split())
 
     def edits(self, c: _Clause) -> dict[str, list[dict[str, Any]]]:
         """Changes of ``c`` by what they do to its truth: "weaker" (it follows from ``c``), "stronger" or otherwise
@@ -258,9 +267,9 @@ class _Writer:
         found: dict[str, list[dict[str, Any]]] = {"weaker": [], "open": [], "false": []}
         found[up].append({"subject": hypernyms[c.subject.kind]})
         found["weaker"].append({"object": hypernyms[c.object.kind]})
-        found["open"] += [{"subject": self.word(lexicon.nouns[c.subject.kind], but=c.subject)}] * 3
-        found["open"] += [{"object": self.word(lexicon.nouns[c.object.kind], but=c.object)}] * 3
-        found["open"] += [{"verb": verb}] * 3 if (verb := self.other_verb(c.verb)) else []
+        found["open"] += [{"subject": self.stranger(c.subject, c.verb.agents)}] * 2
+        found["open"] += [{"object": self.stranger(c.object, c.verb.patients)}] * 2
+        found["open"] += [{"verb": verb}] * 2 if (verb := self.other_verb(c)) else []
         found[up if c.adjective else down].append(
             {"adjective": None if c.adjective else self.word(lexicon.adjectives)}
         )
@@ -291,11 +300,17 @@ class _Writer:
             found["open"].append(swapped)
         return found
 
-    def other_verb(self, verb: _Verb) -> _Verb | None:
-        """One with the same frame, neither the same nor its opposite; None where there is none."""
-        frame = (verb.agents, verb.patients)
-        others = [v for v in self.lexicon.verbs if (v.agents, v.patients) == frame and verb.opposite != v.words]
-        return self.word(others, but=verb) if len(others) > 1 else None
+    def stranger(self, noun: _Noun, kinds: str) -> _Noun:
+        """Another noun, mostly of another kind where ``kinds`` has one: those of one kind are harder to tell apart."""
+        others = kinds.replace(noun.kind, "")
+        kind = self.pick(others) if others and self.chance(0.8) else noun.kind
+        return self.word(self.lexicon.nouns[kind], but=noun)
+
+    def other_verb(self, c: _Clause) -> _Verb | None:
+        """One that takes the nouns of ``c``, neither the same nor its opposite; None where there is none."""
+        fits = [v for v in self.lexicon.verbs if c.subject.kind in v.agents and c.object.kind in v.patients]
+        others = [v for v in fits if v != c.verb and v.opposite != c.verb.words]
+        return self.word(others) if others else None
 
     def swapped(self, c: _Clause) -> dict[str, Any]:
         """The edit that exchanges subject and object, empty where the verb does not allow it."""
@@ -310,7 +325,7 @@ class _Writer:
         decisive = self.pick(edits[kind]) if kind != "weaker" else {}
         c = replace(c, **decisive)
         for edit in edits["weaker"]:  # each is about another field, and keeps what the decisive one did
-            if not edit.keys() & decisive.keys() and self.chance(0.3):
+            if not edit.keys() & decisive.keys() and self.chance(0.2):
                 c = replace(c, **edit)
         return c
 
@@ -375,7 +390,7 @@ class _Writer:
     def similarity(self) -> dict[str, Any]:
         """Five slots (subject, its adjective, verb, object, adverb); a noun of the same kind is half a match."""
         c, lexicon = self.clause(p_modifier=1.0, p_relative=0.0), self.lexicon
-        verb = self.other_verb(c.verb) or self.word(lexicon.verbs, but=c.verb)
+        verb = self.other_verb(c) or self.word(lexicon.verbs, but=c.verb)
         nouns = [lexicon.nouns[self.pick(kinds)] for kinds in (c.verb.agents, c.verb.patients)]
         fresh = {"subject": self.word(nouns[0], but=c.subject), "object": self.word(nouns[1], but=c.object),
                  "verb": verb, "adjective": self.word(lexicon.adjectives, but=c.adjective),
@@ -464,13 +479,13 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
-        pair="<s> $A </s> </s> $B </s>",
+        pair="<s> $A </s> </s>:1 $B:1 </s>:1",
         special_tokens=[(token, vocabulary[token]) for token in ("<s>", "</s>")],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", cls_token="<s>", eos_token="</s>", sep_token="</s>",
         pad_token="<pad>", unk_token="<unk>", mask_token="<mask>", model_max_length=128,
-        model_input_names=["input_ids", "attention_mask"],
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
 
 
@@ -478,7 +493,7 @@ def _pretrained(tokenizer: PreTrainedTokenizerFast, steps: int) -> RobertaForMas
     """Masked language modelling on the corpus; PyTorch's global state is left as it was."""
     writer = _Writer(seed=len(TASKS))
     documents = [writer.document() for _ in range(min(_DOCUMENTS, steps * _BATCH))]
-    ids = sorted((tokenizer(*document)["input_ids"] for document in documents), key=len)  # little padding
+    ids = sorted((tokenizer(*document) for document in documents), key=lambda row: len(row["input_ids"]))  # little padding
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)  # sums, and so the weights, depend on it
@@ -490,7 +505,7 @@ def _pretrained(tokenizer: PreTrainedTokenizerFast, steps: int) -> RobertaForMas
 
 
 def _train_mlm(tokenizer: PreTrainedTokenizerFast, ids: list[list[int]], steps: int) -> RobertaForMaskedLM:
-    model = RobertaForMaskedLM(RobertaConfig(vocab_size=len(tokenizer), type_vocab_size=1, **_MODEL))
+    model = RobertaForMaskedLM(RobertaConfig(vocab_size=len(tokenizer), type_vocab_size=2, **_MODEL))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.1)
@@ -499,15 +514,26 @@ def _train_mlm(tokenizer: PreTrainedTokenizerFast, ids: list[list[int]], steps: 
     chances[tokenizer.convert_tokens_to_ids(_FUNCTION_WORDS.split())] /= 2  # easy, there is little to learn from
     links = [word for words in _LINKS.values() for word in words]
     chances[tokenizer.convert_tokens_to_ids(links)] = 0.8  # a pair has one, and all of it bears on that word
+    lx = _lexicon()
+    kin = torch.arange(len(tokenizer))[:, None].repeat(1, 60)
+    groups = [[w for n in g for w in n.words] for g in lx.nouns.values()] + [[w for v in lx.verbs for w in v.words]]
+    groups += [[w for c in lx.adjectives for w in c], [w for c in lx.adverbs for w in c]]
+    for g in groups:
+        g = torch.tensor(tokenizer.convert_tokens_to_ids(g))
+        kin[g] = g[torch.randint(len(g), (len(g), 60))]
     start = time.monotonic()
     for step in range(1, steps + 1):
         at = int(torch.randint(max(1, len(ids) - _BATCH), ()))
-        batch = tokenizer.pad({"input_ids": ids[at : at + _BATCH]}, return_tensors="pt")  # (B, T) int64
+        batch = tokenizer.pad(ids[at : at + _BATCH], return_tensors="pt")  # (B, T) int64
         tokens = batch["input_ids"]
         hidden = torch.rand(tokens.shape) < chances[tokens]
-        labels = tokens.where(hidden, -100)
-        inputs = tokens.where(~hidden | (torch.rand(tokens.shape) < 0.1), tokenizer.mask_token_id)
-        loss = model(input_ids=inputs, attention_mask=batch["attention_mask"], labels=labels).loss
+        wrong = (torch.rand(tokens.shape) < 0.15) & ~hidden
+        labels = tokens.where(tokens >= len(_SPECIAL), -100)
+        inputs = tokens.where(~hidden, tokenizer.mask_token_id)
+        second = batch["token_type_ids"] == 1
+        draw = torch.randint(kin.shape[1], tokens.shape)
+        inputs = torch.where(wrong & second, kin[tokens, draw], inputs)
+        loss = model(input_ids=inputs, attention_mask=batch["attention_mask"], token_type_ids=batch["token_type_ids"], labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def measures(run: Run) -> dict[str, Any]:
     """What a run came to: its last metric, megabytes (10**6) of one client and round, typical seconds and memory."""
     rounds = [line for line in run.metrics() if line["round"]]
     asked = max(1, sum(_asked(line) for line in rounds))
-    megabytes = {key: sum(line[f"{key}_bytes"] for line in rounds) / asked / 1e6 for key in _BYTES}
+    megabytes = {
+        key: sum(line[f"{key}_bytes"] for line in rounds) / asked / 1e6 for key in ("uplink", "downlink", "paper")
+    }
     steps = run.info["config"]["local-steps"]
     return {
         "rounds": len(rounds),
@@ -165,11 +168,11 @@ def write(runs: Sequence[Run], file: Path) -> None:
     file.write_text(page, encoding="utf-8")
 
 
-_BYTES = ("uplink", "downlink", "paper")
-_NOTES = """MB are 10<sup>6</sup> bytes of one client in one round, measured on the wire. Curves are means over the
-seeds; bands reach from the lowest to the highest. ± is the sample standard deviation. Seconds are medians over the
-rounds. A client's memory is the peak of its process, or of its GPU where it has one, the highest in any round. Figures
-are those of completed runs, where there is one."""
+_NOTES = """The tables show the metric after the last round, ± the sample standard deviation over the seeds. Curves are
+means over the seeds; bands reach from the lowest to the highest. MB are 10<sup>6</sup> bytes of a client in one round,
+measured on the wire; MB, paper: both ways by the paper's formula. What a client has sent and received is that of one
+asked in every round. Seconds are medians over the rounds. A client's memory is the peak of its process, or of its GPU
+where it has one. Incomplete runs count only where a line has no complete one."""
 
 
 def _section(setting: tuple[str, str], here: list[Line]) -> list[str]:
@@ -184,8 +187,8 @@ def _section(setting: tuple[str, str], here: list[Line]) -> list[str]:
         figures = [f"{line.mean(key):.{digits}f}" for key, digits in keys.items()]
         replies = [f"{sum(line.of(key)):.0f}" for key in ("clients", "refused", "failed")]
         rows.append([line.label, f"{line.rate:g}", len(line.whole()), score, *figures, *replies])
-    head = ["method", "rate", "seeds", f"{metric}, last round", "MB up", "MB down", "MB both, paper's formula"]
-    head += ["s a round", "ms a local step", "client memory, MB", "replies used", "refused", "failed"]
+    head = ["method", "rate", "seeds", metric, "MB up", "MB down", "MB, paper", "s a round", "ms a step", "client MB"]
+    head += ["replies", "refused", "failed"]
     return [
         f"<h2>{_escape(', '.join(setting))}</h2>",
         f'<div class="pictures">{"".join(pictures)}</div>',
@@ -194,23 +197,18 @@ def _section(setting: tuple[str, str], here: list[Line]) -> list[str]:
 
 
 def _curves(here: list[Line], metric: str, by_bytes: bool) -> str:
-    figure = Figure(figsize=(4.9, 4.2), layout="constrained")
+    rows = ceil(len(here) / max(1, 60 // (max(len(line.label) for line in here) + 9)))  # of the legend
+    figure = Figure(figsize=(4.9, 3.8 + 0.22 * rows), layout="constrained")
     axes = figure.subplots()
     for line in here:
         rounds, spent, metrics = line.curves()
         # A log axis has no 0, where round 0 is.
         points = [p for p in zip(spent if by_bytes else rounds, metrics, strict=True) if p[0] > 0 or not by_bytes]
         x, y = [x for x, _ in points], [values for _, values in points]
-        colour, dash = _COLOURS[line.style % len(_COLOURS)], _DASHES[line.style % len(_DASHES)]
-        marker, every = _MARKERS[line.style % len(_MARKERS)], 0.08
-        look: dict[str, Any] = {
-            "color": colour,
-            "linestyle": dash,
-            "marker": marker,
-            "markevery": every,
-            "label": _plain(line.label),
-        }
-        axes.plot(x, [statistics.fmean(values) for values in y], linewidth=1.8, markersize=5.5, **look)
+        colour = _COLOURS[line.style % len(_COLOURS)]
+        look: dict[str, Any] = {"color": colour, "label": _plain(line.label), "linewidth": 1.8, "markersize": 5.5}
+        look |= {"linestyle": _DASHES[line.style % len(_DASHES)], "marker": _MARKERS[line.style % len(_MARKERS)]}
+        axes.plot(x, [statistics.fmean(values) for values in y], markevery=0.08, **look)
         axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=colour, alpha=0.15, linewidth=0)
     if by_bytes:
         _log(axes)
@@ -218,8 +216,7 @@ def _curves(here: list[Line], metric: str, by_bytes: bool) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("MB up and down of one client, so far" if by_bytes else "round")
     axes.set_ylabel(metric)
-    columns = 1 if max(len(line.label) for line in here) > 24 else 2 if len(here) in (2, 4) else 3
-    figure.legend(loc="outside lower center", ncols=min(columns, len(here)), frameon=False, handlelength=3)
+    figure.legend(loc="outside lower center", ncols=ceil(len(here) / rows), frameon=False, handlelength=3)
     title = f"{metric} against what a client has sent and received" if by_bytes else f"{metric} over the rounds"
     return _picture(figure, [axes], title, " Up and to the left is better." if by_bytes else "")
 
@@ -227,10 +224,8 @@ def _curves(here: list[Line], metric: str, by_bytes: bool) -> str:
 def _bytes(here: list[Line]) -> str:
     figure = Figure(figsize=(4.9, 1.5 + 0.62 * len(here)), layout="constrained")
     axes = figure.subplots()
-    for offset, key, name, colour, hatch in (
-        (-0.2, "uplink_mb", "up", "#0072B2", ""),
-        (0.2, "downlink_mb", "down", "#E69F00", "//"),
-    ):
+    kinds = (("uplink_mb", "up", -0.2, "#0072B2", ""), ("downlink_mb", "down", 0.2, "#E69F00", "//"))
+    for key, name, offset, colour, hatch in kinds:
         values, places = [line.mean(key) for line in here], [place + offset for place in range(len(here))]
         _bars(axes, places, values, "{:.3g}", height=0.38, color=colour, hatch=hatch, label=name)
     _log(axes)
@@ -242,11 +237,8 @@ def _bytes(here: list[Line]) -> str:
 
 
 def _costs(here: list[Line]) -> str:
-    panels = {
-        "step_ms": "ms of the slowest client, per local step",
-        "seconds_per_round": "seconds of a round",
-        "client_peak_mb": "peak memory of a client, MB",
-    }
+    panels = {"step_ms": "ms of the slowest client, per local step", "seconds_per_round": "seconds of a round"}
+    panels |= {"client_peak_mb": "peak memory of a client, MB"}
     figure = Figure(figsize=(4.9, 0.4 + len(panels) * (0.7 + 0.32 * len(here))), layout="constrained")
     every = list(figure.subplots(len(panels), 1))
     for axes, (key, name) in zip(every, panels.items(), strict=True):
@@ -265,7 +257,7 @@ def _bars(axes: Axes, places: Sequence[float], values: list[float], form: str, *
 
 def _methods(axes: Axes, here: list[Line], name: str) -> None:
     axes.set_yticks(range(len(here)), [_plain(line.label) for line in here])
-    axes.invert_yaxis()
+    axes.set_ylim(len(here) - 0.45, -0.55)  # the first on top
     axes.set_xlabel(name)
 
 
@@ -273,8 +265,10 @@ def _log(axes: Axes) -> None:
     """A log axis that reads 0.2, 0.5, 1, 2, … and never in powers."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
+    middle = (low * high) ** 0.5
+    low, high = axes.set_xlim(min(low, middle / 3.2), max(high, middle * 3.2))  # a decade at least
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -295,14 +289,12 @@ def _settings(runs: Sequence[Run]) -> list[str]:
     flat = [run.info["config"] | run.info["libraries"] | {"status": run.status} for run in runs]
     keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key not in ("run-name", "resume")]
     differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
-    shared = [
-        f"<div>{_escape(key)} <b>{_escape(_text(flat[0][key]))}</b></div>" for key in keys if key not in differing
-    ]
-    parts = [f'<div class="shared">{"".join(shared)}</div>']
+    shared = [(key, _text(flat[0][key])) for key in keys if key not in differing]
+    listed = "".join(f"<div>{_escape(key)} <b>{_escape(value)}</b></div>" for key, value in shared)
+    parts = [f'<div class="shared">{listed}</div>']
     if differing:
-        rows = [
-            [run.path.name, *(_text(v.get(key, "")) for key in differing)] for run, v in zip(runs, flat, strict=True)
-        ]
+        pairs = zip(runs, flat, strict=True)
+        rows = [[run.path.name, *(_text(values.get(key, "")) for key in differing)] for run, values in pairs]
         parts = ["<h3>The same in all runs</h3>", *parts, "<h3>What differs</h3>", _table(["run", *differing], rows)]
     return parts
 
@@ -325,7 +317,7 @@ def _megabytes(line: dict[str, Any]) -> float:
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value) or "–"
 
 
 def _escape(value: Any) -> str:

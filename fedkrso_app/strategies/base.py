@@ -112,7 +112,7 @@ class FedTune(Strategy, ABC):
     ) -> None:
         self.config, self.shapes, self.ledger, self.report = config, shapes, ledger, report
         self.first_round = 1 + int(ledger.read(ledger.version).record["round"])  # later than 1 in a resumed run
-        self.nodes = Nodes(model_digest)
+        self.nodes = Nodes(model_digest, config.round_timeout)
 
     @classmethod
     def check_rank(cls, config: Config, shapes: Shapes) -> None:

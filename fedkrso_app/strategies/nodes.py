@@ -13,13 +13,14 @@ from fedkrso_app.wire import Refused
 
 logger = logging.getLogger("flwr")
 
-_JOIN_TIMEOUT = 120.0  # seconds to wait until the whole federation is there
+_GATHERING = 120.0  # seconds to wait, before the first round, for nodes that have not come yet
 
 
 class Nodes:
     """The nodes of a run, asked once each who they are before they take part."""
 
-    def __init__(self, model_digest: str) -> None:
+    def __init__(self, model_digest: str, timeout: float) -> None:
+        self._timeout = timeout  # seconds for an answer; a node may have to fetch its model first
         self._join = ConfigRecord({"model": model_digest, "probe": probe()})
         self.partitions: dict[int, int | None] = {}  # node id -> partition id; None: cannot take part
         self.versions: dict[int, int] = {}  # node id -> version it is known to hold
@@ -30,13 +31,13 @@ class Nodes:
 
         Raises ConfigError, with the reason a node gave, when none can take part.
         """
-        end = time.monotonic() + _JOIN_TIMEOUT
         self.welcome_new(grid)
+        end = time.monotonic() + _GATHERING
         while len(self.partitions) < max(1, self._expected) and time.monotonic() < end:
             time.sleep(0.5)
             self.welcome_new(grid)
         if not self.partitions:
-            raise ConfigError(f"no node came within {_JOIN_TIMEOUT:g} s; start SuperNodes, then run again.")
+            raise ConfigError("no node came: start SuperNodes, then run again.")
         if len(self.partitions) < self._expected:
             logger.warning("%d of %d nodes are there; going on with them", len(self.partitions), self._expected)
 
@@ -45,7 +46,7 @@ class Nodes:
         new = [node for node in grid.get_node_ids() if node not in self.partitions]
         messages = [Message(RecordDict({"join": self._join}), node, "query.join") for node in new]
         reasons = []
-        for reply in grid.send_and_receive(messages, timeout=_JOIN_TIMEOUT):
+        for reply in grid.send_and_receive(messages, timeout=self._timeout):
             asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
             node = asked[reply.metadata.reply_to_message_id]
             try:

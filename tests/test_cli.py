@@ -1,0 +1,150 @@
+"""The commands on a real in-process run: export and ledger, on the run's own folder and on a copy of it."""
+
+import json
+import shutil
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_apps import digest, play, replayed
+from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+from fedkrso_app import cli, model
+from fedkrso_app.ledger import Ledger
+from fedkrso_app.run import Run
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def played() -> list[Run]:
+    """The run that was played for the first test that needs one; the others get copies of it."""
+    return []
+
+
+@pytest.fixture
+def run(played, run_config, tmp_path, tmp_path_factory) -> Run:
+    if not played:
+        played.append(play(run_config | {"output-dir": str(tmp_path_factory.mktemp("played"))}))
+    return Run(shutil.copytree(played[0].path, tmp_path / "run"))
+
+
+def exported(folder) -> str:
+    return model.state_digest(AutoModelForSequenceClassification.from_pretrained(folder).state_dict())
+
+
+@pytest.mark.parametrize("command", [[], ["compare"], ["report"], ["export"], ["ledger"]])
+def test_every_command_has_help(command):
+    result = call(*command, "--help")
+    assert result.exit_code == 0 and "Usage" in result.stdout
+
+
+def test_export_is_the_runs_model_and_any_rounds(run, tmp_path):
+    assert call("export", run.path, tmp_path / "newest").exit_code == 0
+    assert exported(tmp_path / "newest") == digest(run)
+    for round in (0, 2):
+        assert call("export", run.path, "--round", round, tmp_path / str(round)).exit_code == 0
+        assert exported(tmp_path / str(round)) == replayed(run, round)
+
+
+def test_export_of_a_round_that_published_nothing_is_the_version_before(run_config, tmp_path):
+    settings = run_config | {"min-replies": 2, "round-timeout": 0.3, "num-server-rounds": 2}
+    run = play(settings, tamper=lambda p, m, reply: reply if m.content["train"]["round"] == 1 or p == 0 else None)
+    assert call("export", run.path, "--round", 2, tmp_path / "two").exit_code == 0
+    assert exported(tmp_path / "two") == replayed(run, 1)
+
+
+def test_export_refuses_a_folder_that_is_not_empty(run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    result = call("export", run.path, tmp_path / "full")
+    assert result.exit_code == 2 and "not empty" in result.stderr
+    assert [file.name for file in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def test_export_names_the_rounds_that_are_left(run_config, tmp_path):
+    run = play(run_config | {"strategy": "fedit"})
+    result = call("export", run.path, "--round", 1, tmp_path / "one")
+    assert result.exit_code == 2 and "these rounds: 2, 3." in result.stderr and not (tmp_path / "one").exists()
+    assert call("export", run.path, "--round", 2, tmp_path / "two").exit_code == 0
+    assert exported(tmp_path / "two") == replayed(run, 2)
+
+
+def test_export_needs_all_entries_where_one_builds_on_another(run, tmp_path):
+    (run.ledger / "000002.safetensors").unlink()
+    result = call("export", run.path, "--round", 3, tmp_path / "three")
+    assert result.exit_code == 2 and "these rounds: 0, 1." in result.stderr
+
+
+def test_the_ledger_tells_what_every_round_did(run):
+    shown = json.loads(call("ledger", run.path, "--json").stdout)["entries"]
+    assert [entry["version"] for entry in shown] == [entry["round"] for entry in shown] == [0, 1, 2, 3]
+    assert all(entry["partitions"] == [0, 1, 2, 3] for entry in shown[1:])
+    entries = Ledger(run.ledger)
+    for before, entry in pairwise(shown):
+        arrays, older = entries.read(entry["version"]).arrays, entries.read(before["version"]).arrays
+        assert entry["norms"]["accumulators"] == pytest.approx(np.linalg.norm(arrays["accumulators"]), rel=1e-6)
+        assert entry["norms"]["head"] == pytest.approx(np.linalg.norm(arrays["head"] - older["head"]), rel=1e-6)
+        assert "seeds" not in entry["norms"]
+        assert entry["disk_bytes"] == (run.ledger / f"{entry['version']:06d}.safetensors").stat().st_size
+    table = call("ledger", run.path)
+    assert table.exit_code == 0 and "completed" in table.stdout
+
+
+def test_verify_holds_on_a_copied_folder_and_writes_nothing(run, tmp_path):
+    copy = shutil.copytree(run.path, tmp_path / "copy")
+    shutil.rmtree(run.path)
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+    result = call("ledger", copy, "--verify", "--json")
+    facts = json.loads(result.stdout)
+    assert result.exit_code == 0 and facts["verified"] and facts["digest"] == digest(Run(copy))
+    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
+
+
+def test_verify_finds_another_result(run):
+    result = json.loads((run.path / "result.json").read_text())
+    (run.path / "result.json").write_text(json.dumps(result | {"digest": "0" * 64}))
+    answer = call("ledger", run.path, "--verify")
+    assert answer.exit_code == 1 and "another model" in answer.stderr
+
+
+def test_verify_names_a_damaged_entry(run):
+    file = run.ledger / "000002.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    answer = call("ledger", run.path, "--verify")
+    assert answer.exit_code == 2 and "entry 2 is damaged" in answer.stderr
+
+
+def test_an_unfinished_run_has_nothing_to_verify_against(run):
+    (run.path / "result.json").unlink()
+    run.set_status("running")
+    answer = call("ledger", run.path, "--verify")
+    assert answer.exit_code == 2 and "no result.json" in answer.stderr
+
+
+def test_another_base_model_is_refused(run, tmp_path):
+    info = run.info
+    changed = shutil.copytree(info["config"]["model"], tmp_path / "changed")
+    weights = load_file(changed / "model.safetensors")
+    save_file({name: value * 2 for name, value in weights.items()}, changed / "model.safetensors", {"format": "pt"})
+    info["config"]["model"] = str(changed)
+    (run.path / "config.json").write_text(json.dumps(info))
+    answer = call("ledger", run.path, "--verify")
+    assert answer.exit_code == 2 and "other weights" in answer.stderr
+
+
+@pytest.mark.parametrize("command", [["report"], ["ledger"], ["export", "x"]])
+def test_what_is_no_run_is_said_in_one_sentence(command, tmp_path):
+    answer = call(command[0], tmp_path, *command[1:])
+    assert answer.exit_code == 2 and str(tmp_path) in answer.stderr and answer.stderr.count("\n") == 1
+
+
+def test_report_writes_into_the_folder_it_was_given(run):
+    answer = call("report", run.path)
+    assert answer.exit_code == 0 and (run.path / "report.html").is_file() and "report.html" in answer.stdout

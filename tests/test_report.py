@@ -1,0 +1,181 @@
+"""The page: it needs no network, shows every run and every label, escapes what it shows, and groups seeds alone."""
+
+import base64
+import json
+from html.parser import HTMLParser
+
+import pytest
+from conftest import default_config
+
+from fedkrso_app import report
+from fedkrso_app.config import ConfigError
+from fedkrso_app.run import Run
+
+
+def make(folder, status="completed", rounds=5, **changes) -> Run:
+    """A run's folder with figures a hand can check: metric 0.5 + seed/10 + round/100, 1 MB up and 3 down a client."""
+    config = default_config() | {"task": "glue/sst2"} | {key.replace("_", "-"): v for key, v in changes.items()}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(
+        json.dumps({"config": config, "libraries": {"flwr": "1.42"}, "model_digest": ""})
+    )
+    (folder / "status").write_text(status)
+    lines = []
+    for number in range(rounds + 1):
+        sent = bool(number) * 4  # clients
+        figures = {"round": number, "version": number, "metric": 0.5 + config["seed"] / 10 + number / 100}
+        figures |= {"uplink_bytes": sent * 10**6, "downlink_bytes": sent * 3 * 10**6, "paper_bytes": sent * 5 * 10**6}
+        figures |= {"clients": 3 * bool(number), "refused": int(number == 2), "failed": bool(number) - int(number == 2)}
+        figures |= {
+            "seconds": number + 1.0,
+            "client_seconds": 0.4,
+            "client_peak_bytes": 10**8 + number,
+            "partitions": [],
+        }
+        lines.append(json.dumps(figures | {"train_loss": None, "eval_loss": 1.0}))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return Run(folder)
+
+
+class Page(HTMLParser):
+    """What a browser would see: texts, pictures, references, and whether every tag is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.texts, self.references, self.open, self.tags = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.references += [value for key, value in attrs if key in ("src", "href", "xlink:href", "action", "srcset")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def page(runs, tmp_path) -> Page:
+    file = tmp_path / "page.html"
+    report.write(runs, file)
+    return Page(file.read_text())
+
+
+def pictures(seen: Page) -> list[str]:
+    return [base64.b64decode(source.split(",")[1]).decode() for source in seen.references]
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Two methods, two partitions, two seeds."""
+    return [
+        make(tmp_path / f"{strategy}-{partition}-{seed}", strategy=strategy, partition=partition, seed=seed)
+        for strategy in ("fedkrso", "fedfft")
+        for partition in ("iid", "dirichlet")
+        for seed in (0, 1)
+    ]
+
+
+def test_the_page_needs_nothing_from_anywhere(many, tmp_path):
+    seen = page(many, tmp_path)
+    assert len(seen.references) == 8  # four pictures for each partition
+    assert all(reference.startswith("data:image/svg+xml;base64,") for reference in seen.references)
+    assert not {"script", "link", "iframe", "object"} & set(seen.tags) and not seen.open
+    style = (tmp_path / "page.html").read_text()
+    assert "url(" not in style and "@import" not in style and "width=device-width" in style
+
+
+def test_every_method_setting_and_run_is_named(many, tmp_path):
+    text = " ".join(page(many, tmp_path).texts)
+    for wanted in [
+        "fedkrso",
+        "fedfft",
+        "glue/sst2, IID",
+        "glue/sst2, Dirichlet, α = 0.5",
+        *(r.path.name for r in many),
+    ]:
+        assert wanted in text
+    assert text.count("0.6000 ± 0.0707") == 4  # 0.55 and 0.65, of two methods in two settings
+
+
+def test_what_is_shown_is_escaped(many, tmp_path):
+    evil = make(tmp_path / "<script>alert(1)<", status="failed: <b>&", data_dir="<i>$x^2$</i>")
+    seen = page([*many, evil], tmp_path)
+    text = " ".join(seen.texts)
+    assert "script" not in seen.tags and "i" not in seen.tags
+    assert "<script>alert(1)<" in text and "failed: <b>&" in text and "<i>$x^2$</i>" in text
+
+
+def test_one_run_is_enough(tmp_path):
+    seen = page([make(tmp_path / "alone")], tmp_path)
+    assert len(seen.references) == 4 and "0.5500" in seen.texts
+
+
+def test_a_run_without_a_round_or_a_metric_is_told_without_a_picture(tmp_path):
+    young = make(tmp_path / "young", status="running", rounds=0)
+    unjudged = make(tmp_path / "unjudged", strategy="fedfft", seed=1)
+    lines = [json.loads(line) for line in (unjudged.path / "metrics.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in line.items() if key != "metric"} for line in lines]
+    (unjudged.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    seen = page([young, unjudged], tmp_path)
+    assert len(seen.references) == 2 and "–" in seen.texts and "young (running)" in " ".join(seen.texts)
+
+
+def test_seeds_are_repeats_and_rates_are_lines_of_their_own(tmp_path):
+    runs = [
+        make(tmp_path / f"{rate}-{seed}", seed=seed, **{"fedkrso.learning-rate": rate})
+        for rate in (1e-3, 2e-3)
+        for seed in (0, 1)
+    ]
+    runs.append(make(tmp_path / "fedfft", strategy="fedfft", **{"fedkrso.learning-rate": 7.0}))
+    runs.append(make(tmp_path / "fedfft1", strategy="fedfft", seed=1))  # the rate of another method is no difference
+    found = report.lines(runs)
+    assert [(line.label, len(line.runs)) for line in found] == [
+        ("fedkrso, rate 0.001", 2),
+        ("fedkrso, rate 0.002", 2),
+        ("fedfft", 2),
+    ]
+    assert len({line.style for line in found}) == 3
+
+
+def test_repeats_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
+    runs = [make(tmp_path / "a", local_steps=10), make(tmp_path / "b", local_steps=20, seed=1)]
+    assert [line.label for line in report.lines(runs)] == ["fedkrso, local-steps 10", "fedkrso, local-steps 20"]
+
+
+def test_a_cut_run_does_not_bend_the_mean(tmp_path):
+    runs = [make(tmp_path / "whole"), make(tmp_path / "cut", status="failed: x", rounds=2, seed=1)]
+    (line,) = report.lines(runs)
+    assert line.curves()[0] == [0, 1, 2, 3, 4, 5] and line.of("metric") == pytest.approx([0.55])
+    assert "Not complete: cut (failed: x)." in page(runs, tmp_path).texts
+
+
+def test_curves_and_measures_equal_a_hand_computation(tmp_path):
+    run, other = make(tmp_path / "a"), make(tmp_path / "b", seed=1)
+    (line,) = report.lines([run, other])
+    rounds, spent, metrics = line.curves()
+    assert rounds == [0, 1, 2, 3, 4, 5] and spent == pytest.approx([0, 4, 8, 12, 16, 20])
+    assert metrics[3] == pytest.approx([0.53, 0.63])
+    measured = report.measures(run)
+    assert (measured["uplink_mb"], measured["downlink_mb"], measured["paper_mb"]) == (1, 3, 5)
+    assert measured["seconds_per_round"] == 4 and measured["step_ms"] == pytest.approx(20)
+    assert (measured["clients"], measured["refused"], measured["failed"]) == (15, 1, 4)
+    assert report.mean_sd([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, 1.5275252))
+    assert report.mean_sd([1.0]) == (1.0, None) and report.mean_sd([]) == (None, None)
+
+
+def test_folders_of_runs_are_opened_and_anything_else_is_refused(many, tmp_path):
+    assert {run.path for run in report.find_runs([tmp_path, many[0].path])} == {run.path for run in many}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty is neither a run's folder nor holds any"):
+        report.find_runs([tmp_path / "empty"])
+
+
+def test_pictures_have_no_formulas_and_no_dates(tmp_path):
+    run = make(tmp_path / "a", strategy="fedkrso", data_dir="$\\frac$")
+    other = make(tmp_path / "b", strategy="fedkrso", data_dir="plain")
+    drawn = pictures(page([run, other], tmp_path))
+    assert len(drawn) == 4 and not any("dc:date" in picture for picture in drawn)
