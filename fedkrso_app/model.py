@@ -94,7 +94,8 @@ def state_digest(state: Mapping[str, Tensor], without: set[str] | frozenset[str]
 def export(loaded: LoadedModel, state: Mapping[str, Tensor], folder: Path) -> None:
     """Write a plain hub-format model with the weights ``state`` and its tokenizer to ``folder``."""
     with _quiet(), torch.random.fork_rng(devices=[]):
-        plain = type(loaded.module)(loaded.module.config)
+        architecture: Any = type(loaded.module)
+        plain = architecture(loaded.module.config)
         plain.load_state_dict({name: value.cpu() for name, value in state.items()})
         plain.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
