@@ -114,9 +114,10 @@ def report(
     """
     with explained():
         from fedkrso_app import report as r
+        from fedkrso_app.results import find_runs
 
         file = output or runs[0] / "report.html"
-        found = r.find_runs(runs)
+        found = find_runs(runs)
         with err.status(f"Drawing {len(found)} runs"):
             r.write(found, file)
     out.print(str(file), **_PLAIN)
@@ -267,7 +268,7 @@ def _entries_table(facts: Mapping[str, Any]) -> Table:
 
 
 def _results_table(facts: Mapping[str, Any]) -> Table:
-    from fedkrso_app.report import plus_minus
+    from fedkrso_app.results import plus_minus
 
     table = Table(title=f"{facts['task']}: mean ± sd over the seeds, after the last round", box=box.SIMPLE_HEAD)
     table.caption = "MB: 10^6 bytes, of one client and round; the rest is in results.csv"

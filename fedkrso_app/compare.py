@@ -23,7 +23,7 @@ from rich.text import Text
 
 from fedkrso_app import data
 from fedkrso_app.config import ConfigError, parse, resolved_path
-from fedkrso_app.report import mean_sd, measures
+from fedkrso_app.results import mean_sd, measures
 from fedkrso_app.run import Run, line
 from fedkrso_app.strategies import STRATEGIES
 

@@ -1,8 +1,8 @@
 """A seeded grammar of a small English-like language: the embedded tasks, and running text to pretrain on.
 
 It writes sentences from meanings (:class:`Clause`), so that a label follows from what was done to a meaning and is
-never noise. The running text has single sentences and pairs of related ones. It holds no labels, but the word that joins
-a pair ("so", "perhaps", "instead") goes with how the two are related: of the tasks, entailment is closest to that.
+never noise. The running text has single sentences and pairs of related ones. It holds no labels, but the word that
+joins a pair ("so", "perhaps", "instead") goes with how the two are related: entailment is the task closest to that.
 """
 
 import functools

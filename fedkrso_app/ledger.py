@@ -36,8 +36,6 @@ class Ledger:
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
         self.folder, self.keep = folder, keep
-        folder.mkdir(parents=True, exist_ok=True)
-        self._set_damaged_last_entry_aside()
 
     @property
     def version(self) -> int:
@@ -62,6 +60,7 @@ class Ledger:
         path = self._path(entry.version)
         if path.exists():
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: np.ascontiguousarray(value) for name, value in entry.arrays.items()}
         metadata = {
             "version": str(entry.version),
@@ -98,10 +97,8 @@ class Ledger:
             raise LedgerError(f"entry {version} is damaged: {path} does not match its digest")
         return Entry(version, arrays, record)
 
-    def _path(self, version: int) -> Path:
-        return self.folder / f"{version:06d}.safetensors"
-
-    def _set_damaged_last_entry_aside(self) -> None:
+    def recover(self) -> None:
+        """Set the newest entry aside, with a warning, if it is damaged: the run goes on from the one before it."""
         if self.version < 0:
             return
         try:
@@ -110,6 +107,9 @@ class Ledger:
             path = self._path(self.version)
             path.rename(path.with_suffix(".damaged"))
             logger.warning("%s; set aside as %s.damaged, going on from the entry before it", error, path.stem)
+
+    def _path(self, version: int) -> Path:
+        return self.folder / f"{version:06d}.safetensors"
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:

@@ -5,8 +5,6 @@ import html
 import io
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedkrso_app import data
-from fedkrso_app.config import ConfigError
+from fedkrso_app.results import Line, lines, mean_sd, plus_minus, text
 from fedkrso_app.run import Run
-from fedkrso_app.strategies import STRATEGIES
 
 # Okabe and Ito's palette without its yellow, which is too faint on white; line and marker tell the same once more.
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _MARKERS, _DASHES = "osD^vPX", ["-", "--", "-.", (0, (1, 1.2)), (0, (6, 1, 1, 1, 1, 1))]
-_RATES = {strategy.learning_rate_key for strategy in STRATEGIES.values()}
-_REPEATS = {"seed", "run-name", "output-dir", "resume"}  # what the repeats of one line may differ in
 _STYLE = """
 :root{color-scheme:light} *{box-sizing:border-box} h3{font-size:1rem;margin:1.4em 0 .3em} p{margin:.4em 0}
 body{margin:0 auto;max-width:1100px;padding:16px;font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff}
@@ -38,113 +33,6 @@ th,td{padding:5px 10px;text-align:right;border-bottom:1px solid #ddd;vertical-al
 th:first-child,td:first-child{text-align:left} .note{padding:8px 12px;border-left:4px solid #d55e00;background:#fdf3ec}
 .shared{columns:3 260px;font-size:.9rem} .shared div{break-inside:avoid;overflow-wrap:anywhere;padding:2px 0}
 """
-
-
-def find_runs(paths: Iterable[Path]) -> list[Run]:
-    """The runs that ``paths`` name: a run's folder itself, or all run folders directly inside. Raises ConfigError."""
-    found: dict[Path, Run] = {}
-    for path in paths:
-        folders = [path] if (path / "config.json").is_file() else sorted(c.parent for c in path.glob("*/config.json"))
-        if not folders:
-            raise ConfigError(f"{path} is neither a run's folder nor holds any: there is no config.json in it.")
-        found |= {folder.resolve(): Run(folder) for folder in folders}
-    return list(found.values())
-
-
-def measures(run: Run) -> dict[str, Any]:
-    """What a run came to: its last metric, megabytes (10**6) of one client and round, typical seconds and memory."""
-    rounds = [line for line in run.metrics() if line["round"]]
-    asked = max(1, sum(_asked(line) for line in rounds))
-    megabytes = {
-        key: sum(line[f"{key}_bytes"] for line in rounds) / asked / 1e6 for key in ("uplink", "downlink", "paper")
-    }
-    steps = run.info["config"]["local-steps"]
-    return {
-        "rounds": len(rounds),
-        "metric": rounds[-1].get("metric") if rounds else None,
-        **{f"{key}_mb": value for key, value in megabytes.items()},
-        # Medians, since the first round of a simulation also starts the workers.
-        "seconds_per_round": statistics.median([line["seconds"] for line in rounds] or [0]),
-        "step_ms": statistics.median([line["client_seconds"] for line in rounds] or [0]) * 1000 / steps,
-        "client_peak_mb": max([line["client_peak_bytes"] for line in rounds], default=0) / 1e6,
-        **{key: sum(line[key] for line in rounds) for key in ("clients", "refused", "failed")},
-    }
-
-
-def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where there are too few values."""
-    return (statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None)
-
-
-def plus_minus(mean: float | None, sd: float | None) -> str:
-    """``0.8123 ± 0.0045``, without the spread where there is none, or a dash."""
-    return "–" if mean is None else f"{mean:.4f}" + (f" ± {sd:.4f}" if sd is not None else "")
-
-
-@dataclass
-class Line:
-    """One method with one choice of settings; its runs are repeats over seeds."""
-
-    config: dict[str, Any]
-    runs: list[Run]
-    label: str = ""
-    style: int = 0
-
-    @property
-    def setting(self) -> tuple[str, str]:
-        """The task, and how its rows are shared out: what one picture is about."""
-        c = self.config
-        alpha = f", α = {c['dirichlet-alpha']:g}" if c["partition"] == "dirichlet" else ""
-        return c["task"], {"iid": "IID", "dirichlet": "Dirichlet"}.get(c["partition"], c["partition"]) + alpha
-
-    @property
-    def rate(self) -> float:
-        return self.config[STRATEGIES[self.config["strategy"]].learning_rate_key]
-
-    def whole(self) -> list[Run]:
-        """The completed repeats, or all of them where none is complete."""
-        return [run for run in self.runs if run.status == "completed"] or self.runs
-
-    def of(self, key: str) -> list[float]:
-        """``measures()[key]`` of every repeat that has it."""
-        return [value for value in (measures(run)[key] for run in self.whole()) if value is not None]
-
-    def mean(self, key: str) -> float:
-        return mean_sd(self.of(key))[0] or 0.0
-
-    def curves(self) -> tuple[list[int], list[float], list[list[float]]]:
-        """Rounds that all repeats have, megabytes of one client up to each, and the repeats' metrics in each."""
-        repeats = [{line["round"]: line for line in run.metrics() if "metric" in line} for run in self.whole()]
-        rounds = sorted(set.intersection(*(set(lines) for lines in repeats)))
-        spent = [accumulate(_megabytes(lines[number]) for number in rounds) for lines in repeats]
-        metrics = [[lines[number]["metric"] for lines in repeats] for number in rounds]
-        return rounds, [statistics.fmean(values) for values in zip(*spent, strict=True)], metrics
-
-
-def lines(runs: Sequence[Run]) -> list[Line]:
-    """Runs grouped by all settings but the seed, with labels that tell those of one picture apart."""
-    grouped: dict[str, Line] = {}
-    for run in runs:
-        config = run.info["config"]
-        if config["strategy"] not in STRATEGIES:
-            raise ConfigError(f"{run.path}: strategy = {config['strategy']!r} is not one of {', '.join(STRATEGIES)}.")
-        others = _RATES - {STRATEGIES[config["strategy"]].learning_rate_key}
-        kept = {key: value for key, value in config.items() if key not in _REPEATS | others}
-        grouped.setdefault(repr(sorted(kept.items())), Line(kept, [])).runs.append(run)
-    methods = list(STRATEGIES)
-    found = sorted(
-        grouped.values(), key=lambda line: (*line.setting[::-1], methods.index(line.config["strategy"]), line.rate)
-    )
-    found.sort(key=lambda line: line.config["partition"] != "iid")
-    for line in found:
-        rivals = [r for r in found if (r.setting, r.config["strategy"]) == (line.setting, line.config["strategy"])]
-        differing = [key for key in line.config if len({repr(rival.config.get(key)) for rival in rivals}) > 1]
-        extra = [f"{'rate' if key in _RATES else key} {_text(line.config[key])}" for key in differing]
-        line.label = ", ".join([line.config["strategy"], *extra])
-    order = list(dict.fromkeys(line.label for line in found))
-    for line in found:
-        line.style = order.index(line.label)  # the same look in every picture of the page
-    return found
 
 
 def write(runs: Sequence[Run], file: Path) -> None:
@@ -289,12 +177,12 @@ def _settings(runs: Sequence[Run]) -> list[str]:
     flat = [run.info["config"] | run.info["libraries"] | {"status": run.status} for run in runs]
     keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key not in ("run-name", "resume")]
     differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
-    shared = [(key, _text(flat[0][key])) for key in keys if key not in differing]
+    shared = [(key, text(flat[0][key])) for key in keys if key not in differing]
     listed = "".join(f"<div>{_escape(key)} <b>{_escape(value)}</b></div>" for key, value in shared)
     parts = [f'<div class="shared">{listed}</div>']
     if differing:
         pairs = zip(runs, flat, strict=True)
-        rows = [[run.path.name, *(_text(values.get(key, "")) for key in differing)] for run, values in pairs]
+        rows = [[run.path.name, *(text(values.get(key, "")) for key in differing)] for run, values in pairs]
         parts = ["<h3>The same in all runs</h3>", *parts, "<h3>What differs</h3>", _table(["run", *differing], rows)]
     return parts
 
@@ -305,19 +193,6 @@ def _table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
 
     body = "".join(row(cells, "td") for cells in rows)
     return f'<div class="wide"><table><thead>{row(head, "th")}</thead><tbody>{body}</tbody></table></div>'
-
-
-def _asked(line: dict[str, Any]) -> int:
-    return line["clients"] + line["refused"] + line["failed"]
-
-
-def _megabytes(line: dict[str, Any]) -> float:
-    """Up and down, of one client, in one round."""
-    return (line["uplink_bytes"] + line["downlink_bytes"]) / max(1, _asked(line)) / 1e6
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value) or "–"
 
 
 def _escape(value: Any) -> str:

@@ -65,6 +65,7 @@ def play(
     strategy_class = STRATEGIES[config.strategy]
     method = strategy_class.local(loaded.module, loaded.targets, loaded.head, config)
     ledger = Ledger(folder.ledger, keep=None if strategy_class.incremental else 2)
+    ledger.recover()
     if ledger.version < 0:
         ledger.append(Entry(0, method.initial(), no_figures()))
     replica = Replica(method, ledger, strategy_class.incremental)

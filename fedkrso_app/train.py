@@ -70,7 +70,7 @@ def train(
                     optimizer.step()
                     optimizer.zero_grad()
                     schedule.step()
-                if time.monotonic() - shown > _PROGRESS_SECONDS:
+                if j + 1 < steps and time.monotonic() - shown > _PROGRESS_SECONDS:
                     shown = time.monotonic()
                     left = (shown - started) / (j + 1) * (steps - j - 1)
                     logger.info("step %d/%d, loss %.4f, about %.0f s left", j + 1, steps, loss.item(), left)

@@ -73,7 +73,9 @@ def command(tmp_path):
     """Run ``fedkrso compare`` with the output folder set."""
 
     def run(*options):
-        base = ["compare", "--strategies", "fedkrso", "--output", str(tmp_path / "out"), "--set", "num-server-rounds=4"]
+        base = ["compare", "--strategies", "fedkrso", "--output", str(tmp_path / "out")]
+        for assignment in ("num-server-rounds=4", "local-steps=20", "fedkrso.learning-rate=0.001"):
+            base += ["--set", assignment]
         return CliRunner().invoke(cli.app, [*base, *options])
 
     return run

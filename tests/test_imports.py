@@ -20,6 +20,7 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "data": {"config", "embedded"},
     "model": {"config", "embedded"},
     "run": {"config"},
+    "results": {"config", "run", "strategies"},
     "strategies": {"strategies", "core", "wire", "ledger", "train", "config"},
     "replica": {"ledger", "strategies"},
 }

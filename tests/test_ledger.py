@@ -66,6 +66,8 @@ def test_a_damaged_last_entry_is_set_aside_and_the_one_before_is_the_newest(tmp_
     data[-1] ^= 1
     path.write_bytes({"cut": data[:-5], "flipped": data, "empty": b""}[damage])
     ledger = Ledger(tmp_path)
+    assert ledger.version == 2  # opening to read changes nothing
+    ledger.recover()
     assert ledger.version == 1
     assert "set aside as 000002.damaged" in caplog.text
     ledger.append(entry(2))

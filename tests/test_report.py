@@ -7,14 +7,18 @@ from html.parser import HTMLParser
 import pytest
 from conftest import default_config
 
-from fedkrso_app import report
+from fedkrso_app import report, results
 from fedkrso_app.config import ConfigError
 from fedkrso_app.run import Run
 
 
 def make(folder, status="completed", rounds=5, **changes) -> Run:
     """A run's folder with figures a hand can check: metric 0.5 + seed/10 + round/100, 1 MB up and 3 down a client."""
-    config = default_config() | {"task": "glue/sst2"} | {key.replace("_", "-"): v for key, v in changes.items()}
+    config = (
+        default_config()
+        | {"task": "glue/sst2", "local-steps": 20}
+        | {key.replace("_", "-"): v for key, v in changes.items()}
+    )
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(
         json.dumps({"config": config, "libraries": {"flwr": "1.42"}, "model_digest": ""})
@@ -132,7 +136,7 @@ def test_seeds_are_repeats_and_rates_are_lines_of_their_own(tmp_path):
     ]
     runs.append(make(tmp_path / "fedfft", strategy="fedfft", **{"fedkrso.learning-rate": 7.0}))
     runs.append(make(tmp_path / "fedfft1", strategy="fedfft", seed=1))  # the rate of another method is no difference
-    found = report.lines(runs)
+    found = results.lines(runs)
     assert [(line.label, len(line.runs)) for line in found] == [
         ("fedkrso, rate 0.001", 2),
         ("fedkrso, rate 0.002", 2),
@@ -143,35 +147,35 @@ def test_seeds_are_repeats_and_rates_are_lines_of_their_own(tmp_path):
 
 def test_repeats_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
     runs = [make(tmp_path / "a", local_steps=10), make(tmp_path / "b", local_steps=20, seed=1)]
-    assert [line.label for line in report.lines(runs)] == ["fedkrso, local-steps 10", "fedkrso, local-steps 20"]
+    assert [line.label for line in results.lines(runs)] == ["fedkrso, local-steps 10", "fedkrso, local-steps 20"]
 
 
 def test_a_cut_run_does_not_bend_the_mean(tmp_path):
     runs = [make(tmp_path / "whole"), make(tmp_path / "cut", status="failed: x", rounds=2, seed=1)]
-    (line,) = report.lines(runs)
+    (line,) = results.lines(runs)
     assert line.curves()[0] == [0, 1, 2, 3, 4, 5] and line.of("metric") == pytest.approx([0.55])
     assert "Not complete: cut (failed: x)." in page(runs, tmp_path).texts
 
 
 def test_curves_and_measures_equal_a_hand_computation(tmp_path):
     run, other = make(tmp_path / "a"), make(tmp_path / "b", seed=1)
-    (line,) = report.lines([run, other])
+    (line,) = results.lines([run, other])
     rounds, spent, metrics = line.curves()
     assert rounds == [0, 1, 2, 3, 4, 5] and spent == pytest.approx([0, 4, 8, 12, 16, 20])
     assert metrics[3] == pytest.approx([0.53, 0.63])
-    measured = report.measures(run)
+    measured = results.measures(run)
     assert (measured["uplink_mb"], measured["downlink_mb"], measured["paper_mb"]) == (1, 3, 5)
     assert measured["seconds_per_round"] == 4 and measured["step_ms"] == pytest.approx(20)
     assert (measured["clients"], measured["refused"], measured["failed"]) == (15, 1, 4)
-    assert report.mean_sd([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, 1.5275252))
-    assert report.mean_sd([1.0]) == (1.0, None) and report.mean_sd([]) == (None, None)
+    assert results.mean_sd([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, 1.5275252))
+    assert results.mean_sd([1.0]) == (1.0, None) and results.mean_sd([]) == (None, None)
 
 
 def test_folders_of_runs_are_opened_and_anything_else_is_refused(many, tmp_path):
-    assert {run.path for run in report.find_runs([tmp_path, many[0].path])} == {run.path for run in many}
+    assert {run.path for run in results.find_runs([tmp_path, many[0].path])} == {run.path for run in many}
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"empty is neither a run's folder nor holds any"):
-        report.find_runs([tmp_path / "empty"])
+        results.find_runs([tmp_path / "empty"])
 
 
 def test_pictures_have_no_formulas_and_no_dates(tmp_path):
