@@ -11,6 +11,7 @@ from fedkrso_app.config import parse
 from fedkrso_app.ledger import Ledger
 from fedkrso_app.run import Run
 from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies.base import Shapes
 
 
 @pytest.fixture(params=STRATEGIES)
@@ -18,8 +19,13 @@ def settings(request, run_config) -> dict:
     return run_config | {"strategy": request.param}
 
 
-def strategy_of(settings):
-    return STRATEGIES[settings["strategy"]]
+@pytest.fixture
+def arrays_in_a_reply(settings) -> list[str]:
+    config = parse(settings)
+    loaded = model.load(config.model, 2, 0)
+    return list(
+        STRATEGIES[config.strategy].reply_schema(config, Shapes.of(loaded.module, loaded.targets, loaded.head)).arrays
+    )
 
 
 def test_the_loss_falls(settings):
@@ -134,9 +140,8 @@ KINDS = ["NaN", "infinite", "huge", "broadcastable", "other dtype", "missing arr
          "records swapped", "error", "no reply"]  # fmt: skip
 
 
-def test_a_reply_that_does_not_count_changes_nothing_but_the_divisor(settings, caplog):
+def test_a_reply_that_does_not_count_changes_nothing_but_the_divisor(settings, arrays_in_a_reply, caplog):
     """Partition 2 sends something wrong in every round, of another kind each time; the result is that without it."""
-    first = next(iter(strategy_of(settings).reply_schema(parse(settings), SHAPES).arrays))
     rounds = settings | {"num-server-rounds": len(KINDS), "local-steps": 2, "round-timeout": 0.3}
 
     def wrong(partition, message, reply):
@@ -145,7 +150,7 @@ def test_a_reply_that_does_not_count_changes_nothing_but_the_divisor(settings, c
             return reply
         if kind == "error":
             return Message(Error(code=8, reason="ClientApp stopped responding."), reply_to=message)
-        return None if kind == "no reply" else altered(reply, kind, first)
+        return None if kind == "no reply" else altered(reply, kind, arrays_in_a_reply[0])
 
     run = play(rounds, nodes=3, tamper=wrong)
     silent = lambda partition, message, reply: None if partition == 2 else reply  # noqa: E731
@@ -173,8 +178,8 @@ def _rng(round):
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
-def test_the_head_is_the_weighted_mean_of_the_heads(settings, weighting):
-    if "head" not in strategy_of(settings).reply_schema(parse(settings), SHAPES).arrays:
+def test_the_head_is_the_weighted_mean_of_the_heads(settings, arrays_in_a_reply, weighting):
+    if "head" not in arrays_in_a_reply:
         pytest.skip("this method sends its head with the rest")
     replies = {}
 
@@ -196,27 +201,14 @@ def test_measured_bytes_equal_the_payload_and_small_headers(settings):
 
     def add(partition, message, reply):
         payloads["up"] += sum(value.nbytes for value in arrays_of(reply).values())
-        for name, record in message.content.array_records.items():
-            payloads["down"] += sum(array.numpy().nbytes for array in record.values()) + 0 * len(name)
+        for record in message.content.array_records.values():
+            payloads["down"] += sum(array.numpy().nbytes for array in record.values())
         return reply
 
     run = play(settings, tamper=add)
     for way, key in (("up", "uplink_bytes"), ("down", "downlink_bytes")):
         measured = sum(line[key] for line in run.metrics())
         assert payloads[way] < measured < payloads[way] + 12 * 3000  # 12 messages, a few records each
-
-
-SHAPES = None
-
-
-@pytest.fixture(autouse=True)
-def shapes(model_folder):
-    global SHAPES
-    from fedkrso_app.strategies.base import Shapes
-
-    if SHAPES is None:
-        loaded = model.load(str(model_folder), 2, 0)
-        SHAPES = Shapes.of(loaded.module, loaded.targets, loaded.head)
 
 
 def test_torch_state_is_left_as_it_was(settings):

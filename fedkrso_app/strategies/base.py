@@ -197,10 +197,11 @@ class FedTune(Strategy, ABC):
         self._uplink = 0
         answered: dict[int, dict[str, float]] = {}  # partition id -> figures
         heard, refused, failed = set(), 0, 0
+        nodes: dict[str, int] = {}
         for reply in replies:
-            node = {message.metadata.message_id: node for message, node in self._asked}.get(
-                reply.metadata.reply_to_message_id
-            )
+            # Messages have their ids only now: the grid sends them when the first reply is asked for.
+            nodes = nodes or {message.metadata.message_id: node for message, node in self._asked}
+            node = nodes.get(reply.metadata.reply_to_message_id)
             if node is None or node in heard:
                 logger.warning("a reply that nobody is waiting for was dropped")
                 continue
