@@ -1,5 +1,6 @@
 """W^t of this process: brought up to date by ledger entries, lent to training, given back bit for bit unchanged."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from fedkrso_app.strategies.base import LocalMethod
 
 def entries_folder(run_id: int) -> Path:
     """Where a node keeps a run's entries: shared by all processes of a machine, since entries are the same for all."""
-    return Path(tempfile.gettempdir()) / "fedkrso" / f"run-{run_id}"
+    return Path(tempfile.gettempdir()) / f"fedkrso-{os.getuid()}" / f"run-{run_id}"
 
 
 class NeedSync(RuntimeError):
