@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.text import Text
 
 from fedkrso_app import data
-from fedkrso_app.config import ConfigError, parse, resolved_path
+from fedkrso_app.config import ConfigError, flatten, parse, resolved_path
 from fedkrso_app.results import mean_sd, measures
 from fedkrso_app.run import Run, line
 from fedkrso_app.strategies import STRATEGIES
@@ -42,8 +42,8 @@ def settings(file: Path | None, assignments: Sequence[str]) -> Settings:
     """
     try:
         project = tomllib.loads((APP / "pyproject.toml").read_text())
-        flat = _flat(project["tool"]["flwr"]["app"]["config"])
-        flat |= _flat(tomllib.loads(file.expanduser().read_text())) if file else {}
+        flat = flatten(project["tool"]["flwr"]["app"]["config"])
+        flat |= flatten(tomllib.loads(file.expanduser().read_text())) if file else {}
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"the settings cannot be read: {error}.") from None
     for assignment in assignments:
@@ -291,10 +291,3 @@ def _by_pair(made: Sequence[Settings]) -> dict[tuple[str, str], list[Settings]]:
     for config in made:
         groups.setdefault((config["strategy"], config["partition"]), []).append(config)
     return groups
-
-
-def _flat(tables: Mapping[str, Any]) -> Settings:
-    flat: Settings = {}
-    for key, value in tables.items():
-        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
-    return flat

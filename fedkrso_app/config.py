@@ -85,7 +85,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The flat mapping with the user's keys (``fedkrso.num-seeds``) that :func:`parse` takes."""
-        return _flatten(dataclasses.asdict(self))
+        return {_key(name): value for name, value in flatten(dataclasses.asdict(self)).items()}
 
 
 def parse(run_config: Mapping[str, Any]) -> Config:
@@ -98,6 +98,14 @@ def parse(run_config: Mapping[str, Any]) -> Config:
     return config
 
 
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as Flower hands them over: ``{"fedkrso": {"rank": 4}}`` -> ``{"fedkrso.rank": 4}``."""
+    flat: dict[str, Any] = {}
+    for name, value in tables.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
 def resolved_path(path: str) -> Path:
     """``path`` as an absolute one, a leading ``~`` expanded."""
     return Path(path).expanduser().resolve()
@@ -105,14 +113,6 @@ def resolved_path(path: str) -> Path:
 
 def _key(field: str) -> str:
     return field.replace("_", "-")
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = prefix + _key(name)
-        flat.update(_flatten(value, key + ".") if isinstance(value, dict) else {key: value})
-    return flat
 
 
 def _keys(cls: type, prefix: str = "") -> list[str]:

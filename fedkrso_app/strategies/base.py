@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedkrso_app import wire
 from fedkrso_app.config import Config, ConfigError
+from fedkrso_app.core import lora
 from fedkrso_app.core.fixed_point import FixedPointMeans
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.ledger import Entry, Ledger
@@ -88,6 +89,27 @@ class LocalMethod(ABC):
     def plain_state(self) -> dict[str, Tensor]:
         """The model's state under the names of the plain hub model."""
         return self.module.state_dict()
+
+
+class LoraLocal(LocalMethod):
+    """Client half of the methods that train low-rank factors: LoRA layers on the targets, and their state by name."""
+
+    factors: ClassVar[tuple[str, ...]] = ("A", "B")  # those that are trained
+
+    def __init__(
+        self, module: nn.Module, targets: Mapping[str, nn.Module], head: Mapping[str, nn.Parameter], config: Config
+    ) -> None:
+        super().__init__(module, targets, head, config)
+        self.layers = lora.attach(module, list(targets), config.lora.rank, config.lora.alpha, config.seed)
+        pairs = [lora.factors(layer) for layer in self.layers.values()]
+        tensors = {"A": [A for A, _ in pairs], "B": [B for _, B in pairs], "head": list(head.values())}
+        self.state: dict[str, list[nn.Parameter]] = {name: tensors[name] for name in (*self.factors, "head")}
+
+    def trained(self) -> list[Tensor]:
+        return [tensor.detach() for tensors in self.state.values() for tensor in tensors]
+
+    def plain_state(self) -> dict[str, Tensor]:
+        return lora.merged_state(self.module, self.layers)
 
 
 class FedTune(Strategy, ABC):

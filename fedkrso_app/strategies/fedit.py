@@ -3,35 +3,19 @@
 The mean of B times the mean of A is not the mean of the products: FedIT's average is biased, which is its known price.
 """
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import numpy as np
 import torch
 from flwr.app import ConfigRecord
-from torch import Tensor, nn
 
 from fedkrso_app.config import Config
-from fedkrso_app.core import lora
 from fedkrso_app.core.flat import flatten, unflatten
-from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LocalMethod, Shapes
+from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LoraLocal, Shapes
 from fedkrso_app.train import head_optimizer, train
 from fedkrso_app.wire import Schema
 
 
-class FedITLocal(LocalMethod):
+class FedITLocal(LoraLocal):
     """Client half: AdamW on the factors (without decay) and on the head."""
-
-    factors: ClassVar[tuple[str, ...]] = ("A", "B")  # those that are trained and travel
-
-    def __init__(
-        self, module: nn.Module, targets: Mapping[str, nn.Module], head: Mapping[str, nn.Parameter], config: Config
-    ) -> None:
-        super().__init__(module, targets, head, config)
-        self.layers = lora.attach(module, list(targets), config.lora.rank, config.lora.alpha, config.seed)
-        pairs = [lora.factors(layer) for layer in self.layers.values()]
-        tensors = {"A": [A for A, _ in pairs], "B": [B for _, B in pairs], "head": list(head.values())}
-        self.state: dict[str, list[nn.Parameter]] = {name: tensors[name] for name in (*self.factors, "head")}
 
     def initial(self) -> dict[str, np.ndarray]:
         return {name: flatten(tensors) for name, tensors in self.state.items()}
@@ -49,12 +33,6 @@ class FedITLocal(LocalMethod):
 
     def learning_rate(self) -> float:
         return self.config.lora.learning_rate
-
-    def trained(self) -> list[Tensor]:
-        return [tensor.detach() for tensors in self.state.values() for tensor in tensors]
-
-    def plain_state(self) -> dict[str, Tensor]:
-        return lora.merged_state(self.module, self.layers)
 
 
 class FedIT(FedTune):

@@ -10,13 +10,13 @@ Both sides add the *sparse* delta, as the authors' code does; Algorithm 1 adds t
 let the two drift apart. The first round moves B: B = 0 makes an A round a round without effect.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import ConfigRecord
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedkrso_app.config import Config
 from fedkrso_app.core import lora, srd
@@ -25,7 +25,7 @@ from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import layer_key, philox
 from fedkrso_app.core.srd import Term
 from fedkrso_app.ledger import Ledger
-from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LocalMethod, Shapes
+from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LoraLocal, Shapes
 from fedkrso_app.train import head_optimizer, train
 from fedkrso_app.wire import Refused, Schema
 
@@ -38,37 +38,30 @@ def dare_rng(seed: int) -> np.random.Generator:
     return np.random.Generator(philox(seed, layer_key("dare")))
 
 
-def decode_broadcast(arrays: Arrays, size: int, p: float) -> np.ndarray:
-    """The sparse delta of a ledger entry as a vector of ``size``; ValueError if values and mask disagree."""
-    mask = srd.dare_mask((size,), p, dare_rng(int(arrays["mask"][0])))
-    delta = np.zeros(size, np.float32)
-    delta[mask] = arrays["values"]
-    return delta
+def add_broadcast(arrays: Arrays, pair: Mapping[str, Sequence[Tensor]], extra: Sequence[Tensor], p: float) -> None:
+    """Add a ledger entry's sparse delta to one factor of ``pair`` and to ``extra`` (the head, where it is sparse too).
+
+    The server and every client call this, which is what keeps their factors equal. Nothing happens for entry 0.
+    """
+    if "values" not in arrays:
+        return
+    moved = [*pair[FACTORS[int(arrays["mask"][1])]], *extra]
+    delta = np.zeros(sum(tensor.numel() for tensor in moved), np.float32)
+    delta[srd.dare_mask(delta.shape, p, dare_rng(int(arrays["mask"][0])))] = arrays["values"]
+    unflatten(flatten(moved) + delta, moved)
 
 
-class FedSRDLocal(LocalMethod):
+class FedSRDLocal(LoraLocal):
     """Client half: LoRA training, then pruning of what it changed."""
-
-    def __init__(
-        self, module: nn.Module, targets: Mapping[str, nn.Module], head: Mapping[str, nn.Parameter], config: Config
-    ) -> None:
-        super().__init__(module, targets, head, config)
-        self.layers = lora.attach(module, list(targets), config.lora.rank, config.lora.alpha, config.seed)
-        pairs = [lora.factors(layer) for layer in self.layers.values()]
-        self.state = {"A": [A for A, _ in pairs], "B": [B for _, B in pairs], "head": list(head.values())}
 
     def initial(self) -> dict[str, np.ndarray]:
         return {"head": flatten(self.head.values())}
 
     def apply(self, arrays: Arrays) -> None:
         """Add the broadcast delta to one factor (and to the head, where that is sparse too)."""
-        if "values" in arrays:
-            moved = list(self.state[FACTORS[int(arrays["mask"][1])]])
-            if self.config.fedsrd.sparsify_head:
-                moved += self.state["head"]
-            size = sum(tensor.numel() for tensor in moved)
-            delta = decode_broadcast(arrays, size, self.config.fedsrd.download_sparsity)
-            unflatten(flatten(moved) + delta, moved)
+        config = self.config.fedsrd
+        extra = self.state["head"] if config.sparsify_head else []
+        add_broadcast(arrays, self.state, extra, config.download_sparsity)
         if "head" in arrays:
             unflatten(arrays["head"], self.state["head"])
 
@@ -98,12 +91,6 @@ class FedSRDLocal(LocalMethod):
         config = self.config.fedsrd
         pruned = srd.prune(delta, scores, srd.sparsity(scores, config.alpha, config.max_sparsity))
         return srd.compensate_l1(delta, pruned) if config.compensate == "l1" else pruned
-
-    def trained(self) -> list[Tensor]:
-        return [tensor.detach() for tensors in self.state.values() for tensor in tensors]
-
-    def plain_state(self) -> dict[str, Tensor]:
-        return lora.merged_state(self.module, self.layers)
 
 
 class FedSRD(FedTune):
@@ -216,14 +203,10 @@ class FedSRD(FedTune):
         return [(1.0, *srd.truncated_svd(list(Bs), list(As), list(shares), rank))]
 
     def move(self, entry: Arrays) -> None:
-        """Add an entry's sparse delta to the server's pair, with the very operations of the clients."""
-        if "values" not in entry:
-            return
-        moved = self.pair[FACTORS[int(entry["mask"][1])]]
-        head = self.shapes.head if self.config.fedsrd.sparsify_head else 0
-        size = sum(tensor.numel() for tensor in moved)
-        delta = decode_broadcast(entry, size + head, self.config.fedsrd.download_sparsity)
-        unflatten(flatten(moved) + delta[:size], moved)
+        """Add an entry's sparse delta to the server's pair."""
+        config = self.config.fedsrd
+        extra = [torch.zeros(self.shapes.head)] if config.sparsify_head else []  # the server keeps no head
+        add_broadcast(entry, self.pair, extra, config.download_sparsity)
 
 
 class FedSRDe(FedSRD):
