@@ -98,7 +98,7 @@ def measure(name: str, size: Shapes, config: Config, up: Mapping[str, int], down
             mask = srd.dare_mask((size.outputs(config.lora.rank),), config.fedsrd.download_sparsity, _dare_rng())
             entry["values"] = np.ones(int(mask.sum()), np.float32)
         ledger.append(Entry(0, {}, no_figures()))
-        strategy: FedTune = strategy_class(config, size, ledger, "")
+        strategy: FedTune = strategy_class(config, size, ledger, "", "0" * 16)
         ledger.put(Entry(1, entry, no_figures()))
         strategy.round = 1
         downlink = wire.measured_bytes(strategy.message_content(0))

@@ -4,6 +4,7 @@ import functools
 import resource
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -12,8 +13,8 @@ from flwr.clientapp import ClientApp
 from fedkrso_app import data, model, wire
 from fedkrso_app.config import Config, ConfigError, parse
 from fedkrso_app.core.projection import probe, stream
-from fedkrso_app.ledger import Entry, Ledger
-from fedkrso_app.replica import NeedSync, Replica, entries_folder
+from fedkrso_app.ledger import Entry
+from fedkrso_app.replica import NeedSync, NodeStore, Replica
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes
 
@@ -23,73 +24,118 @@ app = ClientApp()
 class Workplace:
     """What a process keeps between messages: one warm replica, the task's examples and how they are shared out."""
 
-    def __init__(self, run_id: int, config: Config, partitions: int) -> None:
+    def __init__(self, run: str, config: Config, partitions: int) -> None:
         self.config = config
         self.task = data.task(config.task)
         self.examples = data.load(self.task, config.data_dir, "train", config.holdout)
-        self.shares = data.partition(
-            self.examples, self.task, partitions, config.partition, config.dirichlet_alpha, config.seed
-        )
         self.model = model.load(config.model, self.task.num_labels, config.seed)
         self.strategy = STRATEGIES[config.strategy]
         self.shapes = Shapes.of(self.model.module, self.model.targets, self.model.head)
         method = self.strategy.local(self.model.module, self.model.targets, self.model.head, config)
-        self.replica = Replica(method, Ledger(entries_folder(run_id)), self.strategy.incremental)
+        self.store = NodeStore(run) if self.strategy.incremental else NodeStore(run, keep=2)
+        self.replica = Replica(method, self.store.entries, self.strategy.incremental, self.store)
+        self._partitions = partitions
+
+    def share(self, partition: int) -> Any:
+        """The examples of one partition: its part of all, or all of a node that has files of its own."""
+        return self.examples if not self._partitions else self.examples.select(self._shares[partition])
+
+    @functools.cached_property
+    def _shares(self) -> list[Any]:
+        c = self.config
+        return data.partition(self.examples, self.task, self._partitions, c.partition, c.dirichlet_alpha, c.seed)
+
+    def take(self, content: RecordDict, instructions: ConfigRecord) -> None:
+        """Keep what a message brings and advance to the version that it names. Raises :class:`NeedSync`."""
+        version = wire.number(instructions, "version", int, 0, 2**31)
+        for name, record in content.array_records.items():
+            kind, _, number = name.partition("-")
+            if kind == "weights":
+                values = wire.unpack(record, self.strategy.weights_schema(self.config, self.shapes))["weights"]
+                self.store.put_weights(int(number), str(instructions["stamp"]), values)
+            else:
+                schema = self.strategy.entry_schema(self.config, self.shapes)
+                self.store.put(Entry(int(number), wire.unpack(record, schema)))
+        try:
+            self.replica.advance(version)
+            known = self.store.stamp(version) == instructions["stamp"]
+        except NeedSync:
+            if self.store.weights_version <= version:
+                raise
+            known = False
+        if not known:  # another history, of a server that lost its last entry
+            self.store.clear()
+            workplace.cache_clear()
+            self.replica.version = -1
+            raise NeedSync("the files of this node are not those of the server's run")
 
 
 @functools.lru_cache(maxsize=1)
-def workplace(run_id: int, config: Config, partitions: int) -> Workplace:
-    return Workplace(run_id, config, partitions)
+def workplace(run: str, config: Config, partitions: int) -> Workplace:
+    return Workplace(run, config, partitions)
 
 
-def here(context: Context) -> tuple[Workplace, int, int]:
-    """The workplace of this node, its partition id, and the number of partitions."""
-    config, node = parse(context.run_config), context.node_config
+def identity(context: Context) -> tuple[int, int]:
+    """This node's partition id and the number of partitions. Raises ConfigError where they are not set."""
+    node = context.node_config
     if "partition-id" not in node or "num-partitions" not in node:
         raise ConfigError("this node has no partition-id or num-partitions; set both in the SuperNode's --node-config.")
-    if "data-dir" in node:
-        config = replace(config, data_dir=str(node["data-dir"]))
     partition, partitions = int(node["partition-id"]), int(node["num-partitions"])
     if not 0 <= partition < partitions:
         raise ConfigError(f"partition-id = {partition} is not below num-partitions = {partitions}.")
-    return workplace(context.run_id, config, partitions), partition, partitions
+    return partition, partitions
+
+
+def here(context: Context, run: str) -> Workplace:
+    """The workplace of this node. A ``data-dir`` of its own wins over the run's, and is its own share as a whole."""
+    config, partitions = parse(context.run_config), identity(context)[1]
+    if "data-dir" in context.node_config:
+        config, partitions = replace(config, data_dir=str(context.node_config["data-dir"])), 0
+    return workplace(run, config, partitions)
 
 
 @app.query("join")
 def join(message: Message, context: Context) -> Message:
-    """Say who this node is, once its settings, data and model are known to be good."""
-    asked, answer = message.content.config_records["join"], ConfigRecord()
+    """Say who this node is and what it holds, once its settings, data and model are known to be good."""
+    asked, answer = message.content.config_records["join"], ConfigRecord({"partition-id": -1})
     try:
-        place, partition, partitions = here(context)
+        partition, partitions = identity(context)
+        answer.update({"partition-id": partition, "num-partitions": partitions})
+        place = here(context, str(asked["run"]))
+        place.share(partition)
         if asked["probe"] != probe():
             raise ConfigError(
                 f"numpy draws other projections than the server's ({probe()}); install the server's numpy."
             )
-        if asked["model"] != place.model.digest:
+        if asked["model"] not in ("", place.model.digest):
             raise ConfigError(f"model = {place.config.model!r} has other weights than the server's.")
-        answer.update({"partition-id": partition, "num-partitions": partitions})
+        version = place.store.version
+        answer.update({"model": place.model.digest, "version": version, "stamp": place.store.stamp(version)})
     except ConfigError as error:
         answer["error"] = str(error)
     return Message(RecordDict({"join": answer}), reply_to=message)
+
+
+@app.query("leave")
+def leave(message: Message, context: Context) -> Message:
+    """Remove this run's files: it is over."""
+    NodeStore(str(message.content.config_records["leave"]["run"])).clear()
+    return Message(RecordDict(), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Bring W to the version the message names, train on this node's share, reply with the update."""
     started = time.monotonic()
-    place, partition, _ = here(context)
     instructions = message.content.config_records["train"]
+    partition, place = identity(context)[0], here(context, str(instructions["run"]))
     round = wire.number(instructions, "round", int, 1, 2**31)
-    version = wire.number(instructions, "version", int, 0, 2**31)
-    schema = place.strategy.entry_schema(place.config, place.shapes)
-    for name, record in message.content.array_records.items():
-        place.replica.store.put(Entry(int(name.removeprefix("entry-")), wire.unpack(record, schema)))
     try:
-        place.replica.advance(version)
+        place.take(message.content, instructions)
     except NeedSync:
         status = ConfigRecord({"version": place.replica.version, "need-sync": True})
         return Message(RecordDict({"status": status}), reply_to=message)
-    examples = place.examples.select(place.shares[partition])
+    examples = place.share(partition)
     rng = stream(place.config.seed, "client", round, partition)
     batches = data.batches(
         examples, place.task, place.model.tokenizer, place.config.batch_size, place.config.max_length, rng
@@ -107,7 +153,7 @@ def train(message: Message, context: Context) -> Message:
             "peak-bytes": peak_bytes(),
         }
     )
-    status = ConfigRecord({"version": version})
+    status = ConfigRecord({"version": instructions["version"]})
     return Message(RecordDict({"status": status, "update": update, "metrics": metrics}), reply_to=message)
 
 

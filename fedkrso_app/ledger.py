@@ -5,6 +5,7 @@ file an entry, written whole or not at all; its metadata holds what happened in 
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -97,16 +98,34 @@ class Ledger:
             raise LedgerError(f"entry {version} is damaged: {path} does not match its digest")
         return Entry(version, arrays, record)
 
-    def recover(self) -> None:
-        """Set the newest entry aside, with a warning, if it is damaged: the run goes on from the one before it."""
-        if self.version < 0:
-            return
+    def stamp(self, version: int) -> str:
+        """The digest that entry ``version`` carries. Raises LedgerError if it is missing or cannot be read."""
+        path = self._path(version)
         try:
-            self.read(self.version)
-        except LedgerError as error:
-            path = self._path(self.version)
-            path.rename(path.with_suffix(".damaged"))
-            logger.warning("%s; set aside as %s.damaged, going on from the entry before it", error, path.stem)
+            with safe_open(path, framework="numpy") as file:
+                return file.metadata()["digest"]
+        except (SafetensorError, KeyError, TypeError, OSError) as error:
+            raise LedgerError(f"entry {version} cannot be read: {path} ({error})") from None
+
+    def discard(self, version: int) -> None:
+        """Remove entry ``version`` if it is there: on a node, whose entries can be sent again."""
+        self._path(version).unlink(missing_ok=True)
+
+    def recover(self) -> None:
+        """Read all entries again. The newest is set aside, with a warning, if it is damaged: the run goes on from the
+        one before it. Raises LedgerError if an earlier one is damaged or missing."""
+        versions = self.versions()
+        for version, expected in zip(versions, itertools.count(versions[0] if versions else 0), strict=False):
+            try:
+                if version != expected:
+                    raise LedgerError(f"entry {expected} is missing: {self._path(expected)} does not exist")
+                self.read(version)
+            except LedgerError as error:
+                if version != versions[-1] or version != expected:
+                    raise LedgerError(f"{error}; the later ones lead nowhere without it: restore the file") from None
+                path = self._path(version)
+                path.rename(path.with_suffix(".damaged"))
+                logger.warning("%s; set aside as %s.damaged, going on from the entry before it", error, path.stem)
 
     def _path(self, version: int) -> Path:
         return self.folder / f"{version:06d}.safetensors"

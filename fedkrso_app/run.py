@@ -1,9 +1,11 @@
 """A run's folder: config.json, status, metrics.jsonl, ledger/, model/. Made new, or opened to be resumed."""
 
+import fcntl
 import io
 import json
 import os
 import re
+import secrets
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,6 +47,23 @@ class Run:
     @property
     def config(self) -> Config:
         return parse(self.info["config"])
+
+    def lock(self) -> None:
+        """Keep others from writing here until :meth:`unlock`, or the end of this process however it ends.
+
+        Raises ConfigError if another process does so already.
+        """
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ConfigError(
+                f"{self.path} is being written by a run that is still going on; stop that first."
+            ) from None
+
+    def unlock(self) -> None:
+        self._lock.close()
 
     @property
     def status(self) -> str:
@@ -98,11 +117,14 @@ def create(config: Config, model_digest: str) -> Run:
             libraries[library] = version(library)
         except PackageNotFoundError:
             libraries[library] = "not installed"
-    info = {"config": config.to_dict(), "libraries": libraries, "model_digest": model_digest}
+    info = {
+        "id": secrets.token_hex(8),  # names the run's files on the nodes, also when another Flower run goes on with it
+        "config": config.to_dict(),
+        "libraries": libraries,
+        "model_digest": model_digest,
+    }
     _write(path / "config.json", json.dumps(info, indent=2) + "\n")
-    run = Run(path)
-    run.set_status("running")
-    return run
+    return Run(path)
 
 
 def resume(config: Config, model_digest: str) -> Run:
@@ -117,7 +139,6 @@ def resume(config: Config, model_digest: str) -> Run:
             )
     if run.info["model_digest"] != model_digest:
         raise ConfigError(f"resume: model = {config.model!r} has other weights than when the run in {run.path} began.")
-    run.set_status("running")
     return run
 
 
@@ -130,6 +151,8 @@ def line(figures: dict[str, Any], config: Config, metric: str) -> str:
         train_loss = "none" if figures["train_loss"] is None else f"{figures['train_loss']:.4f}"
         parts.append(f"train loss {train_loss}")
         parts.append(f"up {figures['uplink_bytes'] / 1e6:.2f} MB  down {figures['downlink_bytes'] / 1e6:.2f} MB")
+        if figures["catchup_bytes"]:
+            parts.append(f"catch-up {figures['catchup_bytes'] / 1e6:.2f} MB of it")
         parts.append(f"clients {figures['clients']}  refused {figures['refused']}  failed {figures['failed']}")
         parts.append(f"{figures['seconds']:.1f} s")
     return "  ".join(parts)
@@ -147,6 +170,8 @@ def closing_table(run: Run, metric: str) -> str:
     for label, key in (("up", "uplink_bytes"), ("down", "downlink_bytes")):
         total = sum(figures[key] for figures in rounds)
         table.add_row(label, f"{total / 1e6:.2f} MB in all, {total / 1e6 / max(asked, 1):.3f} MB a client and round")
+    if catchup := sum(figures["catchup_bytes"] for figures in rounds):
+        table.add_row("down, catch-up", f"{catchup / 1e6:.2f} MB of it, to nodes that had missed rounds")
     paper = sum(figures["paper_bytes"] for figures in rounds)
     table.add_row(
         "both, paper's formula", f"{paper / 1e6:.2f} MB in all, {paper / 1e6 / max(asked, 1):.3f} MB a client and round"

@@ -2,18 +2,18 @@
 
 import functools
 import logging
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkrso_app import data, metrics, model, run
 from fedkrso_app.config import Config, ConfigError, parse
 from fedkrso_app.ledger import Entry, Ledger
-from fedkrso_app.replica import Replica, entries_folder
+from fedkrso_app.replica import Replica
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes, no_figures
 from fedkrso_app.streaming import StreamingGrid
@@ -35,20 +35,23 @@ def main(grid: Grid, context: Context) -> None:
         shapes = Shapes.of(loaded.module, loaded.targets, loaded.head)
         STRATEGIES[config.strategy].check_rank(config, shapes)
         folder = run.resume(config, loaded.digest) if config.resume else run.create(config, loaded.digest)
-    except ConfigError as error:
+        folder.lock()
+    except (ConfigError, OSError) as error:
         logger.error("The run cannot start: %s", error)
         raise
     logger.info("Run directory: %s", folder.path)
     try:
+        folder.set_status("running")
         play(config, task, validation, loaded, shapes, folder, StreamingGrid(grid))
     except BaseException as error:
         reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-        folder.set_status(f"failed: {reason}")
+        with suppress(OSError):  # on a full disk the words below are all there is
+            folder.set_status(f"failed: {reason}")
         logger.error("The run failed: %s", reason)
         logger.error("Run directory: %s (go on with it by --run-config \"resume='%s'\")", folder.path, folder.path)
         raise
     finally:
-        shutil.rmtree(entries_folder(context.run_id), ignore_errors=True)
+        folder.unlock()
     logger.info("Run directory: %s", folder.path)
 
 
@@ -83,11 +86,16 @@ def play(
         folder.add_metrics(figures)
         logger.info("%s", run.line(figures, config, task.metric))
 
-    strategy = strategy_class(config, shapes, ledger, loaded.digest, report)
+    def weights() -> np.ndarray:
+        replica.advance(ledger.version)
+        return replica.state()
+
+    strategy = strategy_class(config, shapes, ledger, loaded.digest, folder.info["id"], report, weights)
     report(dict(ledger.read(ledger.version).record))
     rounds = max(0, config.num_server_rounds - strategy.first_round + 1)
     with ours_only(logger):
         strategy.start(grid, ArrayRecord(), rounds, config.round_timeout)  # type: ignore[arg-type]
+    strategy.nodes.dismiss(grid)
     replica.advance(ledger.version)
     state = method.plain_state()
     model.export(loaded, state, folder.model)

@@ -30,6 +30,7 @@ WORDS = [f"w{number}" for number in range(40)]
 def _quiet_and_single_threaded(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("FEDKRSO_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 
@@ -83,6 +84,12 @@ def data_folder(tmp_path_factory) -> Path:
             labels.append(int((words < 20).mean() > 0.5))
         Dataset.from_dict({"sentence": sentences, "label": labels}).to_parquet(folder / "sst2" / f"{split}.parquet")
     return folder
+
+
+@pytest.fixture
+def node_files(tmp_path) -> Path:
+    """Where the nodes of a test keep their files."""
+    return tmp_path / "cache" / "nodes"
 
 
 def default_config() -> dict:

@@ -11,10 +11,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fedkrso_app import client_app, model, server_app
 from fedkrso_app.config import ConfigError
 from fedkrso_app.ledger import Ledger
-from fedkrso_app.replica import entries_folder
 
 
-def test_a_run_leaves_what_a_user_expects(run_config):
+def test_a_run_leaves_what_a_user_expects(run_config, node_files):
     run = play(run_config)
     assert run.status == "completed"
     assert [line["round"] for line in run.metrics()] == [0, 1, 2, 3]
@@ -28,7 +27,7 @@ def test_a_run_leaves_what_a_user_expects(run_config):
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     assert plain(**tokenizer("w1 w2", return_tensors="pt")).logits.shape == (1, 2)
     assert model.state_digest(plain.state_dict()) == digest(run)
-    assert not entries_folder(1).exists()
+    assert not list(node_files.iterdir())
 
 
 def test_resume_with_other_settings_is_refused_by_name(run_config):
@@ -63,10 +62,10 @@ def test_below_min_replies_nothing_is_published_and_the_run_goes_on(run_config, 
     assert replayed(run) == digest(run)
 
 
-def test_a_node_that_lost_its_entries_is_resynchronised_and_costs_one_share(run_config):
+def test_a_node_that_lost_its_entries_is_resynchronised_and_costs_one_share(run_config, node_files):
     def lose(partition, message, reply):
         if partition == 3 and message.content["train"]["round"] == 2:
-            shutil.rmtree(entries_folder(1))
+            shutil.rmtree(node_files)
             client_app.workplace.cache_clear()
         return reply
 
@@ -138,7 +137,7 @@ def test_a_missing_input_fails_before_round_one_with_one_sentence(run_config, ch
 
 
 def test_more_clients_than_rows_fail_with_the_reason_of_the_clients(run_config):
-    with pytest.raises(ConfigError, match="no node can take part: num-supernodes = 500 must be 1 to 160"):
+    with pytest.raises(ConfigError, match="no node can take part: partition 0: num-supernodes = 500 must be 1 to 160"):
         client_app.workplace.cache_clear()
         grid = InProcessGrid(client_app.app, run_config, 2)
         for context in grid.contexts.values():

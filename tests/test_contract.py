@@ -43,7 +43,7 @@ def test_the_clients_model_equals_the_servers_and_is_given_back_unchanged(settin
     seen = {}
 
     def look(partition, message, reply):
-        place = client_app.workplace(1, parse(settings), 4)
+        place = client_app.workplace(message.content["train"]["run"], parse(settings), 4)
         seen.setdefault(place.replica.version, set()).add(model.state_digest(place.replica.method.plain_state()))
         return reply
 
@@ -57,7 +57,7 @@ def test_partial_participation_catches_up_to_the_same_model(settings):
     seen = {}
 
     def look(partition, message, reply):
-        place = client_app.workplace(1, parse(partial), 4)
+        place = client_app.workplace(message.content["train"]["run"], parse(partial), 4)
         seen[message.content["train"]["version"]] = model.state_digest(place.replica.method.plain_state())
         return reply
 

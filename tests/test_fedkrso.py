@@ -30,7 +30,7 @@ def strategy(tmp_path, config):
     """Round 1 of a run on two layers of 3 × 4 and 2 × 3 with a head of 2 (r = 2, so Q = 10)."""
     ledger = Ledger(tmp_path / "ledger")
     ledger.append(Entry(0, {}, no_figures()))
-    made = FedKRSO(config, Shapes({"a": (3, 4), "b": (2, 3)}, head=2, parameters=20), ledger, "")
+    made = FedKRSO(config, Shapes({"a": (3, 4), "b": (2, 3)}, head=2, parameters=20), ledger, "", "0" * 16)
     made.round = 1
     made.begin()
     return made
@@ -174,7 +174,7 @@ def test_bytes_at_roberta_base_size_are_within_one_percent_of_the_formula(robert
     ledger = Ledger(tmp_path)
     ledger.append(Entry(0, {}, no_figures()))
     ledger.append(Entry(1, arrays, no_figures() | {"round": 1}))
-    strategy = FedKRSO(config, roberta_base, ledger, "")
+    strategy = FedKRSO(config, roberta_base, ledger, "", "0" * 16)
     strategy.round = 2
     reply = RecordDict({"status": ConfigRecord({"version": 1}), "update": wire.pack(arrays)})
     for content in (reply, strategy.message_content(0)):

@@ -59,7 +59,7 @@ def test_the_server_and_every_client_hold_the_same_pair_bit_for_bit(settings, mo
         return average(self, total)
 
     def look(partition, message, reply):
-        method = client_app.workplace(1, parse(settings), 4).replica.method
+        method = client_app.workplace(message.content["train"]["run"], parse(settings), 4).replica.method
         pair = {name: flatten(method.state[name]).tobytes() for name in ("B", "A")}
         clients.setdefault(message.content["train"]["version"], []).append(pair)
         return reply

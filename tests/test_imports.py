@@ -22,7 +22,7 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "run": {"config"},
     "results": {"config", "run", "strategies"},
     "strategies": {"strategies", "core", "wire", "ledger", "train", "config"},
-    "replica": {"ledger", "strategies"},
+    "replica": {"core", "ledger", "strategies"},
 }
 DOORS = {"cli", "server_app", "client_app", "compare", "report"}  # may import anything; nobody below imports them
 

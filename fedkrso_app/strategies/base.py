@@ -21,7 +21,7 @@ from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core import lora
 from fedkrso_app.core.fixed_point import FixedPointMeans
 from fedkrso_app.core.subspace import matrix
-from fedkrso_app.ledger import Entry, Ledger
+from fedkrso_app.ledger import Entry, Ledger, LedgerError
 from fedkrso_app.strategies.nodes import Nodes
 from fedkrso_app.wire import Refused, Schema
 
@@ -116,7 +116,9 @@ class FedTune(Strategy, ABC):
     """A round: sample, send each node the ledger entries it lacks, average what fits, append one entry.
 
     Flower's ``start`` drives it. W itself is never an argument or a result of Flower's hooks: the ledger is the state,
-    and whoever wants W (evaluation, export) replays it. ``report`` is called with each round's figures.
+    and whoever wants W (evaluation, export) replays it. ``report`` is called with each round's figures. ``run_id`` (16
+    hex digits) is that of the run's folder, whichever Flower run goes on with it. ``weights``, where the server has a
+    model, gives all trained tensors at the newest version as one vector.
     """
 
     local: ClassVar[Any]  # the LocalMethod that goes with it
@@ -130,11 +132,14 @@ class FedTune(Strategy, ABC):
         shapes: Shapes,
         ledger: Ledger,
         model_digest: str,
+        run_id: str,
         report: Callable[[dict[str, Any]], None] = lambda figures: None,
+        weights: Callable[[], np.ndarray] | None = None,
     ) -> None:
-        self.config, self.shapes, self.ledger, self.report = config, shapes, ledger, report
+        self.config, self.shapes, self.ledger, self.report, self.weights = config, shapes, ledger, report, weights
+        self.run_id = run_id
         self.first_round = 1 + int(ledger.read(ledger.version).record["round"])  # later than 1 in a resumed run
-        self.nodes = Nodes(model_digest, config.round_timeout)
+        self.nodes = Nodes(model_digest, run_id, config.round_timeout, self._holds)
 
     @classmethod
     def check_rank(cls, config: Config, shapes: Shapes) -> None:
@@ -156,6 +161,16 @@ class FedTune(Strategy, ABC):
     def entry_schema(cls, config: Config, shapes: Shapes) -> Schema:
         """What a ledger entry holds; the mean of the replies unless a method says otherwise."""
         return cls.reply_schema(config, shapes)
+
+    @classmethod
+    def weights_schema(cls, config: Config, shapes: Shapes) -> Schema:
+        """What can stand for all entries up to a version, in a method whose entries build on one another."""
+        return Schema({"weights": ("float32", (cls.weights_size(config, shapes),))})
+
+    @classmethod
+    def weights_size(cls, config: Config, shapes: Shapes) -> int:
+        """How many values training changes, where entries build on one another."""
+        raise NotImplementedError
 
     @abstractmethod
     def paper_bytes(self) -> int:
@@ -198,18 +213,24 @@ class FedTune(Strategy, ABC):
         if server_round == 1:
             self.nodes.wait_for_all(grid)
         else:
-            self.nodes.welcome_new(grid)
+            self.nodes.welcome(grid, again=True)
         content: dict[int, RecordDict] = {}  # one record for all nodes that lack the same entries
         messages = []
         self._asked: list[tuple[Message, int]] = []
+        behind = []
         for node in self.nodes.sample(grid, self.config.fraction_train, self.config.seed, self.round):
-            since = self.nodes.versions.get(node, -1)
+            since = self.nodes.versions[node]
+            behind.append(since)
             if since not in content:
                 content[since] = self.message_content(since)
             messages.append(Message(content[since], node, "train", group_id=str(self.round)))
             self._asked.append((messages[-1], node))
         sizes = {since: wire.measured_bytes(record) for since, record in content.items()}
-        self._downlink = sum(sizes[self.nodes.versions.get(node, -1)] for _, node in self._asked)
+        self._downlink = sum(sizes[since] for since in behind)
+        self._catchup = 0
+        if missed := [since for since in behind if since < self.ledger.version - 1]:
+            usual = wire.measured_bytes(self.message_content(self.ledger.version - 1))
+            self._catchup = sum(sizes[since] - usual for since in missed)
         return messages
 
     def aggregate_train(
@@ -266,17 +287,36 @@ class FedTune(Strategy, ABC):
     # The parts of a round
 
     def message_content(self, since: int) -> RecordDict:
-        """What a node at version ``since`` (-1: nothing) gets: the entries it lacks and this round's instructions."""
+        """What a node at version ``since`` (-1: nothing) gets: the way to the newest version, and instructions."""
+        content = self.way(since)
+        content["train"] = ConfigRecord({"round": self.round, **self.address(), **self.instructions(self.round)})
+        return content
+
+    def address(self) -> dict[str, Any]:
+        """Which model is meant: of which run, at which version, made by which entry."""
+        return {"run": self.run_id, "version": self.ledger.version, "stamp": self.ledger.stamp(self.ledger.version)}
+
+    def way(self, since: int) -> RecordDict:
+        """The entries after ``since``, or the weights that they lead to where those are smaller."""
         newest = self.ledger.version
         first = since + 1 if self.incremental else max(since + 1, newest)
-        content = RecordDict()
+        content, size = RecordDict(), 0
         for version in range(first, newest + 1):
             arrays = dict(self.ledger.read(version).arrays)
             if version < newest:
                 arrays.pop("head", None)  # absolute, so only the newest counts
             content[f"entry-{version}"] = wire.pack(arrays)
-        content["train"] = ConfigRecord({"round": self.round, "version": newest, **self.instructions(self.round)})
+            size += sum(value.nbytes for value in arrays.values())
+            if self.weights and version > first and size > 4 * self.weights_size(self.config, self.shapes):
+                return RecordDict({f"weights-{newest}": wire.pack({"weights": self.weights()})})
         return content
+
+    def _holds(self, version: int, stamp: str) -> bool:
+        """Whether a node that says it is at ``version`` has been there by this ledger's entries."""
+        try:
+            return version >= 0 and self.ledger.stamp(version) == stamp
+        except LedgerError:
+            return False
 
     def _accept(self, content: RecordDict, node: int) -> dict[str, float]:
         """Check one reply and fold it into the sums; returns its figures."""
@@ -317,6 +357,7 @@ class FedTune(Strategy, ABC):
             "train_loss": loss / total if total else None,
             "uplink_bytes": self._uplink,
             "downlink_bytes": self._downlink,
+            "catchup_bytes": self._catchup,
             "paper_bytes": self.paper_bytes() * asked,
             "clients": len(answered),
             "refused": refused,
@@ -345,5 +386,5 @@ def _finite(values: np.ndarray) -> bool:
 
 def no_figures() -> dict[str, Any]:
     """What a round is described by, before there was any."""
-    counts = ("uplink_bytes", "downlink_bytes", "paper_bytes", "clients", "refused", "failed")
+    counts = ("uplink_bytes", "downlink_bytes", "catchup_bytes", "paper_bytes", "clients", "refused", "failed")
     return {"round": 0, "version": 0, "train_loss": None, **dict.fromkeys(counts, 0), "partitions": [], "seconds": 0.0}

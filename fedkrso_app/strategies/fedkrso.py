@@ -109,6 +109,10 @@ class FedKRSO(FedTune):
         )
 
     @classmethod
+    def weights_size(cls, config: Config, shapes: Shapes) -> int:
+        return sum(m * n for m, n in shapes.targets.values()) + shapes.head
+
+    @classmethod
     def reply_schema(cls, config: Config, shapes: Shapes) -> Schema:
         intervals = -(-config.local_steps // config.fedkrso.interval)
         limit = min(intervals, config.fedkrso.num_seeds)  # at most one seed an interval

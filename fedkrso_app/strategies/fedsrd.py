@@ -122,6 +122,11 @@ class FedSRD(FedTune):
         return Schema(arrays, limits={"v": most}, optional=frozenset(arrays))
 
     @classmethod
+    def weights_size(cls, config: Config, shapes: Shapes) -> int:
+        r = config.lora.rank
+        return shapes.outputs(r) + shapes.inputs(r) + shapes.head
+
+    @classmethod
     def reply_schema(cls, config: Config, shapes: Shapes) -> Schema:
         size = cls.update_size(config, shapes)
         arrays: dict[str, Any] = {"bits": ("uint8", (-(-size // 8),)), "values": ("float32", ("v",))}

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -14,16 +15,22 @@ from fedkrso_app.wire import Refused
 logger = logging.getLogger("flwr")
 
 _GATHERING = 120.0  # seconds to wait, before the first round, for nodes that have not come yet
+_FAREWELL = 30.0  # seconds for the nodes to remove their files at the end
 
 
 class Nodes:
-    """The nodes of a run, asked once each who they are before they take part."""
+    """The nodes of a run, asked who they are before they take part.
 
-    def __init__(self, model_digest: str, timeout: float) -> None:
+    ``model`` is the digest of the server's W^0, or "" for that of the first node that comes; ``run`` names the files of
+    this run on the nodes; ``holds(version, stamp)`` tells whether a node that says it holds a version has the server's.
+    """
+
+    def __init__(self, model: str, run: str, timeout: float, holds: Callable[[int, str], bool]) -> None:
         self._timeout = timeout  # seconds for an answer; a node may have to fetch its model first
-        self._join = ConfigRecord({"model": model_digest, "probe": probe()})
-        self.partitions: dict[int, int | None] = {}  # node id -> partition id; None: cannot take part
+        self._model, self._run, self._holds = model, run, holds
+        self.partitions: dict[int, int] = {}  # node id -> partition id, of those that can take part
         self.versions: dict[int, int] = {}  # node id -> version it is known to hold
+        self._problems: dict[int, str] = {}  # node id -> why it cannot take part
         self._expected = 0
 
     def wait_for_all(self, grid: Any) -> None:
@@ -31,48 +38,77 @@ class Nodes:
 
         Raises ConfigError, with the reason a node gave, when none can take part.
         """
-        self.welcome_new(grid)
+        self.welcome(grid)
         end = time.monotonic() + _GATHERING
-        while len(self.partitions) < max(1, self._expected) and time.monotonic() < end:
+        while len(self.partitions) + len(self._problems) < max(1, self._expected) and time.monotonic() < end:
             time.sleep(0.5)
-            self.welcome_new(grid)
+            self.welcome(grid)
+        if not self.partitions and self._problems:
+            raise ConfigError(f"no node can take part: {next(iter(self._problems.values()))}")
         if not self.partitions:
             raise ConfigError("no node came: start SuperNodes, then run again.")
         if len(self.partitions) < self._expected:
             logger.warning("%d of %d nodes are there; going on with them", len(self.partitions), self._expected)
 
-    def welcome_new(self, grid: Any) -> None:
-        """Ask every node that is not known yet. Raises ConfigError if all that are known cannot take part."""
-        new = [node for node in grid.get_node_ids() if node not in self.partitions]
-        messages = [Message(RecordDict({"join": self._join}), node, "query.join") for node in new]
-        reasons = []
+    def welcome(self, grid: Any, again: bool = False) -> None:
+        """Ask every node that is not known yet; with ``again`` those too that could not take part when asked before."""
+        known = self.partitions.keys() | (set() if again else self._problems.keys())
+        new = [node for node in grid.get_node_ids() if node not in known]
+        record = ConfigRecord({"model": self._model, "probe": probe(), "run": self._run})
+        messages = [Message(RecordDict({"join": record}), node, "query.join") for node in new]
+        heard = set()
         for reply in grid.send_and_receive(messages, timeout=self._timeout):
             asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
             node = asked[reply.metadata.reply_to_message_id]
+            heard.add(node)
             try:
-                self.partitions[node] = self._read(reply)
+                self._admit(node, reply)
+                self._problems.pop(node, None)
             except Refused as reason:
-                self.partitions[node] = None
-                reasons.append(str(reason))
-                logger.warning("node %d cannot take part: %s", node, reason)
-        if reasons and all(partition is None for partition in self.partitions.values()):
-            raise ConfigError(f"no node can take part: {reasons[0]}")
+                self._complain(node, str(reason))
+        for node in new:
+            if node not in heard:
+                self._complain(node, f"no answer within {self._timeout:g} s")
 
     def sample(self, grid: Any, fraction: float, seed: int, round: int) -> list[int]:
         """This round's nodes, by partition id: the same whenever seed, round and those present are the same."""
         online = set(grid.get_node_ids())
-        present = {p: node for node, p in self.partitions.items() if p is not None and node in online}
+        present: dict[int, int] = {}
+        for node, partition in self.partitions.items():
+            if node in online:
+                if partition in present:
+                    logger.warning(
+                        "partition %d came twice; node %d takes part, not %d", partition, node, present[partition]
+                    )
+                present[partition] = node
         count = max(1, int(fraction * len(present) + 0.5))
         chosen = stream(seed, "sample", round).permutation(sorted(present))[:count]
         return [present[int(partition)] for partition in sorted(chosen)]
 
-    def _read(self, reply: Message) -> int:
+    def dismiss(self, grid: Any) -> None:
+        """Have all nodes remove this run's files."""
+        record = RecordDict({"leave": ConfigRecord({"run": self._run})})
+        messages = [Message(record, node, "query.leave") for node in grid.get_node_ids()]
+        for _ in grid.send_and_receive(messages, timeout=_FAREWELL):
+            pass
+
+    def _complain(self, node: int, reason: str) -> None:
+        if self._problems.get(node) != reason:  # once, though it is asked again every round
+            logger.warning("node %d cannot take part: %s", node, reason)
+        self._problems[node] = reason
+
+    def _admit(self, node: int, reply: Message) -> None:
         if reply.has_error():
-            raise Refused(reply.error.reason or f"error {reply.error.code}")
+            raise Refused(f"{reply.error.reason or 'no reason given'} (code {reply.error.code})".strip())
         answer = reply.content.get("join")
         if not isinstance(answer, ConfigRecord):
             raise Refused("record 'join' is missing")
+        partition = wire.number(answer, "partition-id", int, -1, 2**31)
         if answer.get("error"):
-            raise Refused(str(answer["error"]))
+            raise Refused(f"partition {partition}: {answer['error']!s}" if partition >= 0 else str(answer["error"]))
+        if not self._model:
+            self._model = str(answer.get("model"))
         self._expected = wire.number(answer, "num-partitions", int, 1, 2**31)
-        return wire.number(answer, "partition-id", int, 0, 2**31)
+        version = wire.number(answer, "version", int, -1, 2**31)
+        self.versions[node] = version if self._holds(version, str(answer.get("stamp"))) else -1
+        self.partitions[node] = partition
