@@ -71,6 +71,8 @@ class Config:
     max_length: int
     warmup: float
     weighting: str
+    aggregation: str
+    max_update_norm: float
     evaluate: str
     holdout: float
     seed: int
@@ -176,6 +178,14 @@ def _check(c: Config) -> None:
     choice("strategy", c.strategy, list(STRATEGIES))
     choice("partition", c.partition, ["iid", "dirichlet"])
     choice("weighting", c.weighting, ["uniform", "examples"])
+    choice("aggregation", c.aggregation, ["mean", "median", "trimmed-mean"])
+    if c.aggregation != "mean" and not STRATEGIES[c.strategy].robust:
+        raise ConfigError(
+            f"aggregation = {c.aggregation!r} does not go with {c.strategy}, which averages products: take 'mean'."
+        )
+    if c.aggregation != "mean" and c.weighting != "uniform":
+        raise ConfigError(f"aggregation = {c.aggregation!r} knows no weights: take weighting = 'uniform'.")
+    need(0 <= c.max_update_norm < float("inf"), "max-update-norm", c.max_update_norm, "0 (no bound) or above")
     choice("evaluate", c.evaluate, ["server", "off"])
     choice("fedkrso.projection", c.fedkrso.projection, ["gaussian", "rademacher", "orthonormal"])
     choice("fedsrd.compensate", c.fedsrd.compensate, ["l1", "none"])

@@ -1,6 +1,7 @@
 """A tiny model and corpus on disk, a grid that runs the ClientApp in this process, and whole runs on it."""
 
 import json
+import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +134,8 @@ def config(run_config) -> Config:
 
 class InProcessGrid:
     """Flower's grid with nodes 100, 101, … that run ``app`` here. ``tamper(partition, message, reply)`` may change,
-    replace or drop (None) a reply; ``order`` rearranges those that arrive together."""
+    replace or drop (None) a reply; ``order`` rearranges those that arrive together. With ``devices``, every node
+    has a disk of its own and every message meets a process that knows nothing, as in a deployment."""
 
     def __init__(
         self,
@@ -143,7 +145,9 @@ class InProcessGrid:
         tamper: Callable[[int, Message, Message], Message | None] = lambda partition, message, reply: reply,
         order: Callable[[list], list] = list,
         run_id: int = 1,
+        devices: bool = False,
     ) -> None:
+        self.disks = Path(os.environ["FEDKRSO_CACHE"]) if devices else None
         self.app, self.tamper, self.order, self.sent = app, tamper, order, []
         self.contexts = {
             100 + id: Context(
@@ -168,6 +172,9 @@ class InProcessGrid:
             ids.append(message.metadata.message_id)
             context = self.contexts[message.metadata.dst_node_id]
             partition = context.node_config["partition-id"]
+            if self.disks:
+                os.environ["FEDKRSO_CACHE"] = f"{self.disks}-{partition}"  # the fixture puts it back
+                client_app.workplace.cache_clear()
             try:
                 reply = self.app(message, context)
             except Exception as error:
@@ -181,10 +188,11 @@ class InProcessGrid:
         return self.order([self._replies.pop(id) for id in list(ids) if id in self._replies])
 
 
-def play(run_config, nodes=4, run_id=1, **options) -> Run:
-    """One whole run; the folder it made."""
+def play(run_config, nodes=4, run_id=1, prepare=lambda grid: None, **options) -> Run:
+    """One whole run, on a grid that ``prepare`` may change before; the folder it made."""
     client_app.workplace.cache_clear()
     grid = InProcessGrid(client_app.app, run_config, nodes, run_id=run_id, **options)
+    prepare(grid)
     context = Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=run_config)
     server_app.app(grid, context)
     return Run(server_app.run.resolved_path(run_config["output-dir"]) / run_config["run-name"])

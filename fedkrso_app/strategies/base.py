@@ -5,6 +5,7 @@ A method adds its two halves: a :class:`FedTune` for the server and a :class:`Lo
 """
 
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from fedkrso_app import wire
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core import lora
 from fedkrso_app.core.fixed_point import FixedPointMeans
+from fedkrso_app.core.robust import RobustMeans
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.ledger import Entry, Ledger, LedgerError
 from fedkrso_app.strategies.nodes import Nodes
@@ -122,6 +124,7 @@ class FedTune(Strategy, ABC):
     """
 
     local: ClassVar[Any]  # the LocalMethod that goes with it
+    robust: ClassVar[bool] = True  # whether ``aggregation`` can be another one than the mean
     incremental: ClassVar[bool] = False  # whether entry v needs the model at v-1, or stands for itself
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
@@ -183,9 +186,14 @@ class FedTune(Strategy, ABC):
     def check(self, arrays: Arrays) -> None:
         """Raise :class:`Refused` where a reply fits its schema and is wrong all the same."""
 
+    def movement(self, arrays: Arrays, newest: Arrays) -> list[np.ndarray]:
+        """By how much a reply would move the model, given the newest ledger entry; for ``max-update-norm``."""
+        return [value - newest[name] for name, value in arrays.items()]
+
     def begin(self) -> None:
         """Start a round's sums."""
-        self.sums = FixedPointMeans()
+        kind = self.config.aggregation
+        self.sums = FixedPointMeans() if kind == "mean" else RobustMeans(kind)
 
     def absorb(self, arrays: Arrays, weight: int, partition: int) -> None:
         """Fold one checked reply into the sums, entirely or (raising OverflowError) not at all."""
@@ -340,6 +348,13 @@ class FedTune(Strategy, ABC):
         }
         arrays = wire.unpack(update, self.reply_schema(self.config, self.shapes))
         self.check(arrays)
+        if self.config.max_update_norm:
+            moved = self.movement(arrays, self.ledger.read(version).arrays)
+            norm = math.sqrt(sum(float(np.square(part, dtype=np.float64).sum()) for part in moved))
+            if norm > self.config.max_update_norm:
+                raise Refused(
+                    f"its update has norm {norm:.4g}, above max-update-norm = {self.config.max_update_norm:g}"
+                )
         weight = figures["num-examples"] if self.config.weighting == "examples" else 1
         try:
             self.absorb(arrays, weight, self.nodes.partitions[node])  # type: ignore[arg-type]

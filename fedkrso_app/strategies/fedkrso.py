@@ -137,6 +137,9 @@ class FedKRSO(FedTune):
         if len(set(seeds)) < len(seeds):
             raise Refused("a seed occurs twice")
 
+    def movement(self, arrays: Arrays, newest: Arrays) -> list[np.ndarray]:
+        return [arrays["accumulators"], arrays["head"] - newest["head"]]
+
     def absorb(self, arrays: Arrays, weight: int, partition: int) -> None:
         by_seed = dict(zip(arrays["seeds"].tolist(), arrays["accumulators"], strict=True))
         self.sums.add({**by_seed, "head": arrays["head"]}, weight)

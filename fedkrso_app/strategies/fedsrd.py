@@ -97,6 +97,7 @@ class FedSRD(FedTune):
     """Server half. It holds the same (B, A) as every client, rebuilt from the ledger."""
 
     local = FedSRDLocal
+    robust = False
     incremental = True
     learning_rate_key = "fedsrd.learning-rate"
     rank_key = "lora.rank"
@@ -156,6 +157,9 @@ class FedSRD(FedTune):
         largest = float(np.abs(arrays["values"]).max(initial=0.0))
         if largest > _LARGEST:
             raise Refused(f"values up to {largest:g} are too large: products of factors must stay finite")
+
+    def movement(self, arrays: Arrays, newest: Arrays) -> list[np.ndarray]:
+        return [arrays["values"], *([arrays["head"] - newest["head"]] if "head" in arrays else [])]
 
     def begin(self) -> None:
         self.updates: dict[int, tuple[Arrays, int]] = {}  # kept sparse; the factors of a sum are not a sum of factors
