@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkrso_app import data, model, wire
@@ -98,7 +98,9 @@ def train(message: Message, context: Context) -> Message:
         torch.cuda.reset_peak_memory_stats()
     with place.replica.lend() as method:
         arrays, loss = method.train(batches, instructions, rng)
-        update: ArrayRecord = wire.pack(arrays)
+    rounding = stream(place.config.seed, "reply", round, partition)
+    store = place.replica.store
+    update = wire.pack(place.strategy.encode_reply(arrays, store, version, place.config, place.shapes, rounding))
     metrics = MetricRecord(
         {
             "num-examples": len(examples),

@@ -71,6 +71,7 @@ class Config:
     max_length: int
     warmup: float
     weighting: str
+    wire_dtype: str
     evaluate: str
     holdout: float
     seed: int
@@ -176,6 +177,7 @@ def _check(c: Config) -> None:
     choice("strategy", c.strategy, list(STRATEGIES))
     choice("partition", c.partition, ["iid", "dirichlet"])
     choice("weighting", c.weighting, ["uniform", "examples"])
+    choice("wire-dtype", c.wire_dtype, ["float32", "float16", "int8", "int4"])
     choice("evaluate", c.evaluate, ["server", "off"])
     choice("fedkrso.projection", c.fedkrso.projection, ["gaussian", "rademacher", "orthonormal"])
     choice("fedsrd.compensate", c.fedsrd.compensate, ["l1", "none"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fedkrso_app import wire
 from fedkrso_app.ledger import Ledger, LedgerError
 from fedkrso_app.strategies.base import LocalMethod
 
@@ -43,7 +44,7 @@ class Replica:
                 entry = self.store.read(version)
             except LedgerError as error:
                 raise NeedSync(str(error)) from None
-            self.method.apply(entry.arrays)
+            self.method.apply(wire.decode(entry.arrays))
             self.version = version
 
     @contextmanager

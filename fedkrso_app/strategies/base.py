@@ -20,6 +20,7 @@ from fedkrso_app import wire
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core import lora
 from fedkrso_app.core.fixed_point import FixedPointMeans
+from fedkrso_app.core.projection import stream
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.strategies.nodes import Nodes
@@ -121,6 +122,7 @@ class FedTune(Strategy, ABC):
 
     local: ClassVar[Any]  # the LocalMethod that goes with it
     incremental: ClassVar[bool] = False  # whether entry v needs the model at v-1, or stands for itself
+    absolute: ClassVar[tuple[str, ...]] = ("head",)  # arrays of a reply and an entry that are no update but the state
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
 
@@ -179,6 +181,31 @@ class FedTune(Strategy, ABC):
     def average(self, total_weight: int) -> dict[str, np.ndarray]:
         """The arrays of the next ledger entry."""
         return {name: self.sums.mean(name, total_weight) for name in self.reply_schema(self.config, self.shapes).arrays}
+
+    # The number format on the wire
+
+    @classmethod
+    def encode_entry(cls, arrays: Arrays, config: Config, shapes: Shapes, round: int) -> dict[str, np.ndarray]:
+        """A ledger entry as it is stored and sent; its rounding is the same for the same run seed and round."""
+        return wire.encode(arrays, cls.entry_schema(config, shapes), stream(config.seed, "broadcast", round))
+
+    @classmethod
+    def encode_reply(
+        cls, arrays: Arrays, store: Ledger, version: int, config: Config, shapes: Shapes, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """A reply as it is sent. Quantised, absolute values go as the difference to the entry ``version`` that they were
+        trained from: so the error is as small as the update, and the next entry is that one plus the mean."""
+        if config.wire_dtype != "float32":
+            start = wire.decode(store.read(version).arrays)
+            arrays = {name: x - start[name] if name in cls.absolute else x for name, x in arrays.items()}
+        return wire.encode(arrays, cls.reply_schema(config, shapes), rng)
+
+    def next_entry(self, averages: Arrays) -> dict[str, np.ndarray]:
+        """The round's averages as the ledger entry that is stored, sent and, decoded, applied by all sides."""
+        if self.config.wire_dtype != "float32":
+            start = wire.decode(self.ledger.read(self.ledger.version).arrays)
+            averages = {name: x + start[name] if name in self.absolute else x for name, x in averages.items()}
+        return self.encode_entry(averages, self.config, self.shapes, self.round)
 
     # What Flower's loop calls
 
@@ -273,7 +300,8 @@ class FedTune(Strategy, ABC):
         for version in range(first, newest + 1):
             arrays = dict(self.ledger.read(version).arrays)
             if version < newest:
-                arrays.pop("head", None)  # absolute, so only the newest counts
+                for name in ("head", "head.scales"):
+                    arrays.pop(name, None)  # absolute, so only the newest counts
             content[f"entry-{version}"] = wire.pack(arrays)
         content["train"] = ConfigRecord({"round": self.round, "version": newest, **self.instructions(self.round)})
         return content
@@ -298,7 +326,7 @@ class FedTune(Strategy, ABC):
             "train-seconds": wire.number(metrics, "train-seconds", float, 0, 1e9),
             "peak-bytes": wire.number(metrics, "peak-bytes", int, 0, 2**62),
         }
-        arrays = wire.unpack(update, self.reply_schema(self.config, self.shapes))
+        arrays = wire.decode(wire.unpack(update, self.reply_schema(self.config, self.shapes)))
         self.check(arrays)
         weight = figures["num-examples"] if self.config.weighting == "examples" else 1
         try:
@@ -335,7 +363,7 @@ class FedTune(Strategy, ABC):
             logger.warning("%s: nothing is published, the version stays %d", problem, self.ledger.version)
         else:
             figures["version"] += 1
-            self.ledger.append(Entry(figures["version"], arrays, figures))
+            self.ledger.append(Entry(figures["version"], self.next_entry(arrays), figures))
         self.report(figures)
 
 
