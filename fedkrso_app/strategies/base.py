@@ -193,8 +193,8 @@ class FedTune(Strategy, ABC):
     def encode_reply(
         cls, arrays: Arrays, store: Ledger, version: int, config: Config, shapes: Shapes, rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
-        """A reply as it is sent. Quantised, absolute values go as the difference to the entry ``version`` that they were
-        trained from: so the error is as small as the update, and the next entry is that one plus the mean."""
+        """A reply as it is sent. Quantised, absolute values go as the difference to the entry ``version`` that they
+        were trained from: so the error is as small as the update, and the next entry is that one plus the mean."""
         if config.wire_dtype != "float32":
             start = wire.decode(store.read(version).arrays)
             arrays = {name: x - start[name] if name in cls.absolute else x for name, x in arrays.items()}
