@@ -272,21 +272,16 @@ def test_a_heads_error_on_the_way_up_is_a_step_of_the_update_and_not_of_the_head
 
 @pytest.mark.parametrize("strategy", ["fedsrd", "fedsrd-e"])
 def test_fedsrds_bitmaps_are_untouched_and_its_values_quantised(run_config, strategy):
-    replies = {}
-    for run_id, dtype in enumerate(["float32", "int4"], 1):
-        play(
-            run_config | {"strategy": strategy, "wire-dtype": dtype, "num-server-rounds": 1, "run-name": dtype},
-            tamper=lambda partition, message, reply, seen=replies.setdefault(dtype, []): seen.append(reply) or reply,
-            run_id=run_id,
-        )
-    for reply in replies["int4"]:
+    replies = []
+    play(
+        run_config | {"strategy": strategy, "wire-dtype": "int4", "num-server-rounds": 1},
+        tamper=lambda partition, message, reply: replies.append(reply) or reply,
+    )
+    for reply in replies:
         arrays = arrays_of(reply)
         kept = int(np.unpackbits(arrays["bits"]).sum())
         assert arrays["values"].nbytes == -(-kept // 2) and len(wire.decode(arrays)["values"]) == kept
-        assert arrays["head"].dtype == np.int8
-    assert sum(arrays_of(r)["values"].nbytes for r in replies["int4"]) < 0.15 * sum(
-        arrays_of(r)["values"].nbytes for r in replies["float32"]
-    )
+        assert kept > 0 and arrays["head"].dtype == np.int8
 
 
 @pytest.mark.parametrize("strategy", ["fedsrd", "fedsrd-e"])

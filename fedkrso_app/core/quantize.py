@@ -5,9 +5,9 @@
                                 int4:    codes -7..7, likewise; two in a byte, the first in the low half
 
 A scale is the upper half of a float32 (8 bits of precision, rounded up), as uint16. A half byte holds code + 8, so that
-0 is no code: it fills up the last byte of an odd row. Rounding is stochastic: up or down by chance, so that the expected
-value is the value itself and moves smaller than the grid are kept on average. (Only float16's values below 2^-29 of the
-largest in their row, where it has fewer bits, go to the nearest.)
+0 is no code: it fills up the last byte of an odd row. Rounding is stochastic: up or down by chance, so that the
+expected value is the value itself and moves smaller than the grid are kept on average. (Only float16's values below
+2^-29 of the largest in their row, where it has fewer bits, go to the nearest.)
 """
 
 import math
