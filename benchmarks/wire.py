@@ -1,6 +1,6 @@
 """Bytes of one client and round, measured on each method's real records, beside the formula and the paper's Table III.
 
-    python -m benchmarks.wire [--json]
+    python -m benchmarks.wire [--json]     # also: --dtypes for the other number formats, --time for what they take
 
 Builds each method on RoBERTa-base and RoBERTa-large *shapes* (a model from its config on the meta device: no weights),
 fills its records with random numbers and counts the bytes that Flower would serialise, headers included. FedKRSO stands
@@ -9,8 +9,10 @@ twice: with all K = 10 seeds both ways, as the paper counts it, and with the see
 
 import argparse
 import json
+import math
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig
 from fedkrso_app import wire
 from fedkrso_app.compare import settings
 from fedkrso_app.config import Config, parse
-from fedkrso_app.core import srd
+from fedkrso_app.core import quantize, srd
 from fedkrso_app.core.projection import stream
 from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.model import find_targets
@@ -72,7 +74,7 @@ def fill(schema: Schema, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     for name, (dtype, shape) in schema.arrays.items():
         real = tuple(lengths.get(n, n) if isinstance(n, str) else n for n in shape)
-        if dtype == "float32":
+        if dtype.startswith("float") or dtype in quantize.FORMATS:
             arrays[name] = rng.standard_normal(real, dtype=np.float32)
         else:
             arrays[name] = rng.integers(np.iinfo(dtype).max, size=real, dtype=dtype)
@@ -82,7 +84,8 @@ def fill(schema: Schema, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
 def measure(name: str, size: Shapes, config: Config, up: Mapping[str, int], down: Mapping[str, int]) -> dict[str, int]:
     """Bytes up and down of one client, with the free lengths of the two schemas set."""
     strategy_class = STRATEGIES[name]
-    reply = fill(strategy_class.reply_schema(config, size), up)
+    schema = strategy_class.reply_schema(config, size)
+    reply = wire.encode(fill(schema, up), schema, stream(0, "reply"))
     content = RecordDict(
         {
             "status": ConfigRecord({"version": 1}),
@@ -99,7 +102,7 @@ def measure(name: str, size: Shapes, config: Config, up: Mapping[str, int], down
             entry["values"] = np.ones(int(mask.sum()), np.float32)
         ledger.append(Entry(0, {}, no_figures()))
         strategy: FedTune = strategy_class(config, size, ledger, "", "0" * 16)
-        ledger.put(Entry(1, entry, no_figures()))
+        ledger.put(Entry(1, strategy_class.encode_entry(entry, config, size, 1), no_figures()))
         strategy.round = 1
         downlink = wire.measured_bytes(strategy.message_content(0))
     return {"up": wire.measured_bytes(content), "down": downlink, "formula": strategy.paper_bytes()}
@@ -111,13 +114,13 @@ def _dare_rng() -> np.random.Generator:
     return dare_rng(1)
 
 
-def rows() -> list[dict[str, Any]]:
-    """One row per model size and method."""
-    config = parse(settings(None, []) | {"local-steps": 100})
+def rows(dtype: str = "float32", models: Sequence[str] = ("base", "large")) -> list[dict[str, Any]]:
+    """One row per model size and method, with numbers in the format ``dtype``."""
+    config = parse(settings(None, []) | {"local-steps": 100, "wire-dtype": dtype})
     K = config.fedkrso.num_seeds
     drawn, used = draws(config)
     result = []
-    for label in ("base", "large"):
+    for label in models:
         size = shapes(label)
         L = size.outputs(config.lora.rank) + size.inputs(config.lora.rank)
         sparse = {"v": round(L * (1 - config.fedsrd.max_sparsity))}
@@ -148,12 +151,59 @@ def rows() -> list[dict[str, Any]]:
     return result
 
 
+def times(repeats: int = 15) -> list[dict[str, Any]]:
+    """What a FedKRSO reply of RoBERTa-base takes to encode and decode: seconds, and how many bare copies of it in
+    memory. Medians of interleaved repeats; the reply has the mean number of drawn seeds, rounded up."""
+    size, result = shapes("base"), []
+    for dtype in quantize.FORMATS:
+        config = parse(settings(None, []) | {"local-steps": 100, "wire-dtype": dtype})
+        schema = STRATEGIES["fedkrso"].reply_schema(config, size)
+        reply = fill(schema, {"s": math.ceil(draws(config)[0])})
+        seconds: dict[str, list[float]] = {"copy": [], "encode": [], "decode": []}
+        for _ in range(repeats):
+            start = time.perf_counter()
+            copied = {name: value.copy() for name, value in reply.items()}
+            seconds["copy"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            encoded = wire.encode(copied, schema, stream(0, "reply"))
+            seconds["encode"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            wire.decode(encoded)
+            seconds["decode"].append(time.perf_counter() - start)
+        medians = {name: float(np.median(values)) for name, values in seconds.items()}
+        both = medians["encode"] + medians["decode"]
+        result.append({"wire_dtype": dtype, **medians, "both_to_copy": both / medians["copy"]})
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    result = rows()
-    if parser.parse_args().json:
+    parser.add_argument("--dtypes", action="store_true", help="each wire-dtype, on RoBERTa-base")
+    parser.add_argument("--time", action="store_true", help="seconds to encode and decode a reply")
+    chosen = parser.parse_args()
+    if chosen.time:
+        result = times()
+    elif chosen.dtypes:
+        result = [{"wire_dtype": dtype, **row} for dtype in wire.HEAD for row in rows(dtype, ["base"])]
+    else:
+        result = rows()
+    if chosen.json:
         print(json.dumps(result, indent=2))
+        return
+    if chosen.time:
+        table = Table("wire-dtype", "encode s", "decode s", "both, in bare copies of the reply")
+        for row in result:
+            both = f"{row['both_to_copy']:.0f}"
+            table.add_row(row["wire_dtype"], f"{row['encode']:.4f}", f"{row['decode']:.4f}", both)
+        Console(width=120).print(table)
+        return
+    if chosen.dtypes:
+        table = Table("wire-dtype", "method", "up MB", "down MB", "both MB", title="Bytes of one client and round")
+        for row in result:
+            figures = [f"{row[key] / 1e6:.3f}" for key in ("up", "down", "both")]
+            table.add_row(row["wire_dtype"], row["method"], *figures)
+        Console(width=120).print(table)
         return
     table = Table(title="Bytes of one client and round (r = 4, K = 10, J = 10, 100 local steps, float32)")
     for column in (

@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -227,11 +228,13 @@ def _replay(run: "Run", entries: Ledger, to: int) -> tuple[Any, Any]:
 
 def _described(run: "Run", entries: Ledger) -> Iterator[dict[str, Any]]:
     """What every entry on disk says, as JSON would have it."""
+    from fedkrso_app import wire
     from fedkrso_app.strategies import STRATEGIES
 
     incremental, before = STRATEGIES[run.config.strategy].incremental, None
     for version in entries.versions():
         entry = entries.read(version)
+        entry = replace(entry, arrays=wire.decode(entry.arrays))
         yield {
             "version": version,
             **{key: value for key, value in entry.record.items() if key != "version"},

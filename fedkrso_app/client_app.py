@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkrso_app import data, model, wire
@@ -142,9 +142,11 @@ def train(message: Message, context: Context) -> Message:
     )
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    start = place.replica.method.initial() if place.config.wire_dtype != "float32" else {}
     with place.replica.lend() as method:
         arrays, loss = method.train(batches, instructions, rng)
-        update: ArrayRecord = wire.pack(arrays)
+    rounding = stream(place.config.seed, "reply", round, partition)
+    update = wire.pack(place.strategy.encode_reply(arrays, start, place.config, place.shapes, rounding))
     metrics = MetricRecord(
         {
             "num-examples": len(examples),

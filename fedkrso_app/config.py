@@ -73,6 +73,7 @@ class Config:
     weighting: str
     aggregation: str
     max_update_norm: float
+    wire_dtype: str
     evaluate: str
     holdout: float
     seed: int
@@ -186,6 +187,7 @@ def _check(c: Config) -> None:
     if c.aggregation != "mean" and c.weighting != "uniform":
         raise ConfigError(f"aggregation = {c.aggregation!r} knows no weights: take weighting = 'uniform'.")
     need(0 <= c.max_update_norm < float("inf"), "max-update-norm", c.max_update_norm, "0 (no bound) or above")
+    choice("wire-dtype", c.wire_dtype, ["float32", "float16", "int8", "int4"])
     choice("evaluate", c.evaluate, ["server", "off"])
     choice("fedkrso.projection", c.fedkrso.projection, ["gaussian", "rademacher", "orthonormal"])
     choice("fedsrd.compensate", c.fedsrd.compensate, ["l1", "none"])

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fedkrso_app import wire
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.ledger import Entry, Ledger, LedgerError
 from fedkrso_app.strategies.base import LocalMethod
@@ -150,7 +151,7 @@ class Replica:
             if values is not None:
                 self.restore(version, values)
         for version in range(self.version + 1 if self.incremental else max(to, self.version + 1), to + 1):
-            self.method.apply(self.entries.read(version).arrays)
+            self.method.apply(wire.decode(self.entries.read(version).arrays))
             self.version = version
 
     @contextmanager

@@ -70,7 +70,7 @@ def play(
     ledger = Ledger(folder.ledger, keep=None if strategy_class.incremental else 2)
     ledger.recover()
     if ledger.version < 0:
-        ledger.append(Entry(0, method.initial(), no_figures()))
+        ledger.append(Entry(0, strategy_class.encode_entry(method.initial(), config, shapes, 0), no_figures()))
     replica = Replica(method, ledger, strategy_class.incremental)
 
     @functools.lru_cache(maxsize=1)

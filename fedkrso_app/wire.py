@@ -1,7 +1,10 @@
-"""Tensors <-> records: a fixed schema, packing, measured bytes. What does not fit the schema is refused by name.
+"""Tensors <-> records: a fixed schema, number formats, measured bytes. What does not fit the schema is refused by name.
 
 A schema is known to the receiver before it parses anything: which arrays, which dtype, which shape. An array is one
 flat block per kind (each costs 128 bytes of header), in numpy's npy format, which is never allowed to hold objects.
+
+Quantised arrays are encoded once, by whoever makes them, and stay so in the record, the ledger and the catch-up of a
+node; :func:`decode` is applied where values are used. So all see the same values.
 """
 
 import io
@@ -13,6 +16,12 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from fedkrso_app.core import quantize
+
+# ``wire-dtype`` -> the format of the head, and that of other absolute values, which are rounded anew in every round.
+HEAD = {"float32": "float32", "float16": "float16", "int8": "int8", "int4": "int8"}
+STATE = {"float32": "float32", "float16": "float16", "int8": "float16", "int4": "float16"}
+_SCALES = ".scales"
 _NPY_HEADER_LIMIT = 1024
 
 
@@ -22,11 +31,54 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Schema:
-    """Arrays by name: (dtype, shape). A letter in a shape stands for one length, the same in every array."""
+    """Arrays by name: (dtype, shape). A letter in a shape stands for one length, the same in every array.
+
+    The dtypes float16, int8 and int4 are those of float32 arrays that travel quantised (:mod:`core.quantize`).
+    """
 
     arrays: Mapping[str, tuple[str, tuple[Any, ...]]]
     limits: Mapping[str, int] = field(default_factory=dict)  # letter -> largest length allowed
     optional: frozenset[str] = frozenset()
+
+    def encoded(self) -> "Schema":
+        """The schema of the arrays that travel: codes under the old name, scales beside them."""
+        arrays: dict[str, tuple[str, tuple[Any, ...]]] = {}
+        limits = dict(self.limits)
+
+        def fewer(length: Any, parts: int) -> Any:
+            """⌈length / parts⌉, for a letter as a letter of its own."""
+            if not isinstance(length, str):
+                return -(-length // parts)
+            limits[f"{length}/{parts}"] = -(-limits[length] // parts)
+            return f"{length}/{parts}"
+
+        for name, (dtype, shape) in self.arrays.items():
+            *rest, n = shape
+            if dtype in quantize.FORMATS:
+                arrays[name + _SCALES] = ("uint16", (*rest, 1 if dtype == "float16" else fewer(n, quantize.BLOCK)))
+            arrays[name] = ("uint8", (*rest, fewer(n, 2))) if dtype == "int4" else (dtype, shape)
+        scales = {name + _SCALES for name in self.optional if name + _SCALES in arrays}
+        return Schema(arrays, limits, self.optional | scales)
+
+
+def encode(arrays: Mapping[str, np.ndarray], schema: Schema, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """``arrays`` in the formats of ``schema``, randomly rounded by ``rng``; without a format an array stays itself."""
+    encoded = {}
+    for name, value in arrays.items():
+        form = schema.arrays[name][0]
+        encoded[name] = value
+        if form in quantize.FORMATS:
+            encoded[name], encoded[name + _SCALES] = quantize.encode(value, form, rng)
+    return encoded
+
+
+def decode(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What :func:`encode` was given, as precise as the format is: float32 for every array that has scales."""
+    return {
+        name: quantize.decode(value, arrays[name + _SCALES]) if name + _SCALES in arrays else value
+        for name, value in arrays.items()
+        if not name.endswith(_SCALES)
+    }
 
 
 def pack(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
@@ -35,7 +87,11 @@ def pack(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
 
 
 def unpack(record: ArrayRecord, schema: Schema) -> dict[str, np.ndarray]:
-    """The arrays of ``record``, read-only, once all of them fit ``schema`` and are finite; else :class:`Refused`."""
+    """The arrays of ``record``, still encoded and read-only, once all of them fit ``schema``; else :class:`Refused`.
+
+    Fitting means: nothing missing, nothing else, dtypes, shapes, finite values, codes and scales that can be.
+    """
+    plain, schema = schema, schema.encoded()
     missing = [name for name in schema.arrays if name not in record and name not in schema.optional]
     if missing:
         raise Refused(f"array {missing[0]!r} is missing")
@@ -43,7 +99,11 @@ def unpack(record: ArrayRecord, schema: Schema) -> dict[str, np.ndarray]:
     if extra:
         raise Refused(f"array {extra[0]!r} is not expected; expected: {', '.join(schema.arrays)}")
     lengths: dict[str, int] = {}
-    return {name: _read(name, array, schema, lengths) for name, array in record.items()}
+    arrays = {name: _read(name, array, schema, lengths) for name, array in record.items()}
+    for name, (dtype, shape) in plain.arrays.items():
+        if dtype in quantize.FORMATS and (name in arrays or name + _SCALES in arrays):
+            _check_codes(name, arrays, shape[-1])
+    return arrays
 
 
 def measured_bytes(content: RecordDict) -> int:
@@ -68,6 +128,18 @@ def number(record: ConfigRecord | MetricRecord, key: str, kind: type, low: float
     if not low <= value <= high:  # type: ignore[operator]  # NaN fails this comparison too
         raise Refused(f"{key} = {value} is not between {low:g} and {high:g}")
     return kind(value)
+
+
+def _check_codes(name: str, arrays: Mapping[str, np.ndarray], n: int | str) -> None:
+    if name not in arrays or name + _SCALES not in arrays:
+        raise Refused(f"array {name!r} and its scales must come together")
+    try:
+        quantize.check(arrays[name], arrays[name + _SCALES])
+    except ValueError as error:
+        raise Refused(f"array {name!r}: {error}") from None
+    length = quantize.length(arrays[name])
+    if isinstance(n, int) and arrays[name].size and length != n:
+        raise Refused(f"array {name!r} has {length} values in a row, expected {n}")
 
 
 def _read(name: str, array: Array, schema: Schema, lengths: dict[str, int]) -> np.ndarray:

@@ -19,6 +19,11 @@ def settings(request, run_config) -> dict:
     return run_config | {"strategy": request.param}
 
 
+@pytest.fixture(params=["float32", "float16", "int8", "int4"])
+def at_any_dtype(request, settings) -> dict:
+    return settings | {"wire-dtype": request.param}
+
+
 @pytest.fixture
 def arrays_in_a_reply(settings) -> list[str]:
     config = parse(settings)
@@ -39,8 +44,8 @@ def test_the_ledger_replays_to_the_servers_model(settings):
     assert replayed(run) == digest(run)
 
 
-def test_the_clients_model_equals_the_servers_and_is_given_back_unchanged(settings):
-    seen = {}
+def test_the_clients_model_equals_the_servers_and_is_given_back_unchanged(at_any_dtype):
+    settings, seen = at_any_dtype, {}
 
     def look(partition, message, reply):
         place = client_app.workplace(message.content["train"]["run"], parse(settings), 4)
@@ -48,12 +53,14 @@ def test_the_clients_model_equals_the_servers_and_is_given_back_unchanged(settin
         return reply
 
     run = play(settings, tamper=look)
+    assert replayed(run) == digest(run)
     kept = set(Ledger(run.ledger).versions()) & set(seen)
     assert kept and {version: {replayed(run, version)} for version in kept} == {v: seen[v] for v in kept}
     assert len(seen) == 3 and all(len(states) == 1 for states in seen.values())
 
 
-def test_partial_participation_catches_up_to_the_same_model(settings):
+@pytest.mark.parametrize("dtype", ["float32", "int4"])
+def test_partial_participation_catches_up_to_the_same_model(settings, dtype):
     seen = {}
 
     def look(partition, message, reply):
@@ -61,7 +68,7 @@ def test_partial_participation_catches_up_to_the_same_model(settings):
         seen[message.content["train"]["version"]] = model.state_digest(place.replica.method.plain_state())
         return reply
 
-    partial = settings | {"fraction-train": 0.5, "num-server-rounds": 5}
+    partial = settings | {"fraction-train": 0.5, "num-server-rounds": 5, "wire-dtype": dtype}
     run = play(partial, tamper=look)
     assert all(line["clients"] == 2 for line in run.metrics()[1:])
     assert len({tuple(line["partitions"]) for line in run.metrics()[1:]}) > 1
@@ -76,8 +83,12 @@ def test_same_seed_same_bits_whatever_the_order_of_arrival(settings):
     assert digest(first) == digest(second) != digest(other)
 
 
-@pytest.mark.parametrize("instant", ["before the entry", "after the entry"])
-def test_resume_ends_in_the_same_bits_as_no_interruption(settings, instant, monkeypatch):
+@pytest.mark.parametrize(
+    ("instant", "dtype"),
+    [("before the entry", "float32"), ("after the entry", "float32"), ("before the entry", "int8")],
+)
+def test_resume_ends_in_the_same_bits_as_no_interruption(settings, instant, dtype, monkeypatch):
+    settings = settings | {"wire-dtype": dtype}
     whole = play(settings | {"run-name": "whole"})
     with monkeypatch.context() as patch:
         if instant == "before the entry":

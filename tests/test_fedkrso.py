@@ -161,9 +161,13 @@ def roberta_base() -> Shapes:
     return Shapes.of(module, model.find_targets(module), head)
 
 
-@pytest.mark.parametrize("count", [1, 6, 10])
-def test_bytes_at_roberta_base_size_are_within_one_percent_of_the_formula(roberta_base, tmp_path, count):
-    config = parse(default_config() | {"local-steps": 100})
+# wire-dtype -> bytes of a value in an accumulator and in the head, a scale of two bytes for 128 values included
+BYTES = {"float32": (4, 4), "float16": (2, 2), "int8": (65 / 64, 65 / 64), "int4": (33 / 64, 65 / 64)}
+
+
+@pytest.mark.parametrize(("dtype", "count"), [("float32", 1), ("float32", 6), *((dtype, 10) for dtype in BYTES)])
+def test_bytes_at_roberta_base_size_are_within_one_percent_of_the_formula(roberta_base, tmp_path, dtype, count):
+    config = parse(default_config() | {"local-steps": 100, "wire-dtype": dtype})
     Q, h = roberta_base.outputs(4), roberta_base.head
     rng = np.random.default_rng(0)
     arrays = {
@@ -171,6 +175,7 @@ def test_bytes_at_roberta_base_size_are_within_one_percent_of_the_formula(robert
         "accumulators": rng.standard_normal((count, Q), dtype=np.float32),
         "head": rng.standard_normal(h, dtype=np.float32),
     }
+    arrays = FedKRSO.encode_entry(arrays, config, roberta_base, 1)
     ledger = Ledger(tmp_path)
     ledger.append(Entry(0, {}, no_figures()))
     ledger.append(Entry(1, arrays, no_figures() | {"round": 1}))
@@ -178,5 +183,7 @@ def test_bytes_at_roberta_base_size_are_within_one_percent_of_the_formula(robert
     strategy.round = 2
     reply = RecordDict({"status": ConfigRecord({"version": 1}), "update": wire.pack(arrays)})
     for content in (reply, strategy.message_content(0)):
-        assert wire.measured_bytes(content) == pytest.approx(4 * (count * Q + h), rel=0.01)
+        assert wire.measured_bytes(content) == pytest.approx(
+            BYTES[dtype][0] * count * Q + BYTES[dtype][1] * h, rel=0.01
+        )
     assert strategy.paper_bytes() == 31_279_120

@@ -49,8 +49,9 @@ def test_a_broadcast_keeps_about_a_fifth_of_one_factor(settings):
         assert 0.1 * SIZE / 2 < len(values) < 0.3 * SIZE / 2
 
 
-def test_the_server_and_every_client_hold_the_same_pair_bit_for_bit(settings, monkeypatch):
-    servers, clients = {}, {}
+@pytest.mark.parametrize("dtype", ["float32", "int4"])
+def test_the_server_and_every_client_hold_the_same_pair_bit_for_bit(settings, dtype, monkeypatch):
+    settings, servers, clients = settings | {"wire-dtype": dtype}, {}, {}
     average = FedSRD.average
 
     def keep(self, total):

@@ -21,6 +21,7 @@ from fedkrso_app import wire
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core import lora
 from fedkrso_app.core.fixed_point import FixedPointMeans
+from fedkrso_app.core.projection import stream
 from fedkrso_app.core.robust import RobustMeans
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.ledger import Entry, Ledger, LedgerError
@@ -74,7 +75,7 @@ class LocalMethod(ABC):
 
     @abstractmethod
     def initial(self) -> dict[str, np.ndarray]:
-        """The arrays of ledger entry 0: whatever of the starting point W^0 alone does not tell."""
+        """The arrays of ledger entry 0, whatever of the starting point W^0 alone does not tell, as they now are."""
 
     @abstractmethod
     def apply(self, arrays: Arrays) -> None:
@@ -126,6 +127,7 @@ class FedTune(Strategy, ABC):
     local: ClassVar[Any]  # the LocalMethod that goes with it
     robust: ClassVar[bool] = True  # whether ``aggregation`` can be another one than the mean
     incremental: ClassVar[bool] = False  # whether entry v needs the model at v-1, or stands for itself
+    absolute: ClassVar[tuple[str, ...]] = ("head",)  # arrays of a reply and an entry that are no update but the state
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
 
@@ -186,10 +188,6 @@ class FedTune(Strategy, ABC):
     def check(self, arrays: Arrays) -> None:
         """Raise :class:`Refused` where a reply fits its schema and is wrong all the same."""
 
-    def movement(self, arrays: Arrays, newest: Arrays) -> list[np.ndarray]:
-        """By how much a reply would move the model, given the newest ledger entry; for ``max-update-norm``."""
-        return [value - newest[name] for name, value in arrays.items()]
-
     def begin(self) -> None:
         """Start a round's sums."""
         kind = self.config.aggregation
@@ -202,6 +200,30 @@ class FedTune(Strategy, ABC):
     def average(self, total_weight: int) -> dict[str, np.ndarray]:
         """The arrays of the next ledger entry."""
         return {name: self.sums.mean(name, total_weight) for name in self.reply_schema(self.config, self.shapes).arrays}
+
+    # The number format on the wire
+
+    @classmethod
+    def encode_entry(cls, arrays: Arrays, config: Config, shapes: Shapes, round: int) -> dict[str, np.ndarray]:
+        """A ledger entry as it is stored and sent; its rounding is the same for the same run seed and round."""
+        return wire.encode(arrays, cls.entry_schema(config, shapes), stream(config.seed, "broadcast", round))
+
+    @classmethod
+    def encode_reply(
+        cls, arrays: Arrays, start: Arrays, config: Config, shapes: Shapes, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """A reply as it is sent. Quantised, absolute values go as the difference to those that training ``start``-ed
+        from: so the error is as small as the update, and the next entry is the newest plus the mean."""
+        if config.wire_dtype != "float32":
+            arrays = {name: x - start[name] if name in cls.absolute else x for name, x in arrays.items()}
+        return wire.encode(arrays, cls.reply_schema(config, shapes), rng)
+
+    def next_entry(self, averages: Arrays) -> dict[str, np.ndarray]:
+        """The round's averages as the ledger entry that is stored, sent and, decoded, applied by all sides."""
+        if self.config.wire_dtype != "float32":
+            start = wire.decode(self.ledger.read(self.ledger.version).arrays)
+            averages = {name: x + start[name] if name in self.absolute else x for name, x in averages.items()}
+        return self.encode_entry(averages, self.config, self.shapes, self.round)
 
     # What Flower's loop calls
 
@@ -312,7 +334,8 @@ class FedTune(Strategy, ABC):
         for version in range(first, newest + 1):
             arrays = dict(self.ledger.read(version).arrays)
             if version < newest:
-                arrays.pop("head", None)  # absolute, so only the newest counts
+                for name in ("head", "head.scales"):
+                    arrays.pop(name, None)  # absolute, so only the newest counts
             content[f"entry-{version}"] = wire.pack(arrays)
             size += sum(value.nbytes for value in arrays.values())
             if self.weights and version > first and size > 4 * self.weights_size(self.config, self.shapes):
@@ -346,11 +369,10 @@ class FedTune(Strategy, ABC):
             "train-seconds": wire.number(metrics, "train-seconds", float, 0, 1e9),
             "peak-bytes": wire.number(metrics, "peak-bytes", int, 0, 2**62),
         }
-        arrays = wire.unpack(update, self.reply_schema(self.config, self.shapes))
+        arrays = wire.decode(wire.unpack(update, self.reply_schema(self.config, self.shapes)))
         self.check(arrays)
         if self.config.max_update_norm:
-            moved = self.movement(arrays, self.ledger.read(version).arrays)
-            norm = math.sqrt(sum(float(np.square(part, dtype=np.float64).sum()) for part in moved))
+            norm = self._norm(arrays, self.ledger.read(version).arrays)
             if norm > self.config.max_update_norm:
                 raise Refused(
                     f"its update has norm {norm:.4g}, above max-update-norm = {self.config.max_update_norm:g}"
@@ -362,6 +384,16 @@ class FedTune(Strategy, ABC):
             raise Refused(str(error)) from None
         self.nodes.versions[node] = version
         return {**figures, "weight": weight}
+
+    def _norm(self, arrays: Arrays, newest: Arrays) -> float:
+        """L2 norm of what a reply would move: of the difference to the newest entry where values are absolute."""
+        differences = self.absolute if self.config.wire_dtype == "float32" else ()  # quantised, they come as such
+        moved = [
+            value - newest[name] if name in differences else value
+            for name, value in arrays.items()
+            if value.dtype == np.float32
+        ]
+        return math.sqrt(sum(float(np.square(part, dtype=np.float64).sum()) for part in moved))
 
     def _close(self, answered: dict[int, dict[str, float]], asked: int, refused: int, failed: int) -> None:
         """Publish the average if enough replies count, and report the round."""
@@ -391,7 +423,7 @@ class FedTune(Strategy, ABC):
             logger.warning("%s: nothing is published, the version stays %d", problem, self.ledger.version)
         else:
             figures["version"] += 1
-            self.ledger.append(Entry(figures["version"], arrays, figures))
+            self.ledger.append(Entry(figures["version"], self.next_entry(arrays), figures))
         self.report(figures)
 
 

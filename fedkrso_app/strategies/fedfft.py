@@ -11,7 +11,7 @@ from fedkrso_app.config import Config
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LocalMethod, Shapes
 from fedkrso_app.train import train
-from fedkrso_app.wire import Schema
+from fedkrso_app.wire import STATE, Schema
 
 
 class FedFFTLocal(LocalMethod):
@@ -43,10 +43,15 @@ class FedFFT(FedTune):
 
     local = FedFFTLocal
     learning_rate_key = "fedfft.learning-rate"
+    absolute = ("parameters",)
 
     @classmethod
     def reply_schema(cls, config: Config, shapes: Shapes) -> Schema:
-        return Schema({"parameters": ("float32", (shapes.parameters,))})
+        return Schema({"parameters": (config.wire_dtype, (shapes.parameters,))})
+
+    @classmethod
+    def entry_schema(cls, config: Config, shapes: Shapes) -> Schema:
+        return Schema({"parameters": (STATE[config.wire_dtype], (shapes.parameters,))})
 
     def paper_bytes(self) -> int:
         return 8 * self.shapes.parameters

@@ -11,7 +11,7 @@ from fedkrso_app.config import Config
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LoraLocal, Shapes
 from fedkrso_app.train import head_optimizer, train
-from fedkrso_app.wire import Schema
+from fedkrso_app.wire import HEAD, STATE, Schema
 
 
 class FedITLocal(LoraLocal):
@@ -41,13 +41,26 @@ class FedIT(FedTune):
     local = FedITLocal
     learning_rate_key = "lora.learning-rate"
     rank_key = "lora.rank"
+    absolute = ("A", "B", "head")
 
     @classmethod
     def reply_schema(cls, config: Config, shapes: Shapes) -> Schema:
+        return cls._schema(config, shapes, config.wire_dtype)
+
+    @classmethod
+    def entry_schema(cls, config: Config, shapes: Shapes) -> Schema:
+        return cls._schema(config, shapes, STATE[config.wire_dtype])
+
+    @classmethod
+    def _schema(cls, config: Config, shapes: Shapes, dtype: str) -> Schema:
         rank = config.lora.rank
-        sizes = {"A": shapes.inputs(rank), "B": shapes.outputs(rank), "head": shapes.head}
-        return Schema({name: ("float32", (sizes[name],)) for name in (*cls.local.factors, "head")})
+        arrays = {
+            "A": (dtype, (shapes.inputs(rank),)),
+            "B": (dtype, (shapes.outputs(rank),)),
+            "head": (HEAD[config.wire_dtype], (shapes.head,)),
+        }
+        return Schema({name: arrays[name] for name in (*cls.local.factors, "head")})
 
     def paper_bytes(self) -> int:
         schema = self.reply_schema(self.config, self.shapes)
-        return 8 * sum(shape[0] for _, shape in schema.arrays.values())  # type: ignore[misc]
+        return 8 * sum(shape[0] for _, shape in schema.arrays.values())

@@ -23,7 +23,7 @@ from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import attached, fold, matrix
 from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LocalMethod, Shapes
 from fedkrso_app.train import head_optimizer, train
-from fedkrso_app.wire import Refused, Schema
+from fedkrso_app.wire import HEAD, Refused, Schema
 
 
 def draw_seeds(seed: int, round: int, count: int) -> np.ndarray:
@@ -101,8 +101,8 @@ class FedKRSO(FedTune):
         return Schema(
             {
                 "seeds": ("uint64", ("s",)),
-                "accumulators": ("float32", ("s", shapes.outputs(config.fedkrso.rank))),
-                "head": ("float32", (shapes.head,)),
+                "accumulators": (config.wire_dtype, ("s", shapes.outputs(config.fedkrso.rank))),
+                "head": (HEAD[config.wire_dtype], (shapes.head,)),
             },
             limits={"s": config.fedkrso.num_seeds},
             optional=frozenset({"head"}),
@@ -136,9 +136,6 @@ class FedKRSO(FedTune):
             raise Refused(f"seed {stranger} is not in this round's pool")
         if len(set(seeds)) < len(seeds):
             raise Refused("a seed occurs twice")
-
-    def movement(self, arrays: Arrays, newest: Arrays) -> list[np.ndarray]:
-        return [arrays["accumulators"], arrays["head"] - newest["head"]]
 
     def absorb(self, arrays: Arrays, weight: int, partition: int) -> None:
         by_seed = dict(zip(arrays["seeds"].tolist(), arrays["accumulators"], strict=True))

@@ -18,6 +18,7 @@ import torch
 from flwr.app import ConfigRecord
 from torch import Tensor
 
+from fedkrso_app import wire
 from fedkrso_app.config import Config
 from fedkrso_app.core import lora, srd
 from fedkrso_app.core.fixed_point import FixedPointMeans
@@ -27,7 +28,7 @@ from fedkrso_app.core.srd import Term
 from fedkrso_app.ledger import Ledger
 from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LoraLocal, Shapes
 from fedkrso_app.train import head_optimizer, train
-from fedkrso_app.wire import Refused, Schema
+from fedkrso_app.wire import HEAD, Refused, Schema
 
 FACTORS = ("B", "A")  # the order in which they take turns
 _LARGEST = 1e6  # of an update's values; sound ones are far below 1
@@ -109,16 +110,15 @@ class FedSRD(FedTune):
             "B": [torch.zeros(m, r) for m, _ in shapes.targets.values()],
             "A": [lora.initial_A(config.seed, name, r, n) for name, (_, n) in shapes.targets.items()],
         }
-        for version in ledger.versions():
-            self.move(ledger.read(version).arrays)
+        self.moved = -1  # the newest entry that is in the pair
 
     @classmethod
     def entry_schema(cls, config: Config, shapes: Shapes) -> Schema:
         most = max(shapes.outputs(config.lora.rank), shapes.inputs(config.lora.rank)) + shapes.head
         arrays: dict[str, Any] = {
             "mask": ("uint64", (2,)),
-            "values": ("float32", ("v",)),
-            "head": ("float32", (shapes.head,)),
+            "values": (config.wire_dtype, ("v",)),
+            "head": (HEAD[config.wire_dtype], (shapes.head,)),
         }
         return Schema(arrays, limits={"v": most}, optional=frozenset(arrays))
 
@@ -130,9 +130,9 @@ class FedSRD(FedTune):
     @classmethod
     def reply_schema(cls, config: Config, shapes: Shapes) -> Schema:
         size = cls.update_size(config, shapes)
-        arrays: dict[str, Any] = {"bits": ("uint8", (-(-size // 8),)), "values": ("float32", ("v",))}
+        arrays: dict[str, Any] = {"bits": ("uint8", (-(-size // 8),)), "values": (config.wire_dtype, ("v",))}
         if not config.fedsrd.sparsify_head:
-            arrays["head"] = ("float32", (shapes.head,))
+            arrays["head"] = (HEAD[config.wire_dtype], (shapes.head,))
         return Schema(arrays, limits={"v": size})
 
     @staticmethod
@@ -158,12 +158,13 @@ class FedSRD(FedTune):
         if largest > _LARGEST:
             raise Refused(f"values up to {largest:g} are too large: products of factors must stay finite")
 
-    def movement(self, arrays: Arrays, newest: Arrays) -> list[np.ndarray]:
-        return [arrays["values"], *([arrays["head"] - newest["head"]] if "head" in arrays else [])]
-
     def begin(self) -> None:
         self.updates: dict[int, tuple[Arrays, int]] = {}  # kept sparse; the factors of a sum are not a sum of factors
         self.sums = FixedPointMeans()
+        for version in self.ledger.versions():
+            if version > self.moved:
+                self.move(wire.decode(self.ledger.read(version).arrays))
+                self.moved = version
 
     def absorb(self, arrays: Arrays, weight: int, partition: int) -> None:
         if "head" in arrays:
@@ -203,7 +204,6 @@ class FedSRD(FedTune):
         entry: dict[str, np.ndarray] = {"mask": np.array([seed, turn], np.uint64), "values": values}
         if not config.sparsify_head:
             entry["head"] = self.sums.mean("head", total_weight)
-        self.move(entry)
         return entry
 
     def represent(self, terms: list[Term], rank: int) -> list[Term]:
