@@ -25,12 +25,12 @@ class Workplace:
 
     def __init__(self, run_id: int, config: Config, partitions: int) -> None:
         self.config = config
-        self.task = data.task(config.task)
+        self.task = data.resolve(config)
         self.examples = data.load(self.task, config.data_dir, "train", config.holdout)
         self.shares = data.partition(
             self.examples, self.task, partitions, config.partition, config.dirichlet_alpha, config.seed
         )
-        self.model = model.load(config.model, self.task.num_labels, config.seed)
+        self.model = model.load(config.model, self.task.num_labels, config.seed, self.task.classes)
         self.strategy = STRATEGIES[config.strategy]
         self.shapes = Shapes.of(self.model.module, self.model.targets, self.model.head)
         method = self.strategy.local(self.model.module, self.model.targets, self.model.head, config)
@@ -66,7 +66,9 @@ def join(message: Message, context: Context) -> Message:
                 f"numpy draws other projections than the server's ({probe()}); install the server's numpy."
             )
         if asked["model"] != place.model.digest:
-            raise ConfigError(f"model = {place.config.model!r} has other weights than the server's.")
+            classes = ", ".join(place.task.classes)
+            labels = f" or label names ({classes}), which the key labels settles for all" if classes else ""
+            raise ConfigError(f"model = {place.config.model!r} has other weights than the server's{labels}.")
         answer.update({"partition-id": partition, "num-partitions": partitions})
     except ConfigError as error:
         answer["error"] = str(error)

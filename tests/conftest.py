@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from fedkrso_app import client_app, model, server_app
+from fedkrso_app import client_app, data, model, server_app
 from fedkrso_app.config import Config, parse
 from fedkrso_app.ledger import Ledger
 from fedkrso_app.replica import Replica
@@ -190,7 +190,8 @@ def digest(run: Run) -> str:
 def replayed(run: Run, version: int | None = None) -> str:
     """The weights' digest at ``version``, from W^0 and the ledger alone."""
     config = run.config
-    loaded = model.load(config.model, 2, config.seed)
+    task = data.resolve(config)
+    loaded = model.load(config.model, task.num_labels, config.seed, task.classes)
     strategy = STRATEGIES[config.strategy]
     method = strategy.local(loaded.module, loaded.targets, loaded.head, config)
     ledger = Ledger(run.ledger)
