@@ -21,6 +21,7 @@ from fedkrso_app.ledger import Ledger
 from fedkrso_app.replica import Replica
 from fedkrso_app.run import Run
 from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies.base import LocalMethod
 
 ROOT = Path(__file__).parent.parent
 WORDS = [f"w{number}" for number in range(40)]
@@ -187,8 +188,8 @@ def digest(run: Run) -> str:
     return json.loads((run.path / "result.json").read_text())["digest"]
 
 
-def replayed(run: Run, version: int | None = None) -> str:
-    """The weights' digest at ``version``, from W^0 and the ledger alone."""
+def replica(run: Run, version: int | None = None) -> LocalMethod:
+    """The method with its model at ``version``, from W^0 and the ledger alone."""
     config = run.config
     task = data.resolve(config)
     loaded = model.load(config.model, task.num_labels, config.seed, task.classes)
@@ -196,7 +197,12 @@ def replayed(run: Run, version: int | None = None) -> str:
     method = strategy.local(loaded.module, loaded.targets, loaded.head, config)
     ledger = Ledger(run.ledger)
     Replica(method, ledger, strategy.incremental).advance(ledger.version if version is None else version)
-    return model.state_digest(method.plain_state())
+    return method
+
+
+def replayed(run: Run, version: int | None = None) -> str:
+    """The digest of the weights that W^0 and the ledger lead to."""
+    return model.state_digest(replica(run, version).plain_state())
 
 
 def arrays_of(reply: Message) -> dict[str, np.ndarray]:
