@@ -50,7 +50,8 @@ def resolve(config: Config) -> Task:
         if found.label in table.column_names:  # load() says so if it is not
             names |= set(_names(table[found.label], f"{source}: column {found.label!r}").drop_null().to_pylist())
     if len(names) < 2:
-        raise ConfigError(f"{source}: label column {found.label!r} holds {len(names)} label; set another label-column.")
+        held = f"has {len(names)} different values and a classifier needs two"
+        raise ConfigError(f"{source}: label column {found.label!r} {held}; set another label-column.")
     return replace(found, classes=sorted_names(names), num_labels=len(names))
 
 
@@ -129,12 +130,13 @@ def _checked(examples: datasets.Dataset, task: Task, source: str, here: Sequence
     kept = np.flatnonzero(good)
     if len(kept) < count:
         first = files.place(here, int(good.argmin()))
-        logger.warning("%s: %d rows with an empty cell are left out, the first: %s", source, count - len(kept), first)
+        files.warn(f"{source}: rows with an empty cell left out: {count - len(kept)} of {count}, the first: {first}")
         if not len(kept):
             raise ConfigError(f"{need_rows} without an empty cell. Columns found: {found}.")
         examples, table = examples.select(kept), table.take(kept)
     for column in task.columns:
-        need(str(table[column].type).startswith(TEXTS), column, "does not hold texts")
+        hint = " (write numbers that are texts in quotes, in jsonl)" if task.own else ""
+        need(str(table[column].type).startswith(TEXTS), column, f"does not hold texts{hint}")
     examples = examples.select_columns(task.reads)
     if task.language:
         return examples
@@ -173,17 +175,17 @@ def _empty(values: Any, task: Task, column: str) -> np.ndarray:
 
 def _names(values: Any, what: str) -> Any:
     """Labels as texts: whole numbers and truth values too."""
-    if pa.types.is_floating(values.type):  # whole numbers beside an empty cell
+    kind = values.type
+    if pa.types.is_floating(kind):  # whole numbers beside an empty cell
         values = pc.if_else(pc.is_nan(values), None, values)
         known = values.drop_null().to_numpy()
         if (known != np.round(known)).any():
-            raise ConfigError(
-                f"{what} holds numbers such as {known[known != np.round(known)][0]}: task = 'regression'?"
-            )
+            odd = known[known != np.round(known)][0]
+            raise ConfigError(f"{what} holds numbers such as {odd}, which name no class; is it task = 'regression'?")
         values = values.cast(pa.int64(), safe=False)
-    if pa.types.is_nested(values.type):
+    elif not (str(kind).startswith((*TEXTS, *_NUMBERS, "bool", "dictionary"))):
         raise ConfigError(
-            f"{what} holds {values.type}, which are no labels; set label-column to one of texts or numbers."
+            f"{what} holds {kind}, not texts or whole numbers alone; mend it or set another label-column."
         )
     names = pc.utf8_trim_whitespace(values.cast(pa.string()))
     return pc.if_else(pc.equal(names, ""), None, names)

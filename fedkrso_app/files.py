@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +60,31 @@ def read(files: Sequence[Path], skip: bool) -> datasets.Dataset:
     options = _CSV if kind == "csv" else {}
     # Its reader pads short rows of csv and shifts long ones, so they are looked at first.
     broken = _broken(files) if kind == "csv" else []
+    for file in files if kind == "json" else ():
+        _text(file)  # its reader finds out late, and raises an error that names no file
     try:
         if not broken:
             return datasets.load_dataset(kind, data_files=paths, split="train", **options)  # type: ignore[arg-type]
     except Exception as error:  # each format's reader raises errors of its own
         broken = _broken(files)
         if not broken:
-            raise ConfigError(f"{names}: could not be read as {kind} ({error.__cause__ or error}).") from error
+            reason = error.__cause__ or error if any(file.stat().st_size for file in files) else "it is empty"
+            raise ConfigError(f"{names}: could not be read as {kind} ({reason}).") from error
     if not skip:
         more = f" (and {len(broken) - 1} more lines)" if len(broken) > 1 else ""
         raise ConfigError(f"{broken[0]}{more}; mend it, or leave such lines out by bad-rows='skip'.")
-    logger.warning("%d broken lines are left out, the first: %s", len(broken), broken[0])
+    warn(f"broken lines left out: {len(broken)}, the first: {broken[0]}")
     rows = [row for file in files for _, row in records(file) if isinstance(row, dict)]
     try:
         return _in_memory(rows, kind)
     except Exception as error:  # pandas and Arrow raise errors of their own
         raise ConfigError(f"{names}: what is left could not be read as {kind} ({error}).") from error
+
+
+@lru_cache(maxsize=256)
+def warn(message: str) -> None:
+    """Log ``message`` once in this process, however often the file is read."""
+    logger.warning(message)
 
 
 def place(files: Sequence[Path], row: int) -> str:
@@ -96,14 +106,9 @@ def records(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
     Lines count from 1, and a csv header is one. Raises :class:`ConfigError` for text that is not UTF-8.
     """
-    content = file.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{file}, line {line}: this is not UTF-8; save the file with that encoding.") from None
+    text = _text(file)
     if file.suffix == ".csv":
-        yield from _csv_records(text)
+        yield from _csv_records(list(io.StringIO(text, newline="")))
         return
     for line, part in enumerate(text.split("\n"), 1):
         if part.strip():
@@ -114,18 +119,28 @@ def records(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 yield line, f"is not JSON ({error})"
 
 
-def _csv_records(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _text(file: Path) -> str:
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{file}, line {line}: this is not UTF-8; save the file with that encoding.") from None
+
+
+def _csv_records(lines: list[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     csv.field_size_limit(2**31 - 1)  # a text may be long
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader, skipped = csv.reader(lines, strict=True), 0
     header: list[str] = []
     while True:
-        line = reader.line_num + 1
+        line = skipped + reader.line_num + 1
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             yield line, f"is not CSV ({error})"
+            reader, skipped = csv.reader(lines[line:], strict=True), line  # an open quote takes in all that follows
             continue
         if not cells:
             continue  # a blank line

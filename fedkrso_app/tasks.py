@@ -168,6 +168,17 @@ def with_columns(open_task: Task, types: Mapping[str, str], source: str) -> Task
         return ConfigError(f"{source}: {why}; set {key}, for instance {key}='{example}'. Columns found: {found}.")
 
     label, columns = open_task.label, open_task.columns
+    for key, wanted in (
+        ("text-columns", columns),
+        ("label-column", (label,)),
+        ("partition-column", (open_task.group,)),
+    ):
+        for name in wanted:
+            if name and name not in types:
+                close = difflib.get_close_matches(name, types, n=1) or list(types)
+                raise ask(
+                    key, ",".join(close[0] if other == name else other for other in wanted), f"no column {name!r}"
+                )
     if not label and not open_task.language:
         free = [name for name in types if name not in columns]
         likely = [name for name in free if name.lower() in _LABELS]
