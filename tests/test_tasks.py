@@ -416,7 +416,6 @@ def test_a_small_decoder_learns_to_answer(family, template, model_folder, run_co
     }  # fmt: skip
     run = play(run_config | keys)
     losses = [line["eval_loss"] for line in run.metrics()]
-    print(losses, [line["metric"] for line in run.metrics()])
     assert losses[-1] < losses[0] - 1.0
     assert 0 <= run.metrics()[0]["metric"] <= run.metrics()[-1]["metric"] <= 1
     plain = assert_same(run, AutoModelForCausalLM)
