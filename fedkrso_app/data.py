@@ -1,7 +1,10 @@
-"""A node's examples: where a task's texts come from, who holds which rows, and batches of them."""
+"""A node's examples: where a task's texts come from, and batches of them.
+
+``tasks.py`` knows the tasks, ``files.py`` reads files, ``partition.py`` shares rows out, ``language.py`` makes the token
+ids of language models; the apps ask this file for all of it.
+"""
 
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -16,6 +19,7 @@ import torch
 
 from fedkrso_app import files, language
 from fedkrso_app.config import Config, ConfigError, resolved_path
+from fedkrso_app.partition import partition
 from fedkrso_app.tasks import TEXTS, Task, declared, sorted_names, task, with_columns
 
 __all__ = ["Task", "batches", "declared", "evaluation_batches", "load", "partition", "resolve", "task"]
@@ -27,14 +31,19 @@ _HELD = 0.1  # share of the training rows that stands in for a validation file
 
 
 @lru_cache(maxsize=8)
-def resolve(config: Config) -> Task:
+def resolve(config: Config, look: bool = True) -> Task:
     """The task of ``config`` with its columns and labels, read off the files where the config leaves them open.
 
-    The labels are those of the training and validation files that this process sees, unless ``labels`` names them.
-    Raises :class:`ConfigError` where the files cannot tell.
+    The labels are those of the training and validation files that this process sees, unless ``labels`` names them. A
+    process that has no files does not ``look``; its task has no columns. Raises :class:`ConfigError` where something
+    cannot be known.
     """
     found = declared(config)
     if not found.own:
+        return found
+    if not look:
+        if found.num_labels > 1 and not found.classes:
+            raise ConfigError(f"labels must be set, for instance labels='neg,pos': {found.name} has no files here.")
         return found
     tables = {}
     for split in ("train", "validation"):
@@ -191,53 +200,6 @@ def _names(values: Any, what: str) -> Any:
     return pc.if_else(pc.equal(names, ""), None, names)
 
 
-def partition(
-    train: datasets.Dataset, task: Task, num_partitions: int, scheme: str, alpha: float, seed: int
-) -> list[np.ndarray]:
-    """Who holds which rows: ``num_partitions`` ascending int64 arrays, every row in exactly one, none empty.
-
-    ``scheme`` is "iid" (equal sizes), "dirichlet" (the rows of each label, or of each value of column ``task.group``,
-    shared out in proportions drawn with ``alpha``) or "natural" (all rows of a value of ``task.group`` with one client;
-    clients have equally many values, give or take one). Equal arguments give equal partitions. Raises
-    :class:`ConfigError` where that is impossible.
-    """
-    # here, because it takes seconds to import and a server never needs it
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
-
-    if not 1 <= num_partitions <= len(train):
-        raise ConfigError(f"num-supernodes = {num_partitions} must be 1 to {len(train)}, {task.name}'s rows.")
-    # Both partitioners cut runs of neighbouring rows, and files are often sorted by source: shuffle first.
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(train))
-    labels = np.zeros(len(train), np.int64)
-    if task.group:
-        values = _table(train)[task.group].to_pylist()
-        distinct = {value: code for code, value in enumerate(sorted(set(values), key=str))}
-        labels = np.array([distinct[value] for value in values])
-    elif task.label:
-        labels = _table(train)[task.label].to_numpy()
-        if task.regression:
-            labels = np.digitize(labels, np.quantile(labels, [0.2, 0.4, 0.6, 0.8]))
-    if scheme == "natural":
-        if len(distinct) < num_partitions:
-            problem = f"partition-column = {task.group!r} has {len(distinct)} values for {num_partitions} clients"
-            raise ConfigError(f"{problem}; lower num-supernodes, or choose another column.")
-        groups = np.array_split(rng.permutation(len(distinct)), num_partitions)
-        return [np.flatnonzero(np.isin(labels, group)) for group in groups]
-    partitioner: Any = IidPartitioner(num_partitions)
-    if scheme == "dirichlet":
-        partitioner = DirichletPartitioner(num_partitions, "label", float(alpha), 1, shuffle=False, seed=seed)
-    shuffled = datasets.Dataset.from_dict({"row": order, "label": labels[order]})
-    partitioner.dataset = shuffled.with_format("arrow")  # any other format is read value by value: seconds
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of tries that did not fit; the last one counts
-            parts = [partitioner.load_partition(i)[:]["row"] for i in range(num_partitions)]
-    except ValueError as error:
-        problem = f"dirichlet-alpha = {alpha} leaves some of {num_partitions} clients without any row"
-        raise ConfigError(f"{problem}; raise dirichlet-alpha or lower num-supernodes.") from error
-    return [np.sort(rows.to_numpy()) for rows in parts]
-
-
 def batches(
     examples: datasets.Dataset,
     task: Task,
@@ -288,6 +250,7 @@ def _lengths(examples: datasets.Dataset, task: Task) -> np.ndarray:
 def _batch(
     examples: datasets.Dataset, rows: np.ndarray, task: Task, tokenizer: Any, max_length: int
 ) -> dict[str, torch.Tensor]:
+    max_length = min(max_length, getattr(tokenizer, "model_max_length", max_length))  # what the model can read
     chosen = examples[rows.tolist()]
     texts = [chosen[column] for column in task.columns]
     if task.language:

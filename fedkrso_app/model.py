@@ -53,7 +53,7 @@ def load(name: str, num_labels: int, seed: int, classes: Sequence[str] = ()) -> 
                 source, config=settings, dtype=torch.float32, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last: a tokenizer that needs a library of its own
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model = {name!r} could not be loaded ({reason}); give 'embedded', the folder of a model in the hub's "
@@ -61,6 +61,9 @@ def load(name: str, num_labels: int, seed: int, classes: Sequence[str] = ()) -> 
         ) from None
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # decoders often have none; padding is masked
+    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    if positions and tokenizer.model_max_length > 10**9:  # it does not say how much the model can read
+        tokenizer.model_max_length = positions
     if settings.get_text_config().pad_token_id is None:
         settings.pad_token_id = module.config.pad_token_id = tokenizer.pad_token_id
     new = set(info["missing_keys"])

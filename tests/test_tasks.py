@@ -170,9 +170,14 @@ def test_labels_that_cannot_be_are_named(read, content, keys, message):
         read("text-classification", content, **keys)
 
 
-def test_the_declared_task_needs_no_files():
-    config = parse(default_config() | {"task": "text-classification", "labels": "neg,pos,mixed"})
-    assert (data.declared(config).num_labels, data.declared(config).metric) == (3, "accuracy")
+def test_without_files_the_config_must_name_the_labels():
+    config = default_config() | {"task": "text-classification", "labels": "neg,pos,mixed"}
+    found = data.resolve(parse(config), look=False)
+    assert (found.num_labels, found.classes, found.metric) == (3, ("neg", "pos", "mixed"), "accuracy")
+    with pytest.raises(ConfigError, match="labels must be set"):
+        data.resolve(parse(config | {"labels": ""}), look=False)
+    for task, labels in (("causal-lm", 0), ("instruction", 0), ("regression", 1)):
+        assert data.resolve(parse(config | {"task": task, "labels": ""}), look=False).num_labels == labels
 
 
 def test_a_node_that_numbers_its_labels_in_another_way_is_told(run_config, tmp_path):
@@ -379,6 +384,23 @@ def test_a_batch_without_anything_to_predict_is_an_error_and_no_nan(tokenizer):
     tokenizer._tokenizer.post_processor = None
     with pytest.raises(ValueError, match="no token to predict"):
         language.batch([["w1", "w2"]], tokenizer, 8)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "causal-lm"])
+def test_a_text_far_beyond_what_the_model_can_read_is_cut(task, model_folder, run_config, tmp_path):
+    """A decoder of 40 positions, and a tokenizer that knows neither them nor a padding token."""
+    folder = build(tmp_path / "m", model_folder, "gpt2", True)
+    for name, keys in (("tokenizer_config.json", ["pad_token", "model_max_length"]), ("config.json", ["pad_token_id"])):
+        facts = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({key: value for key, value in facts.items() if key not in keys}))
+    bare = AutoTokenizer.from_pretrained(folder)
+    assert bare.pad_token is None and bare.model_max_length > 40
+    (tmp_path / "d").mkdir()
+    rows = [{"text": "w1 " * (13_000 if i == 3 else 2 + i % 5), "label": i % 2} for i in range(20)]
+    for split in ("train", "validation"):
+        (tmp_path / "d" / f"{split}.jsonl").write_text(jsonl(*rows))
+    keys = {"task": task, "data-dir": str(tmp_path / "d"), "model": str(folder), "num-server-rounds": 1}
+    assert play(run_config | keys, nodes=2).metrics()[-1]["clients"] == 2
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
