@@ -1,7 +1,7 @@
 """A node's examples: where a task's texts come from, and batches of them.
 
-``tasks.py`` knows the tasks, ``files.py`` reads files, ``partition.py`` shares rows out, ``language.py`` makes the token
-ids of language models; the apps ask this file for all of it.
+``tasks.py`` knows the tasks, ``files.py`` reads files, ``partition.py`` shares rows out, and ``language.py`` makes the
+token ids of language models; the apps ask this file for all of it.
 """
 
 import logging

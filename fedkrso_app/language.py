@@ -5,7 +5,6 @@ those before it, joined by line breaks, are the question, and only the answer is
 template lays the two out; without one a row is ``<beginning><question>\\n<answer><end>``.
 """
 
-import os.path
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,8 @@ def batch(columns: Sequence[Sequence[str | None]], tokenizer: Any, max_length: i
 
     ``columns`` holds b texts each. A text that is too long loses its end. Of a question with its answer, the answer
     loses what exceeds the half of ``max_length`` that it may always use, and the question its beginning. Labels stand
-    where their token stands (the model shifts them). Raises ValueError where nothing is left to predict.
+    where their token stands (the model shifts them). Raises ValueError where nothing is left to predict, or
+    where the chat template leaves the answer out.
     """
     rows = _texts(columns[0], tokenizer, max_length) if len(columns) == 1 else _chats(columns, tokenizer, max_length)
     longest = max(len(ids) for ids, _ in rows)
@@ -38,7 +38,7 @@ def batch(columns: Sequence[Sequence[str | None]], tokenizer: Any, max_length: i
 
 def _texts(texts: Sequence[str | None], tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:
     rows = []
-    for ids in tokenizer(list(texts), add_special_tokens=True, truncation=False)["input_ids"]:
+    for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]:
         ids = (ids if ids[-1:] == _end(tokenizer) else ids + _end(tokenizer))[:max_length]
         rows.append((ids, ids))
     return rows
@@ -54,14 +54,16 @@ def _chats(
             asked = [{"role": "user", "content": question}]
             prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
             whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
-            # Characters are meant: some templates lay out a prompt that waits for its answer in another way.
-            prompt = os.path.commonprefix([prompt, whole])  # noqa: RUF071
-            question, answer = prompt, whole[len(prompt) :]
+            # Some templates end a prompt in a way of its own, as with the beginning of a thought.
+            at = len(prompt) if whole.startswith(prompt) else whole.rfind(answer.strip())
+            if at < 0:
+                raise ValueError("the tokenizer's chat template does not show the answer as it is")
+            question, answer = whole[:at], whole[at:]
         else:
             question += "\n"
         questions.append(question)
         answers.append(answer)
-    plain = {"add_special_tokens": False, "truncation": False}
+    plain = {"add_special_tokens": False, "truncation": False, "verbose": False}
     begin, end = ([], []) if tokenizer.chat_template else (_begin(tokenizer), _end(tokenizer))
     rows = []
     for asked, answered in zip(
@@ -76,7 +78,7 @@ def _chats(
 
 def _begin(tokenizer: Any) -> list[int]:
     """The beginning-of-text token, where the tokenizer puts one before a text."""
-    first = tokenizer("", add_special_tokens=True)["input_ids"][:1]
+    first = tokenizer("")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 

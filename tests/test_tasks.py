@@ -365,8 +365,9 @@ TEMPLATE = (
 )
 
 
-def test_a_chat_template_lays_out_question_and_answer(tokenizer):
-    tokenizer.chat_template = TEMPLATE
+@pytest.mark.parametrize("waiting", ["w31 ", "w31 w2 w3 w33 "])  # the prompt of a model that thinks first
+def test_a_chat_template_lays_out_question_and_answer(tokenizer, waiting):
+    tokenizer.chat_template = TEMPLATE.replace("generation_prompt %}w31 ", "generation_prompt %}" + waiting)
     batch = language.batch([["w1"], ["w2 w3"]], tokenizer, 32)
     assert batch["input_ids"].tolist() == [ids(tokenizer, "w30 w1 w32 w31 w2 w3 w32")]
     assert batch["labels"].tolist() == [[-100] * 4 + ids(tokenizer, "w2 w3 w32")]
