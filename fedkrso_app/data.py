@@ -71,22 +71,28 @@ def load(task: Task, data_dir: str, split: str, holdout: float = 0.0) -> dataset
     ``embedded/*`` comes with the package; ``glue/*`` from files in ``data_dir`` (``<task>/<split>*`` or
     ``<split>*``, as parquet, csv, jsonl or json), or from the hub if that is empty; any other task from files only.
     With ``holdout`` above 0 that share of the training rows stands in for the validation split (to choose settings
-    without looking at the rows that are reported on), and "train" is the rest; so it is with a tenth of them where the
-    user's own files hold no validation split. Raises :class:`ConfigError` where the data is missing, empty or not what
-    the task needs.
+    without looking at the rows that are reported on), and "train" is the rest. Before that, where the user's own files
+    hold no validation split, a tenth of the training rows becomes one. Raises :class:`ConfigError` where the data is
+    missing, empty or not what the task needs.
     """
-    if not holdout and task.own and not _files(task, data_dir, "validation", needed=False):
-        holdout = _HELD
-        if split == "validation":
-            logger.info("%s has no validation file: %.0f %% of the training rows stand in.", data_dir, 100 * holdout)
     if holdout:
-        rows = _whole(task, data_dir, "train")
-        order = np.random.default_rng(0).permutation(len(rows))
-        held = round(holdout * len(rows)) or int(task.own)
-        if task.own and len(rows) <= held:
-            raise ConfigError(f"data-dir = {data_dir!r} has no validation file and too few rows to hold some back.")
-        return rows.select(np.sort(order[:held] if split == "validation" else order[held:]))
+        return _part(load(task, data_dir, "train"), holdout, split)
+    if task.own and not _files(task, data_dir, "validation", needed=False):
+        if split == "validation":
+            logger.info("%s has no validation file: %.0f %% of the training rows stand in.", data_dir, 100 * _HELD)
+        return _part(_whole(task, data_dir, "train"), _HELD, split)
     return _whole(task, data_dir, split)
+
+
+def _part(rows: datasets.Dataset, share: float, split: str) -> datasets.Dataset:
+    """The ``share`` of ``rows`` that is held back as "validation", or the rest; the same ones in every process."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    held = max(1, round(share * len(rows)))
+    if len(rows) <= held:
+        raise ConfigError(
+            f"{len(rows)} training rows are too few to hold back {share:.0%} of them; add a validation file."
+        )
+    return rows.select(np.sort(order[:held] if split == "validation" else order[held:]))
 
 
 def _whole(task: Task, data_dir: str, split: str) -> datasets.Dataset:

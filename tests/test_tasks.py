@@ -11,8 +11,9 @@ from conftest import WORDS, InProcessGrid, default_config, digest, play
 from flwr.app import Context, RecordDict
 from test_families import assert_same, build, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from fedkrso_app import client_app, data, files, language, server_app
+from fedkrso_app import cli, client_app, data, files, language, server_app
 from fedkrso_app.config import ConfigError, parse
 from fedkrso_app.strategies import STRATEGIES
 
@@ -198,6 +199,7 @@ def test_a_run_on_own_files_exports_the_label_names(run_config, tmp_path):
     (tmp_path / "d" / "train.csv").write_text(table(*(f"w{i} w{i + 9},{'neg' if i % 2 else 'pos'}" for i in range(30))))
     run = play(run_config | {"task": "text-classification", "data-dir": str(tmp_path / "d"), "num-server-rounds": 1})
     assert json.loads((run.model / "config.json").read_text())["id2label"] == {"0": "neg", "1": "pos"}
+    assert CliRunner().invoke(cli.app, ["ledger", str(run.path), "--verify"]).exit_code == 0
 
 
 # --- a tenth of the training rows ---
@@ -208,6 +210,13 @@ def test_without_a_validation_file_a_tenth_of_the_rows_stands_in_and_the_log_say
     assert (len(train), len(held)) == (18, 2)
     assert sorted([*train["text"], *held["text"]]) == sorted(f"text {i}" for i in range(20))
     assert "no validation file: 10 % of the training rows stand in" in caplog.text
+
+
+def test_a_sweep_without_a_validation_file_never_sees_the_rows_that_are_reported_on(read, tmp_path):
+    found, train, reported = read("text-classification", table(*TWENTY))
+    rest, held = (data.load(found, str(tmp_path / "d"), split, 0.5)["text"] for split in ("train", "validation"))
+    assert sorted([*rest, *held]) == sorted(train["text"]) and len(held) == 9
+    assert not set(reported["text"]) & {*rest, *held}
 
 
 def test_a_validation_file_is_used_whole(read):
