@@ -150,6 +150,9 @@ def _checked(examples: datasets.Dataset, task: Task, source: str, here: Sequence
             raise ConfigError(f"{need_rows} without an empty cell. Columns found: {found}.")
         examples, table = examples.select(kept), table.take(kept)
     for column in task.columns:
+        if table[column].null_count == len(table):  # an instruction's input that is never given has no type
+            examples = examples.cast_column(column, datasets.Value("string"))
+            continue
         hint = " (write numbers that are texts in quotes, in jsonl)" if task.own else ""
         need(str(table[column].type).startswith(TEXTS), column, f"does not hold texts{hint}")
     examples = examples.select_columns(task.reads)

@@ -280,9 +280,11 @@ def test_an_empty_file_is_named(read, content):
         read("text-classification", content)
 
 
-def test_an_empty_input_of_an_instruction_is_no_bad_row(read):
-    _, train, _ = read("instruction", table("a,,b", "c,x,d", "e,,f", head="instruction,input,output"))
-    assert len(train) == 2
+@pytest.mark.parametrize("given", ["x", ""])
+def test_an_empty_input_of_an_instruction_is_no_bad_row(read, given, tokenizer):
+    found, train, _ = read("instruction", table("w1,,w2", f"w1,{given},w2", "w1,,w2", head="instruction,input,output"))
+    (batch,) = data.evaluation_batches(train, found, tokenizer, 8, 32)
+    assert len(batch["labels"]) == len(train) == 2
 
 
 # --- who holds which rows ---
