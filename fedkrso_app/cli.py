@@ -212,7 +212,8 @@ def _replay(run: "Run", entries: Ledger, to: int) -> tuple[Any, Any]:
     from fedkrso_app.strategies import STRATEGIES
 
     config = run.config
-    loaded = model.load(config.model, data.task(config.task).num_labels, config.seed)
+    task = data.resolve(config)
+    loaded = model.load(config.model, task.num_labels, config.seed, task.classes)
     if loaded.digest != run.info["model_digest"]:
         raise ConfigError(f"model = {config.model!r} has other weights than when {run.path} was made.")
     strategy = STRATEGIES[config.strategy]

@@ -26,9 +26,9 @@ class Workplace:
 
     def __init__(self, run: str, config: Config, partitions: int) -> None:
         self.config = config
-        self.task = data.task(config.task)
+        self.task = data.resolve(config)
         self.examples = data.load(self.task, config.data_dir, "train", config.holdout)
-        self.model = model.load(config.model, self.task.num_labels, config.seed)
+        self.model = model.load(config.model, self.task.num_labels, config.seed, self.task.classes)
         self.strategy = STRATEGIES[config.strategy]
         self.shapes = Shapes.of(self.model.module, self.model.targets, self.model.head)
         method = self.strategy.local(self.model.module, self.model.targets, self.model.head, config)
@@ -108,7 +108,9 @@ def join(message: Message, context: Context) -> Message:
                 f"numpy draws other projections than the server's ({probe()}); install the server's numpy."
             )
         if asked["model"] not in ("", place.model.digest):
-            raise ConfigError(f"model = {place.config.model!r} has other weights than the server's.")
+            classes = ", ".join(place.task.classes)
+            labels = f" or label names ({classes}), which the key labels settles for all" if classes else ""
+            raise ConfigError(f"model = {place.config.model!r} has other weights than the server's{labels}.")
         version = place.store.version
         answer.update({"model": place.model.digest, "version": version, "stamp": place.store.stamp(version)})
     except ConfigError as error:

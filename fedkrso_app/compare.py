@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.text import Text
 
-from fedkrso_app import data
+from fedkrso_app import data, metrics
 from fedkrso_app.config import ConfigError, flatten, parse, resolved_path
 from fedkrso_app.results import mean_sd, measures
 from fedkrso_app.run import Run, line
@@ -150,8 +150,10 @@ def choose(tried: Sequence[Settings]) -> list[dict[str, Any]]:
     choices = []
     for (strategy, partition), group in _by_pair(tried).items():
         rates, scores = [rate_of(config) for config in group], [_score(_run(config)) for config in group]
-        ranked = sorted((score, rate) for score, rate in zip(scores, rates, strict=True) if score is not None)
-        best = ranked[-1][1] if ranked else None
+        ranked = [(score, rate) for score, rate in zip(scores, rates, strict=True) if score is not None]
+        metric = data.task(group[0]["task"]).metric
+        top = metrics.best(metric, (score for score, _ in ranked)) if ranked else None
+        best = max((rate for score, rate in ranked if score == top), default=None)
         choice = {"strategy": strategy, "partition": partition, "rates": rates, "scores": scores, "best": best}
         choices.append(choice | {"edge": best in (rates[0], rates[-1])})
     return choices

@@ -60,7 +60,12 @@ class Config:
     model: str
     task: str
     data_dir: str
+    text_columns: str
+    label_column: str
+    labels: str
+    bad_rows: str
     partition: str
+    partition_column: str
     dirichlet_alpha: float
     num_server_rounds: int
     fraction_train: float
@@ -177,7 +182,10 @@ def _check(c: Config) -> None:
             raise ConfigError(f"{key} = {value} is impossible: it must be {rule}.")
 
     choice("strategy", c.strategy, list(STRATEGIES))
-    choice("partition", c.partition, ["iid", "dirichlet"])
+    choice("partition", c.partition, ["iid", "dirichlet", "natural"])
+    if c.partition == "natural" and not c.partition_column:
+        raise ConfigError("partition = 'natural' needs partition-column, the column whose values are the clients.")
+    choice("bad-rows", c.bad_rows, ["stop", "skip"])
     choice("weighting", c.weighting, ["uniform", "examples"])
     choice("aggregation", c.aggregation, ["mean", "median", "trimmed-mean"])
     if c.aggregation != "mean" and not STRATEGIES[c.strategy].robust:

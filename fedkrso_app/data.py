@@ -1,92 +1,110 @@
-"""A node's examples: what a task is, where its texts come from, who holds which rows, and batches of them."""
+"""A node's examples: where a task's texts come from, and batches of them.
 
-import difflib
-import glob
-import re
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+``tasks.py`` knows the tasks, ``files.py`` reads files, ``partition.py`` shares rows out, and ``language.py`` makes the
+token ids of language models; the apps ask this file for all of it.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from fedkrso_app.config import ConfigError, resolved_path
+from fedkrso_app import files, language
+from fedkrso_app.config import Config, ConfigError, resolved_path
+from fedkrso_app.partition import partition
+from fedkrso_app.tasks import TEXTS, Task, declared, sorted_names, task, with_columns
 
-_FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
-_TEXTS, _NUMBERS = ("string", "large_string"), ("int", "uint", "float", "double")  # starts of Arrow types
+__all__ = ["Task", "batches", "declared", "evaluation_batches", "load", "partition", "resolve", "task"]
 
+logger = logging.getLogger("flwr")
 
-@dataclass(frozen=True)
-class Task:
-    """What to read and how to judge it."""
-
-    name: str  # "glue/sst2", "embedded/entailment"
-    columns: tuple[str, ...]  # one or two text columns
-    num_labels: int  # 1 for regression
-    metric: str  # "accuracy", "matthews" or "pearson"
-    validation: str  # the split to report on
-
-    @property
-    def regression(self) -> bool:
-        return self.num_labels == 1
+_NUMBERS = ("int", "uint", "float", "double")  # starts of Arrow types
+_HELD = 0.1  # share of the training rows that stands in for a validation file
 
 
-_ONE, _TWO = ("sentence",), ("sentence1", "sentence2")
-_ALL = [
-    Task("embedded/acceptability", _ONE, 2, "accuracy", "validation"),
-    Task("embedded/sentiment", _ONE, 2, "accuracy", "validation"),
-    Task("embedded/paraphrase", _TWO, 2, "accuracy", "validation"),
-    Task("embedded/entailment", _TWO, 3, "accuracy", "validation"),
-    Task("embedded/similarity", _TWO, 1, "pearson", "validation"),
-    Task("glue/cola", _ONE, 2, "matthews", "validation"),
-    Task("glue/sst2", _ONE, 2, "accuracy", "validation"),
-    Task("glue/mrpc", _TWO, 2, "accuracy", "validation"),
-    Task("glue/qqp", ("question1", "question2"), 2, "accuracy", "validation"),
-    Task("glue/stsb", _TWO, 1, "pearson", "validation"),
-    Task("glue/mnli", ("premise", "hypothesis"), 3, "accuracy", "validation_mismatched"),
-    Task("glue/qnli", ("question", "sentence"), 2, "accuracy", "validation"),
-    Task("glue/rte", _TWO, 2, "accuracy", "validation"),
-]
-_TASKS = {task.name: task for task in _ALL}
+@lru_cache(maxsize=8)
+def resolve(config: Config, look: bool = True) -> Task:
+    """The task of ``config`` with its columns and labels, read off the files where the config leaves them open.
 
-
-def task(name: str) -> Task:
-    """The task called ``name``, such as ``glue/sst2``. Raises :class:`ConfigError` for an unknown one."""
-    if name not in _TASKS:
-        hint = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, _TASKS, n=1))
-        raise ConfigError(f"task = {name!r} is not one of {', '.join(_TASKS)}.{hint}")
-    return _TASKS[name]
+    The labels are those of the training and validation files that this process sees, unless ``labels`` names them. A
+    process that has no files does not ``look``; its task has no columns. Raises :class:`ConfigError` where something
+    cannot be known.
+    """
+    found = declared(config)
+    if not found.own:
+        return found
+    if not look:
+        if found.num_labels > 1 and not found.classes:
+            raise ConfigError(f"labels must be set, for instance labels='neg,pos': {found.name} has no files here.")
+        return found
+    tables = {}
+    for split in ("train", "validation"):
+        here = _files(found, config.data_dir, split, needed=split == "train")
+        if here:
+            tables[", ".join(map(str, here))] = _table(files.read(here, found.skip))
+    source, train = next(iter(tables.items()))
+    found = with_columns(found, {field.name: str(field.type) for field in train.schema}, source)
+    if found.language or found.regression or found.classes:
+        return found
+    names: set[str] = set()
+    for source, table in tables.items():
+        if found.label in table.column_names:  # load() says so if it is not
+            names |= set(_names(table[found.label], f"{source}: column {found.label!r}").drop_null().to_pylist())
+    if len(names) < 2:
+        held = f"has {len(names)} different values and a classifier needs two"
+        raise ConfigError(f"{source}: label column {found.label!r} {held}; set another label-column.")
+    return replace(found, classes=sorted_names(names), num_labels=len(names))
 
 
 @lru_cache(maxsize=8)  # a process of the simulation is asked for the same split once per client and round
 def load(task: Task, data_dir: str, split: str, holdout: float = 0.0) -> datasets.Dataset:
-    """The ``split`` ("train" or "validation") of ``task``: its text columns and ``label``, checked.
+    """The ``split`` ("train" or "validation") of ``task``: the columns that it reads, checked, labels as ids.
 
     ``embedded/*`` comes with the package; ``glue/*`` from files in ``data_dir`` (``<task>/<split>*`` or
-    ``<split>*``, as parquet, csv, jsonl or json), or from the hub if that is empty. With ``holdout`` above 0
-    that share of the training rows stands in for the validation split (to choose settings without looking at
-    the rows that are reported on), and "train" is the rest. Raises :class:`ConfigError` where the data is
+    ``<split>*``, as parquet, csv, jsonl or json), or from the hub if that is empty; any other task from files only.
+    With ``holdout`` above 0 that share of the training rows stands in for the validation split (to choose settings
+    without looking at the rows that are reported on), and "train" is the rest. Before that, where the user's own files
+    hold no validation split, a tenth of the training rows becomes one. Raises :class:`ConfigError` where the data is
     missing, empty or not what the task needs.
     """
     if holdout:
-        rows = load(task, data_dir, "train")
-        order = np.random.default_rng(0).permutation(len(rows))
-        held = round(holdout * len(rows))
-        return rows.select(np.sort(order[:held] if split == "validation" else order[held:]))
+        return _part(load(task, data_dir, "train"), holdout, split)
+    if task.own and not _files(task, data_dir, "validation", needed=False):
+        if split == "validation":
+            logger.info("%s has no validation file: %.0f %% of the training rows stand in.", data_dir, 100 * _HELD)
+        return _part(_whole(task, data_dir, "train"), _HELD, split)
+    return _whole(task, data_dir, split)
+
+
+def _part(rows: datasets.Dataset, share: float, split: str) -> datasets.Dataset:
+    """The ``share`` of ``rows`` that is held back as "validation", or the rest; the same ones in every process."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    held = max(1, round(share * len(rows)))
+    if len(rows) <= held:
+        raise ConfigError(
+            f"{len(rows)} training rows are too few to hold back {share:.0%} of them; add a validation file."
+        )
+    return rows.select(np.sort(order[:held] if split == "validation" else order[held:]))
+
+
+def _whole(task: Task, data_dir: str, split: str) -> datasets.Dataset:
     split = task.validation if split == "validation" else split
-    family, name = task.name.split("/")
+    family, _, name = task.name.rpartition("/")
     if family == "embedded":
         from fedkrso_app.embedded import load_task  # here: a run on GLUE has no need of it
 
         return _checked(load_task(name)[split], task, task.name)
-    if data_dir:
-        files = _find_files(resolved_path(data_dir), name, split)
-        return _checked(_read_files(files), task, ", ".join(map(str, files)))
+    if data_dir or task.own:
+        here = _files(task, data_dir, split)
+        return _checked(files.read(here, task.skip), task, ", ".join(map(str, here)), here)
     try:
         loaded = datasets.load_dataset("nyu-mll/glue", name, split=split)
     except Exception as error:  # the hub, HTTP and datasets libraries each raise errors of their own
@@ -95,93 +113,100 @@ def load(task: Task, data_dir: str, split: str, holdout: float = 0.0) -> dataset
     return _checked(loaded, task, f"nyu-mll/glue, {name}, on the hub")
 
 
-def _find_files(root: Path, name: str, split: str) -> list[Path]:
-    """The file ``<split>.<ext>`` of task ``name``, else the one ``<split>_<more>.<ext>``, else all shards."""
-    if not root.is_dir():
-        raise ConfigError(f"data-dir = {str(root)!r} is not a folder.")
-    # "validation" alone never means one of MNLI's two, which are splits with names of their own
-    matching = re.compile(re.escape(split) + r"(?![-_.](mis)?matched)([-_.].*)?$")
-    for folder in (root / name, root):
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        files = [f for f in files if f.suffix in _FORMATS and matching.match(f.stem) and f.is_file()]
-        files = [f for f in files if f.stem == split] or files
-        shards_of = [int(shard[1]) for f in files if (shard := re.search(r"-\d+-of-0*(\d+)$", f.stem))]
-        if shards_of == [len(files)] * max(1, len(files)) or (len(files) == 1 and not shards_of):
-            return files
-        if files:
-            several = f"{folder} has {', '.join(f.name for f in files)} for {split!r}"
-            raise ConfigError(f"{several}; keep one file, or one full set of shards.")
-    found = ", ".join(sorted(f.name for f in root.iterdir())[:20]) or "nothing"
-    wanted = f"{name}/{split}*.parquet (nor .csv, .jsonl, .json), nor one directly in it"
-    raise ConfigError(f"data-dir = {str(root)!r} has no {wanted}. It holds: {found}.")
+def _files(task: Task, data_dir: str, split: str, needed: bool = True) -> list[Path]:
+    if not data_dir:
+        raise ConfigError(f"task = {task.name!r} reads your own files: set data-dir to a folder with train.csv in it.")
+    return files.find(resolved_path(data_dir), task.name.rpartition("/")[2], split, needed)
 
 
-def _read_files(files: list[Path]) -> datasets.Dataset:
-    kind = _FORMATS[files[0].suffix]
-    # a sentence may well be "null" or "NA": only an empty cell is a missing one
-    options: Any = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
-    paths = [glob.escape(str(f)) for f in files]  # datasets takes paths for patterns
-    try:
-        return datasets.load_dataset(kind, data_files=paths, split="train", **options)
-    except Exception as error:  # each format's reader raises errors of its own
-        cause, names = error.__cause__ or error, ", ".join(map(str, files))
-        raise ConfigError(f"{names}: could not be read as {kind} ({cause}).") from error
-
-
-def _checked(examples: datasets.Dataset, task: Task, source: str) -> datasets.Dataset:
-    """``examples`` with the columns of ``task`` only; ConfigError where they cannot be trained on."""
-    table: Any = examples.with_format("arrow")[:]
+def _checked(examples: datasets.Dataset, task: Task, source: str, here: Sequence[Path] = ()) -> datasets.Dataset:
+    """``examples`` with the columns that ``task`` reads only; ConfigError where they cannot be trained on."""
+    table, count = _table(examples), len(examples)
     found = ", ".join(f"{field.name} ({field.type})" for field in table.schema) or "none"
 
     def need(holds: bool, column: str, problem: str) -> None:
         if not holds:
             raise ConfigError(f"{source}: column {column!r} {problem}. Columns found: {found}.")
 
-    if not len(examples):
-        raise ConfigError(f"{source}: there are no rows. Columns found: {found}.")
-    for column in (*task.columns, "label"):
+    need_rows = f"{source}: there are no rows"
+    if not count:
+        raise ConfigError(f"{need_rows}. Columns found: {found}.")
+    good = np.ones(count, bool)
+    for column in task.reads:
         need(column in table.column_names, column, f"of {task.name} is missing")
-        missing = pc.sum(pc.is_null(table[column], nan_is_null=True)).as_py()
-        need(missing == 0, column, f"has no value in {missing} of {len(examples)} rows")
-        kind, types = ("texts", _TEXTS) if column in task.columns else ("numbers", _NUMBERS)
-        need(str(table[column].type).startswith(types), column, f"does not hold {kind}")
-    labels = table["label"].to_numpy()
+        empty = _empty(table[column], task, column)
+        if empty.any() and not task.skip:
+            first = files.place(here, int(empty.argmax()))
+            mend = "leave such rows out by bad-rows='skip'"
+            need(
+                False, column, f"has no value in {empty.sum()} of {count} rows (the first: {first}); mend it, or {mend}"
+            )
+        good &= ~empty
+    kept = np.flatnonzero(good)
+    if len(kept) < count:
+        first = files.place(here, int(good.argmin()))
+        files.warn(f"{source}: rows with an empty cell left out: {count - len(kept)} of {count}, the first: {first}")
+        if not len(kept):
+            raise ConfigError(f"{need_rows} without an empty cell. Columns found: {found}.")
+        examples, table = examples.select(kept), table.take(kept)
+    for column in task.columns:
+        if table[column].null_count == len(table):  # an instruction's input that is never given has no type
+            examples = examples.cast_column(column, datasets.Value("string"))
+            continue
+        hint = " (write numbers that are texts in quotes, in jsonl)" if task.own else ""
+        need(str(table[column].type).startswith(TEXTS), column, f"does not hold texts{hint}")
+    examples = examples.select_columns(task.reads)
+    if task.language:
+        return examples
+    if task.own and not task.regression:
+        names = _names(table[task.label], f"{source}: column {task.label!r}")
+        ids = pc.index_in(names, pa.array(task.classes))
+        strange = np.flatnonzero(pc.is_null(ids).to_numpy())
+        if len(strange):
+            row = int(strange[0])
+            where = files.place(here, int(kept[row]))
+            listed = ", ".join(task.classes)
+            need(False, task.label, f"holds {names[row].as_py()!r} ({where}), which is not one of labels: {listed}")
+        return examples.remove_columns(task.label).add_column(task.label, ids.to_numpy().astype(np.int64))
+    need(str(table[task.label].type).startswith(_NUMBERS), task.label, "does not hold numbers")
+    labels = table[task.label].to_numpy()
     wrong = labels[~(np.isfinite(labels) if task.regression else np.isin(labels, np.arange(task.num_labels)))]
     kind = "a finite number" if task.regression else f"a class from 0 to {task.num_labels - 1}"
-    need(not len(wrong), "label", f"holds {wrong[:1]}, which is not {kind}")
-    return examples.select_columns([*task.columns, "label"])
+    need(not len(wrong), task.label, f"holds {wrong[:1]}, which is not {kind}")
+    return examples
 
 
-def partition(
-    train: datasets.Dataset, task: Task, num_partitions: int, scheme: str, alpha: float, seed: int
-) -> list[np.ndarray]:
-    """Who holds which rows: ``num_partitions`` ascending int64 arrays, every row in exactly one, none empty.
+def _table(examples: datasets.Dataset) -> Any:
+    return examples.with_format("arrow")[:]
 
-    ``scheme`` is "iid" (equal sizes) or "dirichlet" (each label's rows shared out in proportions drawn with
-    ``alpha``). Equal arguments give equal partitions. Raises :class:`ConfigError` where that is impossible.
-    """
-    # here, because it takes seconds to import and a server never needs it
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
-    if not 1 <= num_partitions <= len(train):
-        raise ConfigError(f"num-supernodes = {num_partitions} must be 1 to {len(train)}, {task.name}'s rows.")
-    # Both partitioners cut runs of neighbouring rows, and files are often sorted by source: shuffle first.
-    order = np.random.default_rng(seed).permutation(len(train))
-    labels = train.with_format("arrow")[:]["label"].to_numpy()
-    if task.regression:
-        labels = np.digitize(labels, np.quantile(labels, [0.2, 0.4, 0.6, 0.8]))
-    partitioner: Any = IidPartitioner(num_partitions)
-    if scheme == "dirichlet":
-        partitioner = DirichletPartitioner(num_partitions, "label", float(alpha), 1, shuffle=False, seed=seed)
-    shuffled = datasets.Dataset.from_dict({"row": order, "label": labels[order]})
-    partitioner.dataset = shuffled.with_format("arrow")  # any other format is read value by value: seconds
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of tries that did not fit; the last one counts
-            parts = [partitioner.load_partition(i)[:]["row"] for i in range(num_partitions)]
-    except ValueError as error:
-        problem = f"dirichlet-alpha = {alpha} leaves some of {num_partitions} clients without any row"
-        raise ConfigError(f"{problem}; raise dirichlet-alpha or lower num-supernodes.") from error
-    return [np.sort(rows.to_numpy()) for rows in parts]
+def _empty(values: Any, task: Task, column: str) -> np.ndarray:
+    """(n,) bool: no value; of the user's own files, no text either."""
+    empty = pc.is_null(values, nan_is_null=True)
+    inner = column in task.columns[1:-1]  # an instruction's input may well be empty
+    if task.own and inner:
+        return np.zeros(len(values), bool)
+    if task.own and str(values.type).startswith(TEXTS):
+        empty = pc.or_kleene(empty, pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0))
+    return pc.fill_null(empty, True).to_numpy()
+
+
+def _names(values: Any, what: str) -> Any:
+    """Labels as texts: whole numbers and truth values too."""
+    kind = values.type
+    if pa.types.is_floating(kind):  # whole numbers beside an empty cell
+        values = pc.if_else(pc.is_nan(values), None, values)
+        known = values.drop_null().to_numpy()
+        if (known != np.round(known)).any():
+            odd = known[known != np.round(known)][0]
+            raise ConfigError(f"{what} holds numbers such as {odd}, which name no class; is it task = 'regression'?")
+        values = values.cast(pa.int64(), safe=False)
+    elif not (str(kind).startswith((*TEXTS, *_NUMBERS, "bool", "dictionary"))):
+        raise ConfigError(
+            f"{what} holds {kind}, not texts or whole numbers alone; mend it or set another label-column."
+        )
+    names = pc.utf8_trim_whitespace(values.cast(pa.string()))
+    return pc.if_else(pc.equal(names, ""), None, names)
 
 
 def batches(
@@ -195,8 +220,9 @@ def batches(
     """Batches without end, pass after pass over ``examples``, in a new order each time that ``rng`` decides.
 
     A batch has (b, t) int64 ``input_ids``, ``attention_mask`` and what else the tokenizer gives, with t at
-    most ``max_length``, and (b,) ``labels``: int64, or float32 for regression. One batch of a pass may be
-    smaller. Texts of like length come together, so that little is padded. Raises ValueError without examples.
+    most ``max_length``, and (b,) ``labels``: int64, or float32 for regression; a language model's labels are (b, t)
+    int64, -100 where nothing is asked (see ``language.py``). One batch of a pass may be smaller. Texts of like length
+    come together, so that little is padded. Raises ValueError without examples.
     """
     if not len(examples):
         raise ValueError("there are no examples to make batches of")
@@ -214,7 +240,11 @@ def batches(
 def evaluation_batches(
     examples: datasets.Dataset, task: Task, tokenizer: Any, batch_size: int, max_length: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """One pass over ``examples``, the longest first; batches as those of :func:`batches`."""
+    """One pass over ``examples``, the longest first; batches as those of :func:`batches`.
+
+    A language model gets a quarter of ``batch_size``: its logits are as wide as its vocabulary.
+    """
+    batch_size = max(1, batch_size // 4) if task.language else batch_size
     order = np.argsort(-_lengths(examples, task), kind="stable")
     for start in range(0, len(order), batch_size):
         yield _batch(examples, order[start : start + batch_size], task, tokenizer, max_length)
@@ -222,15 +252,18 @@ def evaluation_batches(
 
 def _lengths(examples: datasets.Dataset, task: Task) -> np.ndarray:
     """(n,) characters of each example: near enough to tokens for grouping, and far cheaper."""
-    table: Any = examples.with_format("arrow")[:]
-    return sum(pc.utf8_length(table[column]).to_numpy().astype(np.int64) for column in task.columns)
+    table = _table(examples)
+    return sum(pc.fill_null(pc.utf8_length(table[c]), 0).to_numpy().astype(np.int64) for c in task.columns)
 
 
 def _batch(
     examples: datasets.Dataset, rows: np.ndarray, task: Task, tokenizer: Any, max_length: int
 ) -> dict[str, torch.Tensor]:
+    max_length = min(max_length, getattr(tokenizer, "model_max_length", max_length))  # what the model can read
     chosen = examples[rows.tolist()]
     texts = [chosen[column] for column in task.columns]
+    if task.language:
+        return language.batch(texts, tokenizer, max_length)
     encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-    labels = torch.tensor(chosen["label"], dtype=torch.float32 if task.regression else torch.int64)
+    labels = torch.tensor(chosen[task.label], dtype=torch.float32 if task.regression else torch.int64)
     return {**encoded, "labels": labels}

@@ -3,14 +3,14 @@
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -26,32 +26,44 @@ class LoadedModel:
     tokenizer: Any
     targets: dict[str, nn.Module]
     head: dict[str, nn.Parameter]
-    digest: str  # SHA-256 of the pretrained weights; newly initialised ones are not part of it
+    digest: str  # SHA-256 of the pretrained weights and the labels' names; not of what is newly initialised
 
 
-def load(name: str, num_labels: int, seed: int) -> LoadedModel:
-    """The classifier (``num_labels`` = 1: regression) over the encoder ``name``, float32, on the best device at hand.
+def load(name: str, num_labels: int, seed: int, classes: Sequence[str] = ()) -> LoadedModel:
+    """The model ``name`` for a task, float32, on the best device at hand.
 
-    ``name`` is ``embedded``, a local folder, or a hub name. What the checkpoint lacks is initialised from ``seed``.
-    Raises :class:`ConfigError` where there is no such model, or no linear layer to train in it.
+    A classifier for ``num_labels`` above 1, with the labels' names ``classes`` if there are any; for 1 a regression;
+    for 0 a language model. ``name`` is ``embedded``, a local folder, or a hub name. What the checkpoint lacks is
+    initialised from ``seed``. The head is what sits on the base model; of a language model only what the checkpoint
+    lacks, since its output layer is tied to the embeddings or as large as they are. Raises :class:`ConfigError` where
+    there is no such model, where it has no linear layer to train, or where it is no language model.
     """
     source = _source(name)
+    architecture: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
+    facts: dict[str, Any] = {"num_labels": num_labels} if num_labels else {}
+    if classes:
+        facts |= {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            settings = AutoConfig.from_pretrained(source, num_labels=num_labels)
+            settings = AutoConfig.from_pretrained(source, **facts)
             if num_labels == 1:
                 settings.problem_type = "regression"
-            module, info = AutoModelForSequenceClassification.from_pretrained(
+            module, info = architecture.from_pretrained(
                 source, config=settings, dtype=torch.float32, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last: a tokenizer that needs a library of its own
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model = {name!r} could not be loaded ({reason}); give 'embedded', the folder of a model in the hub's "
             "format, or a hub name while the hub can be reached."
         ) from None
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoders often have none; padding is masked
+    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    if positions and tokenizer.model_max_length > 10**9:  # it does not say how much the model can read
+        tokenizer.model_max_length = positions
     if settings.get_text_config().pad_token_id is None:
         settings.pad_token_id = module.config.pad_token_id = tokenizer.pad_token_id
     new = set(info["missing_keys"])
@@ -60,12 +72,24 @@ def load(name: str, num_labels: int, seed: int) -> LoadedModel:
         raise ConfigError(f"model = {name!r} has no linear layer inside a stack of blocks: nothing to train.")
     base = module.base_model_prefix + "."
     parameters = dict(module.named_parameters())
-    head = {key: parameters[key] for key in sorted(parameters) if not key.startswith(base) or key in new}
+    on_top = {key for key in parameters if num_labels and not key.startswith(base)}
+    head = {key: parameters[key] for key in sorted(parameters) if key in on_top | new}
     module.eval()
+    if not num_labels and _sees_ahead(module):
+        raise ConfigError(f"model = {name!r} sees the words that it would have to predict; choose a decoder, as GPT-2.")
     digest = state_digest(module.state_dict(), without=new)
+    if classes:  # nodes that number the labels in another way would train against each other
+        digest = hashlib.sha256("\n".join([digest, *classes]).encode()).hexdigest()
     if torch.cuda.is_available():
         module = module.to("cuda")
     return LoadedModel(module, tokenizer, targets, head, digest)
+
+
+@torch.no_grad()
+def _sees_ahead(module: nn.Module) -> bool:
+    """Whether a token's logits depend on the token after it."""
+    one, other = (module(input_ids=torch.tensor([[1, second]])).logits[0, 0] for second in (2, 3))
+    return not torch.allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
 def find_targets(module: nn.Module) -> dict[str, nn.Module]:
@@ -97,6 +121,8 @@ def export(loaded: LoadedModel, state: Mapping[str, Tensor], folder: Path) -> No
         architecture: Any = type(loaded.module)
         plain = architecture(loaded.module.config)
         plain.load_state_dict({name: value.cpu() for name, value in state.items()})
+        if getattr(loaded.module, "generation_config", None) is not None:
+            plain.generation_config = loaded.module.generation_config
         plain.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedkrso_app import data
+from fedkrso_app.metrics import LOWER_IS_BETTER
 from fedkrso_app.results import Line, lines, mean_sd, plus_minus, text
 from fedkrso_app.run import Run
 
@@ -105,8 +106,9 @@ def _curves(here: list[Line], metric: str, by_bytes: bool) -> str:
     axes.set_xlabel("MB up and down of one client, so far" if by_bytes else "round")
     axes.set_ylabel(metric)
     figure.legend(loc="outside lower center", ncols=ceil(len(here) / rows), frameon=False, handlelength=3)
+    better = "Down" if metric in LOWER_IS_BETTER else "Up"
     title = f"{metric} against what a client has sent and received" if by_bytes else f"{metric} over the rounds"
-    return _picture(figure, [axes], title, " Up and to the left is better." if by_bytes else "")
+    return _picture(figure, [axes], title, f" {better} and to the left is better." if by_bytes else "")
 
 
 def _bytes(here: list[Line]) -> str:

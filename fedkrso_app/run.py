@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedkrso_app import metrics
 from fedkrso_app.config import Config, ConfigError, parse, resolved_path
 
 _LIBRARIES = ("flwr", "torch", "transformers", "datasets", "flwr-datasets", "peft", "numpy", "safetensors")
@@ -166,7 +167,10 @@ def closing_table(run: Run, metric: str) -> str:
     table = Table(title=f"{config.strategy} on {config.task}, {len(rounds)} rounds", show_header=False)
     scores = [figures["metric"] for figures in run.metrics() if "metric" in figures]
     if scores:
-        table.add_row(metric, f"{scores[-1]:.4f} at the end, {scores[0]:.4f} at the start, {max(scores):.4f} at best")
+        table.add_row(
+            metric,
+            f"{scores[-1]:.4f} at the end, {scores[0]:.4f} at the start, {metrics.best(metric, scores):.4f} at best",
+        )
     for label, key in (("up", "uplink_bytes"), ("down", "downlink_bytes")):
         total = sum(figures[key] for figures in rounds)
         table.add_row(label, f"{total / 1e6:.2f} MB in all, {total / 1e6 / max(asked, 1):.3f} MB a client and round")

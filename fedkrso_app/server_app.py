@@ -27,11 +27,11 @@ def main(grid: Grid, context: Context) -> None:
     """One run, from its config to its model."""
     try:
         config = parse(context.run_config)
-        task = data.task(config.task)
+        task = data.resolve(config)
         # What is wrong with data or model is found here, before any client starts.
         data.load(task, config.data_dir, "train", config.holdout)
         validation = data.load(task, config.data_dir, "validation", config.holdout)
-        loaded = model.load(config.model, task.num_labels, config.seed)
+        loaded = model.load(config.model, task.num_labels, config.seed, task.classes)
         shapes = Shapes.of(loaded.module, loaded.targets, loaded.head)
         STRATEGIES[config.strategy].check_rank(config, shapes)
         folder = run.resume(config, loaded.digest) if config.resume else run.create(config, loaded.digest)
@@ -79,7 +79,8 @@ def play(
         device = next(loaded.module.parameters()).device
         batches = data.evaluation_batches(validation, task, loaded.tokenizer, 4 * config.batch_size, config.max_length)
         metric, loss = metrics.evaluate(loaded.module, batches, task.metric, device)
-        return {"metric": metric, "eval_loss": loss}
+        extra = {"perplexity": metrics.perplexity(loss)} if task.language else {}
+        return {"metric": metric, "eval_loss": loss, **extra}
 
     def report(figures: dict[str, Any]) -> None:
         figures = {**figures, **({} if config.evaluate == "off" else scores(ledger.version))}

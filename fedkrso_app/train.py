@@ -21,8 +21,8 @@ class TrainingError(RuntimeError):
 
 
 def head_optimizer(head: Mapping[str, nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    """AdamW with weight decay 0.01, as the paper's code trains the classifier."""
-    return torch.optim.AdamW(head.values(), lr=learning_rate, weight_decay=0.01)
+    """AdamW with weight decay 0.01, as the paper's code trains the classifier; ``head`` may be empty."""
+    return torch.optim.AdamW([{"params": list(head.values())}], lr=learning_rate, weight_decay=0.01)
 
 
 def train(

@@ -16,12 +16,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from fedkrso_app import client_app, model, server_app
+from fedkrso_app import client_app, data, model, server_app
 from fedkrso_app.config import Config, parse
 from fedkrso_app.ledger import Ledger
 from fedkrso_app.replica import Replica
 from fedkrso_app.run import Run
 from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies.base import LocalMethod
 
 ROOT = Path(__file__).parent.parent
 WORDS = [f"w{number}" for number in range(40)]
@@ -202,15 +203,21 @@ def digest(run: Run) -> str:
     return json.loads((run.path / "result.json").read_text())["digest"]
 
 
-def replayed(run: Run, version: int | None = None) -> str:
-    """The weights' digest at ``version``, from W^0 and the ledger alone."""
+def replica(run: Run, version: int | None = None) -> LocalMethod:
+    """The method with its model at ``version``, from W^0 and the ledger alone."""
     config = run.config
-    loaded = model.load(config.model, 2, config.seed)
+    task = data.resolve(config)
+    loaded = model.load(config.model, task.num_labels, config.seed, task.classes)
     strategy = STRATEGIES[config.strategy]
     method = strategy.local(loaded.module, loaded.targets, loaded.head, config)
     ledger = Ledger(run.ledger)
     Replica(method, ledger, strategy.incremental).advance(ledger.version if version is None else version)
-    return model.state_digest(method.plain_state())
+    return method
+
+
+def replayed(run: Run, version: int | None = None) -> str:
+    """The digest of the weights that W^0 and the ledger lead to."""
+    return model.state_digest(replica(run, version).plain_state())
 
 
 def arrays_of(reply: Message) -> dict[str, np.ndarray]:

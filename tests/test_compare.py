@@ -194,6 +194,13 @@ def test_the_sweep_takes_the_best_rate_and_never_sees_the_validation_rows(flwr, 
     assert json.loads(result.stdout)["rows"][0]["learning_rate"] == 2e-3
 
 
+def test_of_perplexities_the_sweep_takes_the_lowest(flwr, command, tmp_path):
+    flwr(best=5e-4)
+    command("--seeds", "0", "--sweep", "--set", "task=causal-lm")
+    (choice,) = json.loads((tmp_path / "out" / "sweep" / "sweep.json").read_text())
+    assert choice["best"] == 4e-3 and choice["scores"][3] == min(choice["scores"])
+
+
 def test_a_best_rate_at_the_edge_is_warned_about(flwr, command):
     flwr(best=8e-3)
     assert "at the edge" in " ".join(command("--seeds", "0", "--sweep", "--rates", "2").stderr.split())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedkrso_app.metrics import evaluate, score
+from fedkrso_app.metrics import best, evaluate, perplexity, score
 
 CPU = torch.device("cpu")
 
@@ -119,3 +119,51 @@ def test_a_model_that_diverged_is_named_rather_than_scored():
     torch.nn.init.constant_(model.head.bias, float("nan"))
     with pytest.raises(ValueError, match="diverged"):
         evaluate(model, cut(*examples(4, 2), [4]), "accuracy", CPU)
+
+
+class Bigram(torch.nn.Module):
+    """A language model whose logits depend on the current token alone; its loss is transformers' own."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = torch.nn.Parameter(table)
+
+    def forward(self, input_ids, labels):
+        logits = self.table[input_ids]
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def language_rows():
+    """Rows with one, two and three predicted tokens; token k is followed by k + 1 except in the last row."""
+    ids = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 0], [0, 1, 2, 4]])
+    asked = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
+    return ids, ids.where(asked, -100)
+
+
+@pytest.mark.parametrize("sizes", [[4], [1, 3], [2, 1, 1]])
+def test_perplexity_is_e_to_the_mean_loss_of_a_predicted_token_however_cut(sizes):
+    table = torch.randn(5, 5, generator=torch.Generator().manual_seed(3))
+    ids, labels = language_rows()
+    log_p = table.double().log_softmax(1)
+    asked = [(int(ids[i, j - 1]), int(ids[i, j])) for i in range(4) for j in range(1, 4) if labels[i, j] != -100]
+    expected = -sum(log_p[one, next] for one, next in asked) / len(asked)
+    metric, loss = evaluate(Bigram(table), cut(ids, labels, sizes), "perplexity", CPU)
+    assert len(asked) == 8 and (metric, loss) == pytest.approx((float(expected.exp()), float(expected)), rel=1e-5)
+
+
+def test_exact_match_asks_every_label_of_a_row_and_no_other_token():
+    successor = 9.0 * torch.eye(5).roll(1, 1)  # k + 1 is always the first choice
+    ids, labels = language_rows()
+    assert evaluate(Bigram(successor), cut(ids, labels, [3, 1]), "exact-match", CPU)[0] == 0.75
+    labels[3, 3] = -100  # the wrong token is no longer asked for
+    assert evaluate(Bigram(successor), cut(ids, labels, [3, 1]), "exact-match", CPU)[0] == 1.0
+
+
+def test_the_best_perplexity_is_the_lowest_and_of_anything_else_the_highest():
+    assert best("perplexity", iter([3.0, 2.0, 5.0])) == 2.0
+    assert {best(name, [3.0, 2.0, 5.0]) for name in ("accuracy", "matthews", "pearson", "exact-match")} == {5.0}
+
+
+def test_a_loss_beyond_all_bounds_still_has_a_perplexity():
+    assert np.isfinite(perplexity(1e6))

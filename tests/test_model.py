@@ -3,45 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    DebertaV2Config,
-    DistilBertConfig,
-    GPT2Config,
-    LlamaConfig,
-    ModernBertConfig,
-    RobertaConfig,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, RobertaConfig
 
 from fedkrso_app import model
 from fedkrso_app.config import ConfigError
 from fedkrso_app.strategies.base import Shapes
-
-SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-FAMILIES = {  # config, target layers in each of two blocks
-    "roberta": (RobertaConfig(**SMALL), 6),
-    "bert": (BertConfig(**SMALL), 6),
-    "deberta": (DebertaV2Config(**SMALL), 6),
-    "modernbert": (
-        ModernBertConfig(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2),
-        4,
-    ),
-    "llama": (LlamaConfig(**SMALL, pad_token_id=0, num_key_value_heads=2), 7),
-    "distilbert": (DistilBertConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=24), 6),
-    "gpt2": (GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, pad_token_id=0), 4),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_targets_are_all_linear_maps_of_the_blocks_and_nothing_else(family):
-    settings, count = FAMILIES[family]
-    module = AutoModelForSequenceClassification.from_config(settings)
-    targets = model.find_targets(module)
-    assert len(targets) == 2 * count
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding | nn.LayerNorm)}
-    assert not embeddings & {id(layer.weight) for layer in targets.values()}
-    assert not any(name.startswith(("classifier", "score", "head")) for name in targets)
 
 
 def test_tied_weights_are_never_targets():
@@ -81,6 +47,15 @@ def test_the_head_follows_the_seed_and_the_digest_does_not(model_folder):
     assert all(torch.equal(a, b) for a, b in zip(one.head.values(), same.head.values(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one.head.values(), other.head.values(), strict=True))
     assert one.digest == same.digest == other.digest
+
+
+def test_label_names_are_in_the_exported_model_and_in_the_digest(model_folder, tmp_path):
+    loaded = model.load(str(model_folder), 2, 0, ("neg", "pos"))
+    model.export(loaded, loaded.module.state_dict(), tmp_path / "out")
+    settings = AutoConfig.from_pretrained(tmp_path / "out")
+    assert settings.id2label == {0: "neg", 1: "pos"} and settings.label2id == {"neg": 0, "pos": 1}
+    digests = {model.load(str(model_folder), 2, 0, names).digest for names in [(), ("neg", "pos"), ("pos", "neg")]}
+    assert loaded.digest in digests and len(digests) == 3
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "~/nowhere/at/all", "no-such-owner/no-such-model"])

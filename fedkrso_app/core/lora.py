@@ -9,6 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from fedkrso_app.core.projection import stream
+from fedkrso_app.core.subspace import is_conv1d
 
 _ADAPTER = "default"
 
@@ -22,7 +23,14 @@ def initial_A(seed: int, name: str, rank: int, n: int) -> Tensor:
 
 def attach(module: nn.Module, names: list[str], rank: int, alpha: float, seed: int) -> dict[str, Any]:
     """Put a LoRA layer (no dropout, B = 0) around each named layer of ``module``; returns them by name."""
-    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(names), bias="none")  # type: ignore[arg-type]
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=list(names),
+        bias="none",
+        fan_in_fan_out=all(is_conv1d(module.get_submodule(name)) for name in names),  # else peft warns of it
+    )
     with torch.random.fork_rng():  # peft draws a start of its own, which is overwritten below
         inject_adapter_in_model(settings, module, adapter_name=_ADAPTER)
     layers: dict[str, Any] = {name: module.get_submodule(name) for name in names}

@@ -24,7 +24,7 @@ class _ProjectedLinear(torch.autograd.Function):
         weight, projected = ctx.saved_tensors
         dY = grads[0]
         dX = dY @ weight if ctx.needs_input_grad[0] else None
-        G_B = dY.reshape(-1, dY.shape[-1]).T @ projected.reshape(-1, projected.shape[-1])
+        G_B = dY.T @ projected
         return dX, None, None, G_B, None
 
 
@@ -46,7 +46,9 @@ class SubspaceLinear(nn.Module):
         self.B = nn.Parameter(self.W.new_zeros(self.W.shape[0], rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _ProjectedLinear.apply(x, self.W, self.bias, self.B, self.P))
+        # Tokens in one row: a function of our own must not return a view, or nobody could change it in place (DeBERTa).
+        y = _ProjectedLinear.apply(x.reshape(-1, x.shape[-1]), self.W, self.bias, self.B, self.P)
+        return cast(Tensor, y).view(*x.shape[:-1], -1)
 
 
 def matrix(layer: nn.Module) -> Tensor:
