@@ -70,6 +70,7 @@ class Config:
     batch_size: int
     max_length: int
     warmup: float
+    activation_memory: str
     weighting: str
     evaluate: str
     holdout: float
@@ -176,6 +177,7 @@ def _check(c: Config) -> None:
     choice("strategy", c.strategy, list(STRATEGIES))
     choice("partition", c.partition, ["iid", "dirichlet"])
     choice("weighting", c.weighting, ["uniform", "examples"])
+    choice("activation-memory", c.activation_memory, ["keep", "recompute", "checkpoint"])
     choice("evaluate", c.evaluate, ["server", "off"])
     choice("fedkrso.projection", c.fedkrso.projection, ["gaussian", "rademacher", "orthonormal"])
     choice("fedsrd.compensate", c.fedsrd.compensate, ["l1", "none"])
