@@ -14,7 +14,6 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from fedkrso_app.core import lora
 from fedkrso_app.core.rso import RSO
-from fedkrso_app.core.subspace import attached
+from fedkrso_app.core.subspace import SubspaceLinear
 from fedkrso_app.model import find_targets
 from fedkrso_app.train import activation_memory, head_optimizer
 
@@ -47,6 +46,10 @@ def classifier(size: str, attention: str = "sdpa") -> Any:
     return module.requires_grad_(False)
 
 
+def head_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in sorted(module.named_parameters()) if not name.startswith("roberta.")}
+
+
 def batch(rows: int, tokens: int) -> dict[str, Tensor]:
     """Random token ids and labels."""
     ids = torch.randint(5, 50000, (rows, tokens))
@@ -58,15 +61,17 @@ class Peer:
 
     def __init__(self, name: str, module: Any, memory: str = "keep") -> None:
         self.name, self.module, self.memory = name, module, memory
-        head = {key: p for key, p in module.named_parameters() if not key.startswith("roberta.")}
+        head = head_of(module)
         targets = find_targets(module)
-        self.attached = ExitStack()  # closed by nobody: the layers stay as long as the peer
         self.rso: RSO | None = None
         self.optimizers: list[torch.optim.Optimizer] = []
         if name == "full":
             self.optimizers = [torch.optim.AdamW(module.parameters(), lr=RATE)]
         elif name == "fedkrso":
-            self.rso = RSO(self.attached.enter_context(attached(module, targets, RANK)), RATE)
+            layers = {key: SubspaceLinear(layer, RANK) for key, layer in targets.items()}
+            for key, layer in layers.items():
+                module.set_submodule(key, layer)
+            self.rso = RSO(layers, RATE)
             self.rso.start_interval(1)
             self.optimizers = [self.rso]
         elif name in ("lora", "a-frozen"):

@@ -4,6 +4,7 @@ torch's CPU and CUDA generators differ, and even its CPU stream depends on lengt
 Philox4x64-10, keyed by the seed and the layer's *name* (the order of layers is irrelevant), always on the CPU.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ RNG_ID = "philox4x64-10/box-muller/1"
 KINDS = ("gaussian", "rademacher", "orthonormal")
 
 
+@functools.lru_cache(maxsize=4096)  # each layer's name comes back with every seed
 def layer_key(name: str) -> int:
     """FNV-1a, 64 bits, of the UTF-8 name: the second half of the Philox key."""
     key = 0xCBF29CE484222325
