@@ -2,7 +2,7 @@
 
     python -m benchmarks.replica [--size base] [--missed 3] [--repeats 5] [--json]
 
-FedKRSO on RoBERTa shapes, all K = 10 seeds used, r = 4. CPU seconds of one thread per missed round, interleaved medians:
+FedKRSO on RoBERTa shapes, all K = 10 seeds used, r = 4. CPU seconds of one thread per missed round:
 
 bandwidth    read and write every target weight once (W ← c·W, in place): the limit of any rebuild
 advance      Replica.advance over the ledger's entries: reading and checking an entry, drawing, folding
