@@ -46,6 +46,19 @@ def test_gradient_of_B_is_the_full_gradient_times_Pt(layer):
     torch.testing.assert_close(x.grad, dX, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("idle", [0, 1, 6, 11, 12])
+def test_tokens_without_a_gradient_change_nothing(layer, idle):
+    """Some rows of dY are exactly zero; one more begins with a zero and is not."""
+    x = torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True)
+    dY = torch.randn(12, 5, dtype=torch.float64)
+    dY[-1, 0] = 0
+    dY[torch.randperm(12)[:idle]] = 0
+    mine = subspace(layer)
+    mine(x).backward(dY.view(3, 4, 5))
+    torch.testing.assert_close(mine.B.grad, dY.T @ x.detach().view(12, 6) @ mine.P.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, (dY @ matrix(layer)).view(3, 4, 6), rtol=1e-12, atol=1e-12)
+
+
 def test_gradients_of_two_batches_add_up(layer):
     mine = subspace(layer)
     x, y = torch.randn(2, 3, 6, dtype=torch.float64)
