@@ -143,7 +143,7 @@ def _key(tensor: Tensor) -> int:
 def show(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     """Print ``rows`` (all with the keys of the first) as JSON or as a table."""
     if as_json:
-        print(json.dumps(list(rows), indent=2))
+        print(json.dumps(list(rows), indent=2, ensure_ascii=False))
         return
     table = Table(title=title)
     for name in rows[0]:
