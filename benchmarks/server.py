@@ -10,8 +10,8 @@ add          FixedPointMeans.add alone, the sum that no order of arrival can cha
 sum64        total += x with a float64 total: as wide as the exact sum, but its bits depend on the order
 sum32        total += x with a float32 total
 
-"peak MiB" is the most that Python and numpy held at once (tracemalloc), the reply in hand included, without the arrays
-that replies are made from and the totals of the other three.
+"peak MiB" is the most that Python and numpy held at once, the reply in hand included, in a second pass (tracemalloc slows
+the clock).
 """
 
 import argparse
@@ -73,8 +73,9 @@ def _time(config: Config, shapes: Shapes, pool: list[Arrays], clients: int) -> d
             call(arrays)
             seconds[name] += time.process_time() - start
 
-    tracemalloc.start()
     seconds["aggregate"] = _aggregate(config, shapes, pool, clients, beside)
+    tracemalloc.start()
+    _aggregate(config, shapes, pool, clients, lambda arrays: None)
     peak = tracemalloc.get_traced_memory()[1] / 2**20
     tracemalloc.stop()
     return {
