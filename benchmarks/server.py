@@ -10,8 +10,8 @@ add          FixedPointMeans.add alone, the sum that no order of arrival can cha
 sum64        total += x with a float64 total: as wide as the exact sum, but its bits depend on the order
 sum32        total += x with a float32 total
 
-"peak MiB" is the most that Python and numpy held at once, the reply in hand included, in a second pass (tracemalloc slows
-the clock).
+"peak MiB" is the most that Python and numpy held at once, the reply in hand included, in a second pass (tracemalloc
+slows the clock).
 """
 
 import argparse
