@@ -75,6 +75,7 @@ class Config:
     batch_size: int
     max_length: int
     warmup: float
+    activation_memory: str
     weighting: str
     aggregation: str
     max_update_norm: float
@@ -196,6 +197,7 @@ def _check(c: Config) -> None:
         raise ConfigError(f"aggregation = {c.aggregation!r} knows no weights: take weighting = 'uniform'.")
     need(0 <= c.max_update_norm < float("inf"), "max-update-norm", c.max_update_norm, "0 (no bound) or above")
     choice("wire-dtype", c.wire_dtype, ["float32", "float16", "int8", "int4"])
+    choice("activation-memory", c.activation_memory, ["keep", "recompute", "checkpoint"])
     choice("evaluate", c.evaluate, ["server", "off"])
     choice("fedkrso.projection", c.fedkrso.projection, ["gaussian", "rademacher", "orthonormal"])
     choice("fedsrd.compensate", c.fedsrd.compensate, ["l1", "none"])

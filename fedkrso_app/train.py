@@ -3,10 +3,14 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
 from fedkrso_app.config import Config
@@ -23,6 +27,47 @@ class TrainingError(RuntimeError):
 def head_optimizer(head: Mapping[str, nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
     """AdamW with weight decay 0.01, as the paper's code trains the classifier; ``head`` may be empty."""
     return torch.optim.AdamW([{"params": list(head.values())}], lr=learning_rate, weight_decay=0.01)
+
+
+@contextmanager
+def activation_memory(module: Any, setting: str) -> Iterator[None]:
+    """What ``module``, a transformers model, keeps of each block for the backward pass.
+
+    - ``keep``: all that its gradient needs.
+    - ``recompute``: the block's input and its products that are no wider than what they are made of (queries, keys,
+      values, both outputs, but not the wide layer of the feed-forward part); the rest is computed again.
+    - ``checkpoint``: the block's input; the whole block is computed again.
+
+    Gradients are the same to rounding, dropout masks included. Raises :class:`TrainingError` where the model cannot.
+    """
+    if setting == "keep":
+        yield
+        return
+    how: dict[str, Any] = {"use_reentrant": False}
+    if setting == "recompute":
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_narrow_products)
+    name = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"  # transformers renamed it
+    try:
+        getattr(module, f"{name}_checkpointing_enable")(how)
+    except (AttributeError, ValueError) as error:
+        raise TrainingError(
+            f"activation-memory = {setting!r} is not possible with this model ({error}); set it to 'keep'."
+        ) from None
+    with suppress(AttributeError):  # some versions ask for the gradient of the embeddings, which nobody needs
+        module.disable_input_require_grads()
+    try:
+        yield
+    finally:
+        getattr(module, f"{name}_checkpointing_disable")()
+
+
+def _keep_narrow_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep x·Wᵀ (+ b) where W has no more outputs than inputs: there memory buys the most arithmetic."""
+    if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        inputs, outputs = args[-1].shape
+        if outputs <= inputs:
+            return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def train(
@@ -55,7 +100,8 @@ def train(
     shown = started = time.monotonic()
     was_training = module.training
     module.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), activation_memory(module, config.activation_memory):
         torch.manual_seed(int(rng.integers(2**63)))
         try:
             for parameter in parameters:

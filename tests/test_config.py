@@ -43,6 +43,7 @@ BAD = {
     "unknown projection": ({"fedkrso.projection": "gauss"}, "fedkrso.projection = 'gauss'"),
     "unknown weighting": ({"weighting": "size"}, "weighting = 'size' is not one of uniform, examples"),
     "unknown evaluation": ({"evaluate": "client"}, "evaluate = 'client'"),
+    "unknown memory setting": ({"activation-memory": "keeps"}, "Did you mean 'keep'"),
     "negative seed": ({"seed": -1}, "seed = -1"),
     "all held out": ({"holdout": 1.0}, "holdout = 1.0"),
     "folder in the run's name": ({"run-name": "a/b"}, "run-name = 'a/b'"),

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fedkrso_app.core.fixed_point import FixedPointMeans
+from fedkrso_app.core.fixed_point import GRID, FixedPointMeans
 
 
 def mean(arrays, weights, total=None):
@@ -70,3 +70,17 @@ def test_many_additions_near_the_limit_never_wrap_around():
 def test_an_array_longer_than_one_chunk_is_summed_whole():
     x = np.arange(200_000, dtype=np.float32) / 1024
     np.testing.assert_array_equal(mean([x, x, x], [1, 2, 1]), x)
+
+
+def test_sums_are_whole_grid_steps_of_float64_rounding_at_every_size():
+    """The oracle is numpy's rint in float64; the sizes lie on both sides of where the quick rounding ends."""
+    for size in (1e-11, 1e-3, 1.0, 3.2767e4, 3.2768e4, 1e5):
+        x = (np.random.default_rng(1).normal(size=1000) * size).clip(-size, size).astype(np.float32)
+        steps = np.rint(x.astype(np.float64) * GRID)
+        np.testing.assert_array_equal(mean([x, x], [1, 2]), (3 * steps / (3 * GRID)).astype(np.float32))
+
+
+def test_halves_round_to_even():
+    step = np.float32(1 / GRID)
+    x = np.array([0.5, 1.5, 2.5, -0.5, -1.5, -2.5], np.float32) * step
+    np.testing.assert_array_equal(mean([x], [1]) / step, [0, 2, 2, 0, -2, -2])

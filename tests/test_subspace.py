@@ -65,7 +65,7 @@ def test_forward_keeps_only_the_weight_and_the_projected_input(layer):
         mine(x)
     weight = layer.weight.untyped_storage().data_ptr()
     kept = [t for t in saved if t.untyped_storage().data_ptr() != weight]
-    assert [tuple(t.shape) for t in kept] == [(77, 2)]  # x Pᵀ
+    assert [tuple(t.shape) for t in kept] == [(2, 77)]  # P xᵀ
 
 
 def test_backward_makes_no_tensor_of_the_weights_size(layer):

@@ -1,0 +1,153 @@
+"""The peers of the benchmarks: one RoBERTa with random weights, made trainable in five ways; clock, memory, table.
+
+floor        frozen backbone: gradients flow through to the embeddings, only the head learns
+fedkrso      this app's layers and optimizer
+a-frozen     peft LoRA on the same layers, A frozen
+lora         peft LoRA on the same layers
+full         every parameter, torch's AdamW
+
+All of them train the head with AdamW as well.
+"""
+
+import json
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForSequenceClassification, RobertaConfig
+
+from fedkrso_app.core import lora
+from fedkrso_app.core.rso import RSO
+from fedkrso_app.core.subspace import SubspaceLinear
+from fedkrso_app.model import find_targets
+from fedkrso_app.train import activation_memory, head_optimizer
+
+PEERS = ("floor", "fedkrso", "a-frozen", "lora", "full")
+RANK, RATE = 4, 1e-4
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+}
+
+
+def classifier(size: str, attention: str = "sdpa") -> Any:
+    """RoBERTa with a head for two labels, frozen, in training mode, on torch's default device."""
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, **SIZES[size])
+    module = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).train()
+    return module.requires_grad_(False)
+
+
+def head_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in sorted(module.named_parameters()) if not name.startswith("roberta.")}
+
+
+def batch(rows: int, tokens: int) -> dict[str, Tensor]:
+    """Random token ids and labels."""
+    ids = torch.randint(5, 50000, (rows, tokens))
+    return {"input_ids": ids, "labels": torch.zeros(rows, dtype=torch.long)}
+
+
+class Peer:
+    """One way to train ``module``: ``forward`` gives the loss, ``step`` does one whole local step."""
+
+    def __init__(self, name: str, module: Any, memory: str = "keep") -> None:
+        self.name, self.module, self.memory = name, module, memory
+        head = head_of(module)
+        targets = find_targets(module)
+        self.rso: RSO | None = None
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if name == "full":
+            self.optimizers = [torch.optim.AdamW(module.parameters(), lr=RATE)]
+        elif name == "fedkrso":
+            layers = {key: SubspaceLinear(layer, RANK) for key, layer in targets.items()}
+            for key, layer in layers.items():
+                module.set_submodule(key, layer)
+            self.rso = RSO(layers, RATE)
+            self.rso.start_interval(1)
+            self.optimizers = [self.rso]
+        elif name in ("lora", "a-frozen"):
+            pairs = [lora.factors(layer) for layer in lora.attach(module, list(targets), RANK, 8.0, 0).values()]
+            factors = [B for _, B in pairs] + [A for A, _ in pairs if name == "lora"]
+            module.requires_grad_(False)
+            self.optimizers = [torch.optim.AdamW(factors, lr=RATE)]
+        elif name == "floor":
+            module.enable_input_require_grads()
+        if name != "full":
+            self.optimizers.append(head_optimizer(head, RATE))
+        for parameter in self.trained():
+            parameter.requires_grad_(True)
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    def step(self, inputs: Mapping[str, Tensor]) -> None:
+        with activation_memory(self.module, self.memory):
+            self.module(**inputs).loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def medians(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each call, on one thread, in turn (so that a slow spell meets all alike); one call each to
+    warm up. CPU time, because it differs least from an idle machine's clock when others use the machine."""
+    torch.set_num_threads(1)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            if repeat:
+                times[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+class Storage(TorchDispatchMode):
+    """Bytes of the tensors made inside: ``live`` now and at the ``peak``. Works on the meta device too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        given = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and _key(tensor) not in given | self._known:
+                storage, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
+                self._known.add(_key(tensor))
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._freed, _key(tensor), size)
+        return made
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Print ``rows`` (all with the keys of the first) as JSON or as a table."""
+    if as_json:
+        print(json.dumps(list(rows), indent=2, ensure_ascii=False))
+        return
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
+    Console(width=170).print(table)

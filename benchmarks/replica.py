@@ -1,0 +1,124 @@
+"""A round that a node missed: what it costs to rebuild W^t, beside the least that must be moved through memory.
+
+    python -m benchmarks.replica [--size base] [--missed 3] [--repeats 5] [--json]
+
+FedKRSO on RoBERTa shapes, all K = 10 seeds used, r = 4. CPU seconds of one thread per missed round:
+
+bandwidth    read and write every target weight once (W ← c·W, in place): the limit of any rebuild
+advance      Replica.advance over the ledger's entries: reading and checking an entry, drawing, folding
+apply        the same without the ledger: drawing and folding
+draw         the projections alone: numpy's Philox and Box–Muller, K for every layer
+fold         W ← W + Σ_k B_k P_k alone, projections at hand
+"""
+
+import argparse
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.models import classifier, head_of, medians, show
+from fedkrso_app.compare import settings
+from fedkrso_app.config import parse
+from fedkrso_app.core.projection import projection
+from fedkrso_app.core.subspace import fold, matrix
+from fedkrso_app.ledger import Entry, Ledger
+from fedkrso_app.model import find_targets
+from fedkrso_app.replica import Replica
+from fedkrso_app.strategies.fedkrso import FedKRSO, FedKRSOLocal, draw_seeds
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products that add in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(operation)] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def rows(size: str, missed: int, repeats: int) -> list[dict[str, Any]]:
+    """One row per part: CPU seconds a round, the ratio to the bandwidth limit, and matrix products a round."""
+    config = parse(settings(None, []))
+    K, r, kind = config.fedkrso.num_seeds, config.fedkrso.rank, config.fedkrso.projection
+    module = classifier(size)
+    head = head_of(module)
+    method = FedKRSOLocal(module, find_targets(module), head, config)
+    weights = {name: matrix(layer) for name, layer in method.targets.items()}
+    rng = np.random.default_rng(0)
+    Q = r * sum(W.shape[0] for W in weights.values())
+
+    def update(version: int) -> dict[str, np.ndarray]:
+        B = rng.standard_normal((K, Q), dtype=np.float32) * np.float32(1e-6)
+        h = sum(p.numel() for p in head.values())
+        return {"seeds": draw_seeds(0, version, K), "accumulators": B, "head": np.zeros(h, np.float32)}
+
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder))
+        for version in range(missed + 1):
+            ledger.append(Entry(version, update(version) if version else method.initial()))
+        replica = Replica(method, ledger, FedKRSO.incremental)
+        entry = update(1)
+        seeds = entry["seeds"].tolist()
+
+        def draw() -> dict[str, np.ndarray]:
+            return {
+                name: np.stack([projection(seed, name, r, W.shape[1], kind) for seed in seeds])
+                for name, W in weights.items()
+            }
+
+        Ps = {name: torch.from_numpy(P) for name, P in draw().items()}
+        Bs = {name: torch.randn(K, W.shape[0], r) * 1e-6 for name, W in weights.items()}
+
+        def advance() -> None:
+            replica.version = 0
+            replica.advance(missed)
+
+        def bandwidth() -> None:
+            for W in weights.values():
+                W.mul_(0.999999)
+
+        def fold_all() -> None:
+            for name, W in weights.items():
+                fold(W, Bs[name], Ps[name])
+
+        calls = {
+            "bandwidth": bandwidth,
+            "advance": advance,
+            "apply": lambda: method.apply(entry),
+            "draw": draw,
+            "fold": fold_all,
+        }
+        seconds = medians(calls, repeats)
+        seconds["advance"] /= missed
+        products = {}
+        for name, call in calls.items():
+            with _Products() as counter:
+                call()
+            products[name] = counter.count["aten.addmm_.default"] // (missed if name == "advance" else 1)
+    return [
+        {"part": name, "seconds": value, "÷ bandwidth": value / seconds["bandwidth"], "products": products[name]}
+        for name, value in seconds.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="base", choices=["tiny", "base", "large"])
+    parser.add_argument("--missed", type=int, default=3, help="rounds that the replica lacks")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    a = parser.parse_args()
+    title = f"Rebuilding W^t of RoBERTa-{a.size}, one missed round, one thread"
+    show(title, rows(a.size, a.missed, a.repeats), a.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The local loop: every setting of activation-memory gives the gradients and the weights of the default."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, LlamaConfig, RobertaConfig
+
+from fedkrso_app.core.subspace import attached
+from fedkrso_app.model import find_targets
+from fedkrso_app.train import TrainingError, activation_memory, train
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+MODELS = {
+    "encoder with biases and dropout": RobertaConfig(**SMALL, max_position_embeddings=40, num_labels=2),
+    "decoder without biases": LlamaConfig(**SMALL, pad_token_id=0, num_labels=2, attention_dropout=0.1),
+}
+SAVING = ["recompute", "checkpoint"]
+
+
+def model(kind):
+    torch.manual_seed(0)
+    module = AutoModelForSequenceClassification.from_config(MODELS[kind]).double().train()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return {"input_ids": torch.randint(3, 50, (3, 7), generator=generator), "labels": torch.tensor([0, 1, 1])}
+
+
+def gradients(kind, setting):
+    """G_B of every layer, and torch's next random number: the same masks leave the same generator behind."""
+    module = model(kind)
+    with attached(module, find_targets(module), 2) as layers, activation_memory(module, setting):
+        for number, layer in enumerate(layers.values()):
+            layer.P = torch.randn(
+                2, layer.W.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(number)
+            )
+        torch.manual_seed(2)
+        module(**batch()).loss.backward()
+        return [layer.B.grad for layer in layers.values()], torch.rand(())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("setting", SAVING)
+def test_gradients_and_dropout_masks_are_those_of_the_default(kind, setting):
+    expected, random = gradients(kind, "keep")
+    found, same = gradients(kind, setting)
+    assert any(gradient.abs().max() > 0 for gradient in expected) and random == same
+    for mine, default in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, default, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("setting", SAVING)
+def test_training_ends_at_the_weights_of_the_default_and_leaves_the_model_as_it_was(config, setting):
+    ends = []
+    for chosen in ("keep", setting):
+        module = model("encoder with biases and dropout")
+        optimizer = torch.optim.SGD(module.roberta.encoder.parameters(), lr=0.1)
+        settings = dataclasses.replace(config, activation_memory=chosen)
+        train(module, iter([batch()] * 4), [optimizer], settings, np.random.default_rng(0))
+        assert not any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+        ends.append(nn.utils.parameters_to_vector(module.parameters()))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_without_checkpoints_is_refused_by_name():
+    with pytest.raises(TrainingError, match="activation-memory = 'checkpoint' is not possible"):  # noqa: SIM117
+        with activation_memory(nn.Linear(2, 2), "checkpoint"):
+            pass
