@@ -214,7 +214,7 @@ def _replay(run: "Run", entries: Ledger, to: int) -> tuple[Any, Any]:
     config = run.config
     task = data.resolve(config)
     loaded = model.load(config.model, task.num_labels, config.seed, task.classes)
-    if loaded.digest != run.info["model_digest"]:
+    if run.info["model_digest"] not in ("", loaded.digest()):
         raise ConfigError(f"model = {config.model!r} has other weights than when {run.path} was made.")
     strategy = STRATEGIES[config.strategy]
     method = strategy.local(loaded.module, loaded.targets, loaded.head, config)

@@ -10,7 +10,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkrso_app import data, model, wire
+from fedkrso_app import data, metrics, model, wire
 from fedkrso_app.config import Config, ConfigError, parse
 from fedkrso_app.core.projection import probe, stream
 from fedkrso_app.ledger import Entry
@@ -25,25 +25,37 @@ class Workplace:
     """What a process keeps between messages: one warm replica, the task's examples and how they are shared out."""
 
     def __init__(self, run: str, config: Config, partitions: int) -> None:
-        self.config = config
+        self.config, self._partitions = config, partitions
         self.task = data.resolve(config)
-        self.examples = data.load(self.task, config.data_dir, "train", config.holdout)
-        self.model = model.load(config.model, self.task.num_labels, config.seed, self.task.classes)
+        self.model = self._load()
         self.strategy = STRATEGIES[config.strategy]
         self.shapes = Shapes.of(self.model.module, self.model.targets, self.model.head)
-        method = self.strategy.local(self.model.module, self.model.targets, self.model.head, config)
         self.store = NodeStore(run) if self.strategy.incremental else NodeStore(run, keep=2)
-        self.replica = Replica(method, self.store.entries, self.strategy.incremental, self.store)
-        self._partitions = partitions
-
-    def share(self, partition: int) -> Any:
-        """The examples of one partition: its part of all, or all of a node that has files of its own."""
-        return self.examples if not self._partitions else self.examples.select(self._shares[partition])
 
     @functools.cached_property
-    def _shares(self) -> list[Any]:
+    def replica(self) -> Replica:
+        method = self.strategy.local(self.model.module, self.model.targets, self.model.head, self.config)
+        return Replica(method, self.store.entries, self.strategy.incremental, self.store)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of W^0: it takes a second for a large model, and only a node that joins is asked for it."""
+        return (self._load() if "replica" in self.__dict__ else self.model).digest()
+
+    def share(self, split: str, partition: int) -> Any:
+        """The examples of one partition: its part of all, or all of a node that has files of its own."""
+        examples = data.load(self.task, self.config.data_dir, split, self.config.holdout)
+        return examples.select(self._shares(split)[partition]) if self._partitions else examples
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  # there is one workplace at a time
+    def _shares(self, split: str) -> list[Any]:
         c = self.config
-        return data.partition(self.examples, self.task, self._partitions, c.partition, c.dirichlet_alpha, c.seed)
+        examples = data.load(self.task, c.data_dir, split, c.holdout)
+        scheme = c.partition if split == "train" else "iid"
+        return data.partition(examples, self.task, self._partitions, scheme, c.dirichlet_alpha, c.seed)
+
+    def _load(self) -> model.LoadedModel:
+        return model.load(self.config.model, self.task.num_labels, self.config.seed, self.task.classes)
 
     def take(self, content: RecordDict, instructions: ConfigRecord) -> None:
         """Keep what a message brings and advance to the version that it names. Raises :class:`NeedSync`."""
@@ -55,7 +67,8 @@ class Workplace:
                 self.store.put_weights(int(number), str(instructions["stamp"]), values)
             else:
                 schema = self.strategy.entry_schema(self.config, self.shapes)
-                self.store.put(Entry(int(number), wire.unpack(record, schema)))
+                # A server without a model leaves version 0 to the seed: an entry without arrays.
+                self.store.put(Entry(int(number), wire.unpack(record, schema) if record else {}))
         try:
             self.replica.advance(version)
             known = self.store.stamp(version) == instructions["stamp"]
@@ -102,17 +115,17 @@ def join(message: Message, context: Context) -> Message:
         partition, partitions = identity(context)
         answer.update({"partition-id": partition, "num-partitions": partitions})
         place = here(context, str(asked["run"]))
-        place.share(partition)
+        place.share("train", partition)
         if asked["probe"] != probe():
             raise ConfigError(
                 f"numpy draws other projections than the server's ({probe()}); install the server's numpy."
             )
-        if asked["model"] not in ("", place.model.digest):
+        if asked["model"] not in ("", place.digest):
             classes = ", ".join(place.task.classes)
             labels = f" or label names ({classes}), which the key labels settles for all" if classes else ""
             raise ConfigError(f"model = {place.config.model!r} has other weights than the server's{labels}.")
         version = place.store.version
-        answer.update({"model": place.model.digest, "version": version, "stamp": place.store.stamp(version)})
+        answer.update({"model": place.digest, "version": version, "stamp": place.store.stamp(version)})
     except ConfigError as error:
         answer["error"] = str(error)
     return Message(RecordDict({"join": answer}), reply_to=message)
@@ -137,7 +150,7 @@ def train(message: Message, context: Context) -> Message:
     except NeedSync:
         status = ConfigRecord({"version": place.replica.version, "need-sync": True})
         return Message(RecordDict({"status": status}), reply_to=message)
-    examples = place.share(partition)
+    examples = place.share("train", partition)
     rng = stream(place.config.seed, "client", round, partition)
     batches = data.batches(
         examples, place.task, place.model.tokenizer, place.config.batch_size, place.config.max_length, rng
@@ -149,7 +162,7 @@ def train(message: Message, context: Context) -> Message:
         arrays, loss = method.train(batches, instructions, rng)
     rounding = stream(place.config.seed, "reply", round, partition)
     update = wire.pack(place.strategy.encode_reply(arrays, start, place.config, place.shapes, rounding))
-    metrics = MetricRecord(
+    figures = MetricRecord(
         {
             "num-examples": len(examples),
             "train-loss": loss,
@@ -158,7 +171,25 @@ def train(message: Message, context: Context) -> Message:
         }
     )
     status = ConfigRecord({"version": instructions["version"]})
-    return Message(RecordDict({"status": status, "update": update, "metrics": metrics}), reply_to=message)
+    return Message(RecordDict({"status": status, "update": update, "metrics": figures}), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Bring W to the version the message names and judge it on this node's share of the validation rows."""
+    instructions = message.content.config_records["evaluate"]
+    partition, place = identity(context)[0], here(context, str(instructions["run"]))
+    try:
+        place.take(message.content, instructions)
+    except NeedSync:
+        status = ConfigRecord({"version": place.replica.version, "need-sync": True})
+        return Message(RecordDict({"status": status}), reply_to=message)
+    c, module = place.config, place.model.module
+    examples = place.share("validation", partition)
+    batches = data.evaluation_batches(examples, place.task, place.model.tokenizer, 4 * c.batch_size, c.max_length)
+    sums = metrics.tally(module, batches, place.task.num_labels, next(module.parameters()).device)
+    status = ConfigRecord({"version": instructions["version"]})
+    return Message(RecordDict({"status": status, "tally": wire.pack({"tally": sums})}), reply_to=message)
 
 
 def peak_bytes() -> int:

@@ -198,7 +198,12 @@ def _check(c: Config) -> None:
     need(0 <= c.max_update_norm < float("inf"), "max-update-norm", c.max_update_norm, "0 (no bound) or above")
     choice("wire-dtype", c.wire_dtype, ["float32", "float16", "int8", "int4"])
     choice("activation-memory", c.activation_memory, ["keep", "recompute", "checkpoint"])
-    choice("evaluate", c.evaluate, ["server", "off"])
+    choice("evaluate", c.evaluate, ["server", "clients", "off"])
+    if c.evaluate != "server" and c.wire_dtype != "float32":
+        raise ConfigError(
+            f"wire-dtype = {c.wire_dtype!r} needs evaluate = 'server': numbers are rounded as differences to a start "
+            "that only a server with the model knows."
+        )
     choice("fedkrso.projection", c.fedkrso.projection, ["gaussian", "rademacher", "orthonormal"])
     choice("fedsrd.compensate", c.fedsrd.compensate, ["l1", "none"])
     positive = ["num-server-rounds", "min-replies", "local-steps", "batch-size", "fedkrso.rank", "lora.rank"]

@@ -20,72 +20,99 @@ def best(metric: str, scores: Iterable[float]) -> float:
     return min(scores) if metric in LOWER_IS_BETTER else max(scores)
 
 
-def score(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The metric ``name`` of (n,) class ids ("accuracy", "matthews"), values ("pearson") or truths ("exact-match").
+def moments(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:
+    """What a metric must know of (n,) predictions and labels, float64; over disjoint examples it simply adds up.
 
-    A correlation with something constant counts as 0.0. Raises ValueError for an unknown name, for shapes
-    that are not both (n,) with n >= 1, and for numbers that are not finite.
+    Classes (``num_labels`` > 1): (C², ) how often label i was taken for j, at i·C + j. Regression (1): n, Σp, Σl, Σp²,
+    Σl², Σpl. Language models (0), whose predictions are rows right or wrong: as two classes, every label being 1.
+    Raises ValueError for shapes that are not both (n,), and for numbers that are not finite.
     """
-    # here, because together they take seconds to import and a client never needs them
-    from scipy.stats import pearsonr
+    if predictions.shape != labels.shape or predictions.ndim != 1:
+        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} are not both (n,)")
+    p, l = predictions.astype(np.float64), labels.astype(np.float64)  # noqa: E741
+    if not (np.isfinite(p).all() and np.isfinite(l).all()):
+        raise ValueError("there are predictions or labels that are not finite")
+    if num_labels == 1:
+        return np.array([len(p), p.sum(), l.sum(), p @ p, l @ l, p @ l])
+    C = num_labels or 2
+    return np.bincount((l * C + p).astype(np.int64), minlength=C * C).astype(np.float64)
+
+
+def moments_size(num_labels: int) -> int:
+    """The length of :func:`moments`."""
+    return 6 if num_labels == 1 else (num_labels or 2) ** 2
+
+
+def score(name: str, of: np.ndarray) -> float:
+    """The metric ``name`` ("accuracy", "matthews", "pearson", "exact-match") from :func:`moments`.
+
+    A correlation with something constant counts as 0.0. Raises ValueError for an unknown name and without examples.
+    """
+    if name == "pearson":
+        n, p, l, pp, ll, pl = of  # noqa: E741
+        variances = n * pp - p * p, n * ll - l * l
+        if n < 1:
+            raise ValueError("there are no examples")
+        if variances[0] <= 1e-12 * n * pp or variances[1] <= 1e-12 * n * ll:
+            return 0.0
+        return float((n * pl - p * l) / math.sqrt(variances[0] * variances[1]))
+    # here, because it takes seconds to import and a client never needs it
     from sklearn.metrics import accuracy_score, matthews_corrcoef
 
-    if predictions.shape != labels.shape or predictions.ndim != 1 or not len(labels):
-        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} are not both (n,), n >= 1")
-    if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
-        raise ValueError("there are predictions or labels that are not finite")
-    if name in ("accuracy", "exact-match"):
-        return float(accuracy_score(labels, predictions))
-    if name not in ("matthews", "pearson"):
-        raise ValueError(f"unknown metric {name!r}: it must be accuracy, exact-match, matthews or pearson")
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+    measures = {"accuracy": accuracy_score, "exact-match": accuracy_score, "matthews": matthews_corrcoef}
+    if name not in measures:
+        raise ValueError(f"unknown metric {name!r}: it must be one of {', '.join(measures)}, pearson, perplexity")
+    seen = np.flatnonzero(of)
+    if not len(seen):
+        raise ValueError("there are no examples")
+    labels, predictions = np.divmod(seen, math.isqrt(len(of)))
+    if name == "matthews" and (len(set(labels)) == 1 or len(set(predictions)) == 1):
         return 0.0
-    if name == "matthews":
-        return float(matthews_corrcoef(labels, predictions))
-    return float(pearsonr(predictions.astype(np.float64), labels.astype(np.float64)).statistic)
+    return float(measures[name](labels, predictions, sample_weight=of[seen]))
 
 
-def evaluate(
-    model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], task_metric: str, device: torch.device
-) -> tuple[float, float]:
-    """``(metric, mean loss)`` of a model on ``batches``, in eval mode; the loss per example, or per predicted token.
+def tally(
+    model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], num_labels: int, device: torch.device
+) -> np.ndarray:
+    """(2 + m,) float64: the sum of the losses, what it is the sum over, and the :func:`moments` of ``batches``.
 
-    The model takes a batch as keywords and gives ``.loss`` (its mean) and ``.logits``: (b, num_labels) of a classifier,
-    where one label means regression, or (b, t, vocabulary) of a language model, where labels of -100 do not count. Its
-    modules' training modes are put back. Raises ValueError where there are no batches or the logits are not finite.
+    The model, in eval mode, takes a batch as keywords and gives ``.loss`` (its mean) and ``.logits``: (b, num_labels)
+    of a classifier, where one label means regression, or (b, t, vocabulary) of a language model, where labels of -100
+    do not count. The loss is summed over examples, or over predicted tokens. The training modes of its modules are put
+    back. Tallies of several nodes add up. Raises ValueError where there are no batches or the logits are not finite.
     """
     modes = [(module, module.training) for module in model.modules()]
-    total, counted, predictions, labels = 0.0, 0, [], []
+    sums, batch = np.zeros(2 + moments_size(num_labels)), None
     try:
         model.eval()
         with torch.no_grad():
             for batch in batches:
                 output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
-                logits = output.logits.float()
+                logits, truth = output.logits.float().cpu(), batch["labels"].cpu()
                 if not logits.isfinite().all():  # argmax would make a class of a NaN
                     raise ValueError("the model's outputs are not finite: the training has diverged")
-                truth = batch["labels"]
-                if logits.ndim == 3:
+                count = len(truth)
+                if num_labels == 0:
                     truth = truth[:, 1:]  # what comes after each token
-                    right = (logits[:, :-1].argmax(2).cpu() == truth) | (truth == _IGNORED)
-                    predictions.append(right.all(1))
-                    labels.append(torch.ones(len(truth), dtype=torch.bool))
                     count = int((truth != _IGNORED).sum())
+                    predictions = ((logits[:, :-1].argmax(2) == truth) | (truth == _IGNORED)).all(1)
+                    truth = torch.ones(len(truth))
                 else:
-                    predictions.append((logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1)).cpu())
-                    labels.append(truth.cpu())
-                    count = len(truth)
-                total += float(output.loss) * count
-                counted += count
+                    predictions = logits[:, 0] if num_labels == 1 else logits.argmax(1)
+                sums[:2] += float(output.loss) * count, count
+                sums[2:] += moments(predictions.numpy(), truth.numpy(), num_labels)
     finally:
         for module, training in modes:
             module.training = training
-    if not labels:
+    if batch is None:
         raise ValueError("there are no batches to evaluate on")
-    loss = total / counted
-    if task_metric == "perplexity":
-        return perplexity(loss), loss
-    return score(task_metric, torch.cat(predictions).numpy(), torch.cat(labels).numpy()), loss
+    return sums
+
+
+def result(name: str, tally: np.ndarray) -> tuple[float, float]:
+    """``(metric, mean loss)`` of a :func:`tally`, or of several added up."""
+    loss = float(tally[0] / tally[1])
+    return (perplexity(loss) if name == "perplexity" else score(name, tally[2:])), loss
 
 
 def perplexity(loss: float) -> float:

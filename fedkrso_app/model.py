@@ -26,11 +26,18 @@ class LoadedModel:
     tokenizer: Any
     targets: dict[str, nn.Module]
     head: dict[str, nn.Parameter]
-    digest: str  # SHA-256 of the pretrained weights and the labels' names; not of what is newly initialised
+    classes: tuple[str, ...]  # the labels' names, if there are any
+    new: frozenset[str]  # what the checkpoint lacks, by name
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the pretrained weights and the labels' names; not of what is newly initialised."""
+        digest = state_digest(self.module.state_dict(), without=self.new)
+        # Nodes that number the labels in another way would train against each other.
+        return hashlib.sha256("\n".join([digest, *self.classes]).encode()).hexdigest() if self.classes else digest
 
 
-def load(name: str, num_labels: int, seed: int, classes: Sequence[str] = ()) -> LoadedModel:
-    """The model ``name`` for a task, float32, on the best device at hand.
+def load(name: str, num_labels: int, seed: int, classes: Sequence[str] = (), weights: bool = True) -> LoadedModel:
+    """The model ``name`` for a task, float32, on the best device at hand; without ``weights`` only its shapes.
 
     A classifier for ``num_labels`` above 1, with the labels' names ``classes`` if there are any; for 1 a regression;
     for 0 a language model. ``name`` is ``embedded``, a local folder, or a hub name. What the checkpoint lacks is
@@ -50,7 +57,11 @@ def load(name: str, num_labels: int, seed: int, classes: Sequence[str] = ()) -> 
             if num_labels == 1:
                 settings.problem_type = "regression"
             module, info = architecture.from_pretrained(
-                source, config=settings, dtype=torch.float32, output_loading_info=True
+                source,
+                config=settings,
+                dtype=torch.float32,
+                output_loading_info=True,
+                device_map=None if weights else "meta",
             )
             tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError) as error:  # the last: a tokenizer that needs a library of its own
@@ -75,14 +86,11 @@ def load(name: str, num_labels: int, seed: int, classes: Sequence[str] = ()) -> 
     on_top = {key for key in parameters if num_labels and not key.startswith(base)}
     head = {key: parameters[key] for key in sorted(parameters) if key in on_top | new}
     module.eval()
-    if not num_labels and _sees_ahead(module):
+    if weights and not num_labels and _sees_ahead(module):
         raise ConfigError(f"model = {name!r} sees the words that it would have to predict; choose a decoder, as GPT-2.")
-    digest = state_digest(module.state_dict(), without=new)
-    if classes:  # nodes that number the labels in another way would train against each other
-        digest = hashlib.sha256("\n".join([digest, *classes]).encode()).hexdigest()
-    if torch.cuda.is_available():
+    if weights and torch.cuda.is_available():
         module = module.to("cuda")
-    return LoadedModel(module, tokenizer, targets, head, digest)
+    return LoadedModel(module, tokenizer, targets, head, tuple(classes), frozenset(new))
 
 
 @torch.no_grad()

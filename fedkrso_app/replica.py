@@ -151,7 +151,8 @@ class Replica:
             if values is not None:
                 self.restore(version, values)
         for version in range(self.version + 1 if self.incremental else max(to, self.version + 1), to + 1):
-            self.method.apply(wire.decode(self.entries.read(version).arrays))
+            if arrays := self.entries.read(version).arrays:
+                self.method.apply(wire.decode(arrays))
             self.version = version
 
     @contextmanager

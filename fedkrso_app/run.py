@@ -75,8 +75,8 @@ class Run:
         """``running``, ``completed`` or ``failed: <reason>``, in the file ``status``."""
         _write(self.path / "status", status + "\n")
 
-    def complete(self, digest: str) -> None:
-        """Say that the run ended well; ``digest`` is the SHA-256 of the final weights."""
+    def complete(self, digest: str | None) -> None:
+        """Say that the run ended well; ``digest`` is the SHA-256 of the final weights, if the server has made them."""
         _write(self.path / "result.json", json.dumps({**self.metrics()[-1], "digest": digest}, indent=2) + "\n")
         self.set_status("completed")
 
@@ -183,8 +183,11 @@ def closing_table(run: Run, metric: str) -> str:
     for key in ("refused", "failed"):
         table.add_row(f"replies {key}", str(sum(figures[key] for figures in rounds)))
     table.add_row("seconds", f"{sum(figures['seconds'] for figures in rounds):.1f} in all rounds")
-    table.add_row("model", str(run.model))
-    table.add_row("SHA-256 of the weights", result["digest"])
+    if result["digest"]:
+        table.add_row("model", str(run.model))
+        table.add_row("SHA-256 of the weights", result["digest"])
+    else:
+        table.add_row("model", f"not built here; `fedkrso export {run.path} DIR` makes it from the ledger")
     console = Console(width=110, file=io.StringIO())
     console.print(table)
     return "\n" + console.file.getvalue()  # type: ignore[attr-defined]

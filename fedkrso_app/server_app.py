@@ -27,14 +27,16 @@ def main(grid: Grid, context: Context) -> None:
     """One run, from its config to its model."""
     try:
         config = parse(context.run_config)
-        task = data.resolve(config)
+        here = config.evaluate == "server"  # otherwise there need be no data and no weights on the server
+        task = data.resolve(config, look=here or bool(config.data_dir))
         # What is wrong with data or model is found here, before any client starts.
-        data.load(task, config.data_dir, "train", config.holdout)
-        validation = data.load(task, config.data_dir, "validation", config.holdout)
-        loaded = model.load(config.model, task.num_labels, config.seed, task.classes)
+        for split in ("train", "validation") if here else ():
+            data.load(task, config.data_dir, split, config.holdout)
+        loaded = model.load(config.model, task.num_labels, config.seed, task.classes, weights=here)
         shapes = Shapes.of(loaded.module, loaded.targets, loaded.head)
         STRATEGIES[config.strategy].check_rank(config, shapes)
-        folder = run.resume(config, loaded.digest) if config.resume else run.create(config, loaded.digest)
+        digest = loaded.digest() if here else ""
+        folder = run.resume(config, digest) if config.resume else run.create(config, digest)
         folder.lock()
     except (ConfigError, OSError) as error:
         logger.error("The run cannot start: %s", error)
@@ -42,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
     logger.info("Run directory: %s", folder.path)
     try:
         folder.set_status("running")
-        play(config, task, validation, loaded, shapes, folder, StreamingGrid(grid))
+        play(config, task, loaded, shapes, folder, StreamingGrid(grid))
     except BaseException as error:
         reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
         with suppress(OSError):  # on a full disk the words below are all there is
@@ -56,51 +58,67 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def play(
-    config: Config,
-    task: data.Task,
-    validation: Any,
-    loaded: model.LoadedModel,
-    shapes: Shapes,
-    folder: run.Run,
-    grid: StreamingGrid,
+    config: Config, task: data.Task, loaded: model.LoadedModel, shapes: Shapes, folder: run.Run, grid: StreamingGrid
 ) -> None:
     """All rounds that are left, then the model."""
     strategy_class = STRATEGIES[config.strategy]
-    method = strategy_class.local(loaded.module, loaded.targets, loaded.head, config)
     ledger = Ledger(folder.ledger, keep=None if strategy_class.incremental else 2)
     ledger.recover()
+    replica = None
+    if config.evaluate == "server":
+        method = strategy_class.local(loaded.module, loaded.targets, loaded.head, config)
+        replica = Replica(method, ledger, strategy_class.incremental)
     if ledger.version < 0:
-        ledger.append(Entry(0, strategy_class.encode_entry(method.initial(), config, shapes, 0), no_figures()))
-    replica = Replica(method, ledger, strategy_class.incremental)
-
-    @functools.lru_cache(maxsize=1)
-    def scores(version: int) -> dict[str, float]:
-        replica.advance(version)
-        device = next(loaded.module.parameters()).device
-        batches = data.evaluation_batches(validation, task, loaded.tokenizer, 4 * config.batch_size, config.max_length)
-        metric, loss = metrics.evaluate(loaded.module, batches, task.metric, device)
-        extra = {"perplexity": metrics.perplexity(loss)} if task.language else {}
-        return {"metric": metric, "eval_loss": loss, **extra}
-
-    def report(figures: dict[str, Any]) -> None:
-        figures = {**figures, **({} if config.evaluate == "off" else scores(ledger.version))}
-        folder.add_metrics(figures)
-        logger.info("%s", run.line(figures, config, task.metric))
+        start = strategy_class.encode_entry(replica.method.initial(), config, shapes, 0) if replica else {}
+        ledger.append(Entry(0, start, no_figures()))
 
     def weights() -> np.ndarray:
+        assert replica
         replica.advance(ledger.version)
         return replica.state()
 
-    strategy = strategy_class(config, shapes, ledger, loaded.digest, folder.info["id"], report, weights)
-    report(dict(ledger.read(ledger.version).record))
+    @functools.lru_cache(maxsize=1)
+    def tally(version: int) -> np.ndarray:
+        assert replica
+        replica.advance(version)
+        device = next(loaded.module.parameters()).device
+        validation = data.load(task, config.data_dir, "validation", config.holdout)
+        batches = data.evaluation_batches(validation, task, loaded.tokenizer, 4 * config.batch_size, config.max_length)
+        return metrics.tally(loaded.module, batches, task.num_labels, device)
+
+    def report(figures: dict[str, Any]) -> None:
+        figures = dict(figures)
+        sums = tally(ledger.version) if replica else figures.pop("tally", None)
+        if sums is not None:
+            figures["metric"], figures["eval_loss"] = metrics.result(task.metric, sums)
+            if task.language:
+                figures["perplexity"] = metrics.perplexity(figures["eval_loss"])
+        folder.add_metrics(figures)
+        logger.info("%s", run.line(figures, config, task.metric))
+
+    strategy = strategy_class(
+        config,
+        shapes,
+        ledger,
+        folder.info["model_digest"],
+        folder.info["id"],
+        report,
+        weights if replica else None,
+        2 + metrics.moments_size(task.num_labels),
+    )
+    newest = dict(ledger.read(ledger.version).record)
+    if newest["round"] not in [figures["round"] for figures in folder.metrics()]:  # else a resumed run has its line
+        report(newest)
     rounds = max(0, config.num_server_rounds - strategy.first_round + 1)
     with ours_only(logger):
         strategy.start(grid, ArrayRecord(), rounds, config.round_timeout)  # type: ignore[arg-type]
     strategy.nodes.dismiss(grid)
-    replica.advance(ledger.version)
-    state = method.plain_state()
-    model.export(loaded, state, folder.model)
-    digest = model.state_digest(state)
+    digest = None
+    if replica:
+        replica.advance(ledger.version)
+        state = replica.method.plain_state()
+        model.export(loaded, state, folder.model)
+        digest = model.state_digest(state)
     folder.complete(digest)
     logger.info("%s", run.closing_table(folder, task.metric))
 

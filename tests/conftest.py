@@ -180,7 +180,8 @@ class InProcessGrid:
                 reply = self.app(message, context)
             except Exception as error:
                 reply = Message(Error(code=2, reason=str(error)), reply_to=message)
-            reply = self.tamper(partition, message, reply) if message.metadata.message_type == "train" else reply
+            asked = message.metadata.message_type in ("train", "evaluate")
+            reply = self.tamper(partition, message, reply) if asked else reply
             if reply is not None:
                 self._replies[message.metadata.message_id] = reply
         return ids

@@ -13,11 +13,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from test_contract import reply_target
 from typer.testing import CliRunner
 
-from fedkrso_app import cli, wire
+from fedkrso_app import cli, model, wire
 from fedkrso_app.config import ConfigError
 from fedkrso_app.ledger import Ledger, LedgerError
 from fedkrso_app.replica import NodeStore
 from fedkrso_app.run import Run
+from fedkrso_app.strategies import STRATEGIES
 
 # Nodes
 
@@ -443,3 +444,48 @@ def test_three_hostile_clients_of_ten_do_not_undo_the_training(run_config, aggre
 def test_aggregation_that_a_method_cannot_do_is_refused(run_config):
     with pytest.raises(ConfigError, match="aggregation = 'median' does not go with fedsrd"):
         play(run_config | {"strategy": "fedsrd", "aggregation": "median"})
+
+
+# Servers without data
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_clients_judge_as_the_server_would(run_config, strategy, monkeypatch):
+    """Four nodes' validation rows together are all of them: the pooled metric is the server's, and so are the bits."""
+    settings = run_config | {"strategy": strategy}
+    central = play(settings | {"run-name": "central"})
+    loads = []
+    load = model.load
+    monkeypatch.setattr(model, "load", lambda *args, **kw: loads.append(kw.get("weights", True)) or load(*args, **kw))
+    run = play(settings | {"evaluate": "clients"}, run_id=2)
+    assert loads[0] is False  # the server's; the others are the client processes'
+    assert "metric" not in run.metrics()[0]
+    for mine, servers in zip(run.metrics()[1:], central.metrics()[1:], strict=True):
+        assert mine["metric"] == pytest.approx(servers["metric"], abs=1e-12)
+        assert mine["eval_loss"] == pytest.approx(servers["eval_loss"], rel=1e-5)
+        assert mine["uplink_bytes"] > servers["uplink_bytes"]
+    assert digest(run) is None and replayed(run) == digest(central)
+
+
+def test_a_tally_that_does_not_fit_is_left_out(run_config, caplog):
+    def wrong(partition, message, reply):
+        if partition != 1 or "tally" not in reply.content:
+            return reply
+        tally = wire.pack({"tally": np.full(6, np.nan)})
+        return Message(RecordDict({"status": reply.content["status"], "tally": tally}), reply_to=reply_target(reply))
+
+    run = play(run_config | {"evaluate": "clients"}, tamper=wrong)
+    assert [line["refused"] for line in run.metrics()[1:]] == [1, 1, 1]
+    assert all(0 <= line["metric"] <= 1 for line in run.metrics()[1:])
+
+
+def test_a_run_without_a_model_on_the_server_resumes_to_the_same_bits(run_config, monkeypatch):
+    settings = run_config | {"evaluate": "clients"}
+    whole = play(settings | {"run-name": "whole"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "add_metrics", stop_after(Run.add_metrics, 2))
+        with pytest.raises(KeyboardInterrupt):
+            play(settings)
+    run = Run(whole.path.parent / "run")
+    play(settings | {"resume": str(run.path)}, run_id=2)
+    assert replayed(run) == replayed(whole)

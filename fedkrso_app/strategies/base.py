@@ -9,6 +9,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -121,7 +122,8 @@ class FedTune(Strategy, ABC):
     Flower's ``start`` drives it. W itself is never an argument or a result of Flower's hooks: the ledger is the state,
     and whoever wants W (evaluation, export) replays it. ``report`` is called with each round's figures. ``run_id`` (16
     hex digits) is that of the run's folder, whichever Flower run goes on with it. ``weights``, where the server has a
-    model, gives all trained tensors at the newest version as one vector.
+    model, gives all trained tensors at the newest version as one vector. ``tally_size`` is the length of what a client
+    says of an evaluation; such vectors are added up, and reported with the round as ``tally``.
     """
 
     local: ClassVar[Any]  # the LocalMethod that goes with it
@@ -140,8 +142,10 @@ class FedTune(Strategy, ABC):
         run_id: str,
         report: Callable[[dict[str, Any]], None] = lambda figures: None,
         weights: Callable[[], np.ndarray] | None = None,
+        tally_size: int = 0,
     ) -> None:
         self.config, self.shapes, self.ledger, self.report, self.weights = config, shapes, ledger, report, weights
+        self.tally_schema = Schema({"tally": ("float64", (tally_size,))})
         self.run_id = run_id
         self.first_round = 1 + int(ledger.read(ledger.version).record["round"])  # later than 1 in a resumed run
         self.nodes = Nodes(model_digest, run_id, config.round_timeout, self._holds)
@@ -244,32 +248,66 @@ class FedTune(Strategy, ABC):
             self.nodes.wait_for_all(grid)
         else:
             self.nodes.welcome(grid, again=True)
-        content: dict[int, RecordDict] = {}  # one record for all nodes that lack the same entries
-        messages = []
-        self._asked: list[tuple[Message, int]] = []
-        behind = []
-        for node in self.nodes.sample(grid, self.config.fraction_train, self.config.seed, self.round):
-            since = self.nodes.versions[node]
-            behind.append(since)
-            if since not in content:
-                content[since] = self.message_content(since)
-            messages.append(Message(content[since], node, "train", group_id=str(self.round)))
-            self._asked.append((messages[-1], node))
-        sizes = {since: wire.measured_bytes(record) for since, record in content.items()}
-        self._downlink = sum(sizes[since] for since in behind)
-        self._catchup = 0
-        if missed := [since for since in behind if since < self.ledger.version - 1]:
-            usual = wire.measured_bytes(self.message_content(self.ledger.version - 1))
-            self._catchup = sum(sizes[since] - usual for since in missed)
-        return messages
+        self._figures = no_figures()
+        nodes = self.nodes.sample(grid, self.config.fraction_train, self.config.seed, self.round)
+        return self._ask("train", nodes, {"round": self.round, **self.instructions(self.round)})
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         self.begin()
-        self._uplink = 0
         answered: dict[int, dict[str, float]] = {}  # partition id -> figures
-        heard, refused, failed = set(), 0, 0
+        self._to_evaluate = []
+        for node, content in self._heard(replies):
+            with self._refusing(node):
+                answered[self.nodes.partitions[node]] = self._accept(content, node)
+                self._to_evaluate.append(node)
+        self._close(answered)
+        return None, None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any
+    ) -> Iterable[Message]:
+        return self._ask("evaluate", self._to_evaluate, {}) if self.config.evaluate == "clients" else []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        tallies: dict[int, np.ndarray] = {}
+        for node, content in self._heard(replies):
+            with self._refusing(node):
+                version, tally = self._check_version(content, node), content.get("tally")
+                if not isinstance(tally, ArrayRecord):
+                    raise Refused("record 'tally' is missing")
+                tallies[self.nodes.partitions[node]] = wire.unpack(tally, self.tally_schema)["tally"]
+                self.nodes.versions[node] = version
+        if tallies:
+            self._figures["tally"] = sum(tallies[partition] for partition in sorted(tallies))
+        self._figures["seconds"] = time.monotonic() - self._started
+        self.report(self._figures)
+        return None
+
+    # The parts of a round
+
+    def _ask(self, kind: str, nodes: list[int], instructions: dict[str, Any]) -> list[Message]:
+        """A message for each node; those that lack the same entries share one record."""
+        content: dict[int, RecordDict] = {}
+        messages = []
+        for node in nodes:
+            since = self.nodes.versions[node]
+            if since not in content:
+                content[since] = self.message_content(since, kind, instructions)
+            messages.append(Message(content[since], node, kind, group_id=str(self.round)))
+        sizes = {since: wire.measured_bytes(record) for since, record in content.items()}
+        behind = [self.nodes.versions[node] for node in nodes]
+        self._figures["downlink_bytes"] += sum(sizes[since] for since in behind)
+        if missed := [since for since in behind if since < self.ledger.version - 1]:
+            usual = wire.measured_bytes(self.message_content(self.ledger.version - 1, kind, instructions))
+            self._figures["catchup_bytes"] += sum(sizes[since] - usual for since in missed)
+        self._asked = list(zip(messages, nodes, strict=True))
+        return messages
+
+    def _heard(self, replies: Iterable[Message]) -> Iterator[tuple[int, RecordDict]]:
+        """The replies that are no errors, with their nodes; who failed or said nothing is logged and counted."""
+        heard: set[int] = set()
         nodes: dict[str, int] = {}
         for reply in replies:
             # Messages have their ids only now: the grid sends them when the first reply is asked for.
@@ -279,47 +317,33 @@ class FedTune(Strategy, ABC):
                 logger.warning("a reply that nobody is waiting for was dropped")
                 continue
             heard.add(node)
-            partition = self.nodes.partitions[node]
             if reply.has_error():
-                failed += 1
                 reason = f"{reply.error.reason or 'no reason given'} (code {reply.error.code})"
-                logger.warning("partition %s failed: %s", partition, reason.strip())
+                self._failed(node, f"failed: {reason.strip()}")
                 continue
-            try:
-                self._uplink += wire.measured_bytes(reply.content)
-                answered[partition] = self._accept(reply.content, node)  # type: ignore[index]
-            except Refused as reason:
-                refused += 1
-                logger.warning("partition %s refused: %s", partition, reason)
+            self._figures["uplink_bytes"] += wire.measured_bytes(reply.content)
+            yield node, reply.content
         for _, node in self._asked:
             if node not in heard:
-                failed += 1
-                logger.warning(
-                    "partition %s sent no reply within %g s",
-                    self.nodes.partitions[node],
-                    self.config.round_timeout,
-                )
-        asked = len(self._asked)
+                self._failed(node, f"sent no reply within {self.config.round_timeout:g} s")
         self._asked = []
-        self._close(answered, asked, refused, failed)
-        return None, None
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any
-    ) -> Iterable[Message]:
-        return []
+    def _failed(self, node: int, how: str) -> None:
+        self._figures["failed"] += 1
+        logger.warning("partition %s %s", self.nodes.partitions[node], how)
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        for _ in replies:
-            pass
-        return None
+    @contextmanager
+    def _refusing(self, node: int) -> Iterator[None]:
+        try:
+            yield
+        except Refused as reason:
+            self._figures["refused"] += 1
+            logger.warning("partition %s refused: %s", self.nodes.partitions[node], reason)
 
-    # The parts of a round
-
-    def message_content(self, since: int) -> RecordDict:
+    def message_content(self, since: int, kind: str, instructions: Mapping[str, Any]) -> RecordDict:
         """What a node at version ``since`` (-1: nothing) gets: the way to the newest version, and instructions."""
         content = self.way(since)
-        content["train"] = ConfigRecord({"round": self.round, **self.address(), **self.instructions(self.round)})
+        content[kind] = ConfigRecord({**self.address(), **instructions})
         return content
 
     def address(self) -> dict[str, Any]:
@@ -351,15 +375,7 @@ class FedTune(Strategy, ABC):
 
     def _accept(self, content: RecordDict, node: int) -> dict[str, float]:
         """Check one reply and fold it into the sums; returns its figures."""
-        status = content.get("status")
-        if not isinstance(status, ConfigRecord):
-            raise Refused("record 'status' is missing")
-        version = wire.number(status, "version", int, -1, self.ledger.version)
-        if status.get("need-sync"):
-            self.nodes.versions[node] = version
-            raise Refused(f"is at version {version} and asks to be brought up to date")
-        if version != self.ledger.version:
-            raise Refused(f"trained on version {version}, expected {self.ledger.version}")
+        version = self._check_version(content, node)
         update, metrics = content.get("update"), content.get("metrics")
         if not isinstance(update, ArrayRecord) or not isinstance(metrics, MetricRecord):
             raise Refused("record 'update' or 'metrics' is missing")
@@ -385,35 +401,44 @@ class FedTune(Strategy, ABC):
         self.nodes.versions[node] = version
         return {**figures, "weight": weight}
 
+    def _check_version(self, content: RecordDict, node: int) -> int:
+        """The version that a reply was made at, if it is the newest; else :class:`Refused`."""
+        status = content.get("status")
+        if not isinstance(status, ConfigRecord):
+            raise Refused("record 'status' is missing")
+        version = wire.number(status, "version", int, -1, self.ledger.version)
+        if status.get("need-sync"):
+            self.nodes.versions[node] = version
+            raise Refused(f"is at version {version} and asks to be brought up to date")
+        if version != self.ledger.version:
+            raise Refused(f"is at version {version}, expected {self.ledger.version}")
+        return version
+
     def _norm(self, arrays: Arrays, newest: Arrays) -> float:
         """L2 norm of what a reply would move: of the difference to the newest entry where values are absolute."""
         differences = self.absolute if self.config.wire_dtype == "float32" else ()  # quantised, they come as such
         moved = [
             value - newest[name] if name in differences else value
             for name, value in arrays.items()
-            if value.dtype == np.float32
+            # Of a server without a model the newest entry may be the empty one of version 0.
+            if value.dtype == np.float32 and (name in newest or name not in differences)
         ]
         return math.sqrt(sum(float(np.square(part, dtype=np.float64).sum()) for part in moved))
 
-    def _close(self, answered: dict[int, dict[str, float]], asked: int, refused: int, failed: int) -> None:
-        """Publish the average if enough replies count, and report the round."""
+    def _close(self, answered: dict[int, dict[str, float]]) -> None:
+        """Publish the average if enough replies count."""
         total = int(sum(figures["weight"] for figures in answered.values()))
         loss = sum(answered[partition]["train-loss"] * answered[partition]["weight"] for partition in sorted(answered))
-        figures = no_figures() | {
+        figures = self._figures | {
             "round": self.round,
             "train_loss": loss / total if total else None,
-            "uplink_bytes": self._uplink,
-            "downlink_bytes": self._downlink,
-            "catchup_bytes": self._catchup,
-            "paper_bytes": self.paper_bytes() * asked,
             "clients": len(answered),
-            "refused": refused,
-            "failed": failed,
             "client_seconds": max((f["train-seconds"] for f in answered.values()), default=0.0),
             "client_peak_bytes": max((f["peak-bytes"] for f in answered.values()), default=0),
             "partitions": sorted(answered),
             "version": self.ledger.version,
         }
+        figures["paper_bytes"] = self.paper_bytes() * (len(answered) + figures["refused"] + figures["failed"])
         problem = f"{len(answered)} good replies, min-replies = {self.config.min_replies}"
         if len(answered) >= self.config.min_replies:
             arrays = self.average(total)
@@ -421,10 +446,11 @@ class FedTune(Strategy, ABC):
         figures["seconds"] = time.monotonic() - self._started
         if problem:
             logger.warning("%s: nothing is published, the version stays %d", problem, self.ledger.version)
+            self._to_evaluate = []
         else:
             figures["version"] += 1
             self.ledger.append(Entry(figures["version"], self.next_entry(arrays), figures))
-        self.report(figures)
+        self._figures = figures
 
 
 def _finite(values: np.ndarray) -> bool:
