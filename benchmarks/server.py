@@ -137,14 +137,14 @@ def _aggregate(
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder))
         ledger.append(Entry(0, {}, no_figures()))
-        strategy = FedKRSO(config, shapes, ledger, "")
+        strategy = FedKRSO(config, shapes, ledger, "", "0" * 16)
         asked = []
         for node in range(clients):
             message = Message(RecordDict(), node, "train")
             message.metadata.__dict__["_message_id"] = str(node)  # as Flower's grid does when it sends
             asked.append(message)
         # What configure_train leaves behind once the messages are out.
-        strategy.round, strategy._started, strategy._downlink = 1, time.monotonic(), 0
+        strategy.round, strategy._started, strategy._figures = 1, time.monotonic(), no_figures()
         strategy._asked = [(message, node) for node, message in enumerate(asked)]
         strategy.nodes.partitions = {node: node for node in range(clients)}
         start = time.process_time()

@@ -104,7 +104,7 @@ def measure(name: str, size: Shapes, config: Config, up: Mapping[str, int], down
         strategy: FedTune = strategy_class(config, size, ledger, "", "0" * 16)
         ledger.put(Entry(1, strategy_class.encode_entry(entry, config, size, 1), no_figures()))
         strategy.round = 1
-        downlink = wire.measured_bytes(strategy.message_content(0))
+        downlink = wire.measured_bytes(strategy.message_content(0, "train", {"round": 1, **strategy.instructions(1)}))
     return {"up": wire.measured_bytes(content), "down": downlink, "formula": strategy.paper_bytes()}
 
 

@@ -152,7 +152,7 @@ def line(figures: dict[str, Any], config: Config, metric: str) -> str:
         train_loss = "none" if figures["train_loss"] is None else f"{figures['train_loss']:.4f}"
         parts.append(f"train loss {train_loss}")
         parts.append(f"up {figures['uplink_bytes'] / 1e6:.2f} MB  down {figures['downlink_bytes'] / 1e6:.2f} MB")
-        if figures["catchup_bytes"]:
+        if figures.get("catchup_bytes"):
             parts.append(f"catch-up {figures['catchup_bytes'] / 1e6:.2f} MB of it")
         parts.append(f"clients {figures['clients']}  refused {figures['refused']}  failed {figures['failed']}")
         parts.append(f"{figures['seconds']:.1f} s")
@@ -174,7 +174,7 @@ def closing_table(run: Run, metric: str) -> str:
     for label, key in (("up", "uplink_bytes"), ("down", "downlink_bytes")):
         total = sum(figures[key] for figures in rounds)
         table.add_row(label, f"{total / 1e6:.2f} MB in all, {total / 1e6 / max(asked, 1):.3f} MB a client and round")
-    if catchup := sum(figures["catchup_bytes"] for figures in rounds):
+    if catchup := sum(figures.get("catchup_bytes", 0) for figures in rounds):
         table.add_row("down, catch-up", f"{catchup / 1e6:.2f} MB of it, to nodes that had missed rounds")
     paper = sum(figures["paper_bytes"] for figures in rounds)
     table.add_row(

@@ -182,7 +182,7 @@ def test_bytes_at_roberta_base_size_are_within_one_percent_of_the_formula(robert
     strategy = FedKRSO(config, roberta_base, ledger, "", "0" * 16)
     strategy.round = 2
     reply = RecordDict({"status": ConfigRecord({"version": 1}), "update": wire.pack(arrays)})
-    for content in (reply, strategy.message_content(0)):
+    for content in (reply, strategy.message_content(0, "train", {"round": 1, **strategy.instructions(1)})):
         assert wire.measured_bytes(content) == pytest.approx(
             BYTES[dtype][0] * count * Q + BYTES[dtype][1] * h, rel=0.01
         )
