@@ -1,0 +1,102 @@
+"""`make soak`: a run on the embedded task is killed with SIGKILL at random instants and resumed, again and again.
+
+Prints each instant and, whenever a run has come to its end, whether its digest is that of a run nobody interrupted.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {"task": "embedded/acceptability", "num-server-rounds": 8, "local-steps": 5, "fedkrso.interval": 1}
+
+
+def child(folder: Path) -> None:
+    """One process that makes or resumes the run in ``folder``."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import torch
+    from conftest import default_config, play
+    from flwr.supercore.task_identity import TaskIdentity
+
+    torch.set_num_threads(1)
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+    resume = str(folder) if (folder / "config.json").is_file() else ""
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    places = {"output-dir": str(folder.parent), "run-name": folder.name, "resume": resume}
+    play(default_config() | SETTINGS | places, nodes=4)
+
+
+def start(folder: Path, log: Path) -> subprocess.Popen:
+    with open(log, "a") as output:
+        return subprocess.Popen([sys.executable, __file__, "--child", str(folder)], stdout=output, stderr=output)
+
+
+def digest(folder: Path) -> str:
+    return json.loads((folder / "result.json").read_text())["digest"]
+
+
+def main(instants: int, seed: int) -> int:
+    rng = random.Random(seed)
+    scratch = Path(tempfile.mkdtemp(prefix="soak-"))
+    log = scratch / "log"
+    os.environ["FEDKRSO_CACHE"] = str(Path(os.environ.get("FEDKRSO_CACHE") or "~/.cache/fedkrso").expanduser())
+    print(f"one run without interruption first; log: {log}", flush=True)
+    began = time.monotonic()
+    if start(scratch / "whole", log).wait():
+        print(log.read_text()[-2000:])
+        return 1
+    created = (scratch / "whole" / "config.json").stat().st_ctime
+    span = (scratch / "whole" / "result.json").stat().st_mtime - created
+    expected = digest(scratch / "whole")
+    print(f"digest {expected[:16]}…; {time.monotonic() - began:.0f} s, of which {span:.1f} s can be interrupted")
+    killed = finished = equal = 0
+    number = 0
+    while killed < instants:
+        folder = scratch / f"run{number}"
+        before = {path: path.stat().st_mtime for path in folder.glob("status")}
+        process = start(folder, log)
+        while process.poll() is None and {path: path.stat().st_mtime for path in folder.glob("status")} == before:
+            time.sleep(0.01)
+        try:
+            process.wait(rng.uniform(0, span))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+            entries = len(list((folder / "ledger").glob("*.safetensors")))
+            print(f"instant {killed}: killed with {entries} ledger entries on disk", flush=True)
+            continue
+        number += 1
+        if process.returncode or not (folder / "result.json").is_file():
+            print(log.read_text()[-2000:])
+            return 1
+        finished += 1
+        equal += digest(folder) == expected
+        print(
+            f"  {folder.name} came to its end: digest {'equal' if digest(folder) == expected else 'DIFFERENT'}",
+            flush=True,
+        )
+    if start(folder, log).wait() == 0:
+        finished += 1
+        equal += digest(folder) == expected
+    print(f"{killed} instants survived, {equal} of {finished} digests equal")
+    shutil.rmtree(scratch)
+    return 0 if finished and equal == finished else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--instants", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--child", type=Path)
+    options = parser.parse_args()
+    sys.exit(child(options.child) if options.child else main(options.instants, options.seed))
