@@ -68,7 +68,7 @@ def _section(setting: tuple[str, str], here: list[Line]) -> list[str]:
     metric = data.task(setting[0]).metric
     drawn, counted = [h for h in here if len(h.curves()[0]) > 1], [h for h in here if any(h.of("rounds"))]
     pictures = [_curves(drawn, metric, True), _curves(drawn, metric, False)] if drawn else []
-    pictures += [_bytes(counted), _costs(counted)] if counted else []
+    pictures += [_bytes(counted), _costs(counted), _replies(counted)] if counted else []
     keys = {"uplink_mb": 3, "downlink_mb": 3, "paper_mb": 3, "seconds_per_round": 1, "step_ms": 0, "client_peak_mb": 0}
     rows = []
     for line in here:
@@ -138,6 +138,35 @@ def _costs(here: list[Line]) -> str:
         axes.set_xlim(0, (max(values) or 1) * 1.2)
         _methods(axes, here, name)
     return _picture(figure, every, "Time and memory")
+
+
+def _replies(here: list[Line]) -> str:
+    figure = Figure(figsize=(4.9, 1.3 + 0.4 * len(here)), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(here)
+    kinds = (
+        ("clients", "counted", "#009E73", ""),
+        ("refused", "refused", "#D55E00", "//"),
+        ("failed", "failed", "#777777", "xx"),
+    )
+    for key, name, colour, hatch in kinds:
+        values = [sum(line.of(key)) for line in here]
+        axes.barh(
+            range(len(here)),
+            values,
+            left=left,
+            color=colour,
+            hatch=hatch,
+            label=name,
+            edgecolor="#1a1a1a",
+            linewidth=0.5,
+        )
+        left = [before + value for before, value in zip(left, values, strict=True)]
+    _methods(axes, here, "replies over all rounds and seeds")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    bad = sum(sum(line.of(key)) for line in here for key in ("refused", "failed"))
+    return _picture(figure, [axes], "Replies", f" {bad:.0f} of {sum(left):.0f} were refused or failed.")
 
 
 def _bars(axes: Axes, places: Sequence[float], values: list[float], form: str, **look: Any) -> None:
