@@ -489,3 +489,22 @@ def test_a_run_without_a_model_on_the_server_resumes_to_the_same_bits(run_config
     run = Run(whole.path.parent / "run")
     play(settings | {"resume": str(run.path)}, run_id=2)
     assert replayed(run) == replayed(whole)
+
+
+def test_only_the_nodes_need_have_data(run_config, data_folder, tmp_path):
+    """A user's own files, a folder for each node and none for the server."""
+    folders = []
+    for i in range(3):
+        folders.append(tmp_path / f"own{i}")
+        folders[i].mkdir()
+        shutil.copy(data_folder / "sst2" / "train.parquet", folders[i])
+
+    def own(grid):
+        for i, folder in enumerate(folders):
+            grid.contexts[100 + i].node_config["data-dir"] = str(folder)
+
+    settings = {"task": "text-classification", "labels": "0,1", "data-dir": "", "evaluate": "clients"}
+    run = play(run_config | settings, nodes=3, prepare=own)
+    assert [line["clients"] for line in run.metrics()[1:]] == [3, 3, 3] and run.metrics()[-1]["metric"] > 0
+    with pytest.raises(ConfigError, match="labels must be set"):
+        play(run_config | settings | {"labels": "", "run-name": "open"}, nodes=3, prepare=own)

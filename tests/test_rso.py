@@ -136,3 +136,14 @@ def test_first_step_moves_W_by_the_learning_rate_in_rms():
         rso.step()
     rms = (model[0].weight - start).pow(2).mean().sqrt().item()
     assert abs(rms / 1e-2 - 1) < 0.05
+
+
+def test_the_example_of_central_training_learns_and_leaves_plain_layers():
+    from examples.central import train
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    x = torch.randn(64, 8)
+    losses = train(model, x, x[:, :1] * x[:, 1:2], steps=200)
+    assert losses[-1] < 0.5 * losses[0]
+    assert type(model[0]) is torch.nn.Linear
