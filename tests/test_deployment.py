@@ -93,8 +93,8 @@ def test_three_devices_give_the_bits_of_one_process(version, run_config, own_fil
             )
 
     try:
-        control = ["--control-api-address", address, "--fleet-api-address", f"127.0.0.1:{fleet}"]
-        start(script("superlink", keys, *(control if grpc else ["--port", link])), log)
+        ports = ["--port", link, *(["--fleet-api-address", f"127.0.0.1:{fleet}"] if grpc else [])]
+        start(script("superlink", keys, *ports), log)
         until(lambda: answers(link) and answers(fleet), log)
         subprocess.run(script("register", keys, "devices", address), check=True, env=env, timeout=120)
         for i, port in enumerate(node_ports):
