@@ -18,7 +18,8 @@ for host in "$@"; do
   if [[ $host =~ ^[0-9.]+$ || $host == *:* ]]; then names+=",IP:$host"; else names+=",DNS:$host"; fi
 done
 
-openssl req -x509 -newkey rsa:3072 -nodes -days 825 -subj "/CN=FedKRSO CA" -keyout ca.key -out ca.crt 2>/dev/null
+# With the authority that is there already, so that the devices' ca.crt stays good when one more device is added.
+[ -f ca.key ] || openssl req -x509 -newkey rsa:3072 -nodes -days 825 -subj "/CN=FedKRSO CA" -keyout ca.key -out ca.crt 2>/dev/null
 openssl req -newkey rsa:3072 -nodes -subj "/CN=$1" -keyout server.key -out server.csr 2>/dev/null
 openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 825 -out server.pem \
   -extfile <(printf 'subjectAltName=%s\n' "${names:1}") 2>/dev/null

@@ -14,5 +14,5 @@ if ! grep -qF "[superlink.$name]" "$config"; then
   printf '\n[superlink.%s]\naddress = "%s"\nroot-certificates = "%s"\n' "$name" "$address" "$folder/ca.crt" >> "$config"
 fi
 for key in "$folder"/node*.pub; do
-  flwr supernode register "$key" "$name"
+  flwr supernode register "$key" "$name" || echo "$key: not registered anew" >&2
 done

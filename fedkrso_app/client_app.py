@@ -71,16 +71,22 @@ class Workplace:
                 self.store.put(Entry(int(number), wire.unpack(record, schema) if record else {}))
         try:
             self.replica.advance(version)
-            known = self.store.stamp(version) == instructions["stamp"]
         except NeedSync:
-            if self.store.weights_version <= version:
-                raise
-            known = False
-        if not known:  # another history, of a server that lost its last entry
-            self.store.clear()
-            workplace.cache_clear()
-            self.replica.version = -1
+            raise
+        except BaseException:
+            workplace.cache_clear()  # some layers may have moved already
+            raise
+        # "": another process has put newer weights in its place
+        if self.store.stamp(version) not in ("", instructions["stamp"]):
+            self.forget()
             raise NeedSync("the files of this node are not those of the server's run")
+
+    def forget(self) -> None:
+        """Be as if this node had never had a part in the run: its files are of another history."""
+        self.store.clear()
+        workplace.cache_clear()
+        if "replica" in self.__dict__:
+            self.replica.version = -1
 
 
 @functools.lru_cache(maxsize=1)
@@ -105,6 +111,15 @@ def here(context: Context, run: str) -> Workplace:
     if "data-dir" in context.node_config:
         config, partitions = replace(config, data_dir=str(context.node_config["data-dir"])), 0
     return workplace(run, config, partitions)
+
+
+def addressed(context: Context, instructions: ConfigRecord) -> Workplace:
+    """The workplace that a message is for; a new one if the server has found that this node's files are not its own."""
+    place = here(context, str(instructions["run"]))
+    if instructions["afresh"] and place.store.version >= 0:
+        place.forget()
+        place = here(context, str(instructions["run"]))
+    return place
 
 
 @app.query("join")
@@ -143,7 +158,7 @@ def train(message: Message, context: Context) -> Message:
     """Bring W to the version the message names, train on this node's share, reply with the update."""
     started = time.monotonic()
     instructions = message.content.config_records["train"]
-    partition, place = identity(context)[0], here(context, str(instructions["run"]))
+    partition, place = identity(context)[0], addressed(context, instructions)
     round = wire.number(instructions, "round", int, 1, 2**31)
     try:
         place.take(message.content, instructions)
@@ -178,7 +193,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Bring W to the version the message names and judge it on this node's share of the validation rows."""
     instructions = message.content.config_records["evaluate"]
-    partition, place = identity(context)[0], here(context, str(instructions["run"]))
+    partition, place = identity(context)[0], addressed(context, instructions)
     try:
         place.take(message.content, instructions)
     except NeedSync:

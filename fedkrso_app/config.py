@@ -237,5 +237,3 @@ def _check(c: Config) -> None:
     )
     if "/" in c.run_name or c.run_name in (".", ".."):
         raise ConfigError(f"run-name = {c.run_name!r} is not a folder name; leave out any '/'.")
-    if c.resume and not (resolved_path(c.resume) / "config.json").is_file():
-        raise ConfigError(f"resume = {c.resume!r} is not a run's folder: it has no config.json.")

@@ -109,6 +109,18 @@ def tally(
     return sums
 
 
+def check(tally: np.ndarray, num_labels: int) -> None:
+    """Raise ValueError for a :func:`tally` that no evaluation gives (its numbers are finite already)."""
+    counts = tally[1:] if num_labels != 1 else np.array([tally[1], tally[2], tally[5], tally[6]])
+    if (counts < 0).any() or tally[1] < 1 or (np.abs(tally) > 2.0**53).any():
+        raise ValueError("counts or sums are negative, zero or too large")
+    whole = tally[1:] if num_labels != 1 else tally[1:3]
+    if (whole != np.rint(whole)).any():
+        raise ValueError("counts are no whole numbers")
+    if num_labels and tally[1] != (tally[2] if num_labels == 1 else tally[2:].sum()):
+        raise ValueError("the loss and the metric are of different numbers of examples")
+
+
 def result(name: str, tally: np.ndarray) -> tuple[float, float]:
     """``(metric, mean loss)`` of a :func:`tally`, or of several added up."""
     loss = float(tally[0] / tally[1])

@@ -5,8 +5,9 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class NodeStore:
     """What a node keeps of a run on disk, so that a fresh process soon has W^t again: some entries, and one W.
 
     The files are those of a run, not of a partition: W^t is the same for all partitions, so the processes and nodes of
-    a machine share them. They are never more than ``keep`` entries and one or two copies of the trained weights.
+    a machine share them. After each message they are at most ``keep`` entries and one copy of the trained weights.
     """
 
     def __init__(self, run: str, keep: int = _KEEP) -> None:
@@ -38,7 +39,11 @@ class NodeStore:
             raise ValueError(f"{run!r} is not the id of a run")
         cache = Path(os.environ.get("FEDKRSO_CACHE") or "~/.cache/fedkrso").expanduser()
         self.folder = cache / "nodes" / run
-        self.entries, self._keep = Ledger(self.folder), keep
+        self.entries, self.keep = Ledger(self.folder), keep
+        for leftover in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+            with suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > 3600:
+                    leftover.unlink()
 
     @property
     def version(self) -> int:
@@ -52,20 +57,20 @@ class NodeStore:
 
     def stamp(self, version: int) -> str:
         """The digest of entry ``version``, from which its weights were made; "" if it is not here."""
-        try:
-            if version in self._weights():
-                with safe_open(self._weights()[version], framework="numpy") as file:
-                    return file.metadata()["stamp"]
-            return self.entries.stamp(version)
-        except (LedgerError, SafetensorError, KeyError, OSError):
-            return ""
+        for _ in range(2):  # another process may put weights in the place of the entry between two looks
+            try:
+                if version in self._weights():
+                    with safe_open(self._weights()[version], framework="numpy") as file:
+                        return file.metadata()["stamp"]
+                return self.entries.stamp(version)
+            except (LedgerError, SafetensorError, KeyError, OSError):
+                continue
+        return ""
 
     def put(self, entry: Entry) -> None:
         """Keep an entry, unless weights of a version as new are here already."""
         if entry.version > self.weights_version:
             self.entries.put(entry)
-        for version in self.entries.versions()[: -self._keep]:
-            self.entries.discard(version)
 
     def put_weights(self, version: int, stamp: str, values: np.ndarray) -> None:
         """Keep the weights of ``version`` in place of all entries that led to it. Whole or not at all."""
@@ -73,7 +78,7 @@ class NodeStore:
         path = self.folder / f"{version:06d}.weights"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            save_file({"values": values}, temporary, {"stamp": stamp})
+            save_file({"values": values}, temporary, {"stamp": stamp, "crc32": str(crc32(values.data))})
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -90,17 +95,21 @@ class NodeStore:
             if after < version <= upto:
                 try:
                     with safe_open(file, framework="numpy") as opened:
-                        return version, opened.get_tensor("values")
-                except (SafetensorError, OSError):
-                    file.unlink(missing_ok=True)
+                        values = opened.get_tensor("values")
+                        if opened.metadata()["crc32"] == str(crc32(values.data)):
+                            return version, values
+                except (SafetensorError, KeyError, OSError):
+                    pass
+                file.unlink(missing_ok=True)  # damaged
         return -1, None
 
     def clear(self) -> None:
         """Remove all files of this run, and those of runs that ended long ago without a farewell."""
         shutil.rmtree(self.folder, ignore_errors=True)
         for other in self.folder.parent.glob("*"):
-            if time.time() - other.stat().st_mtime > _FORGOTTEN:
-                shutil.rmtree(other, ignore_errors=True)
+            with suppress(OSError):
+                if time.time() - other.stat().st_mtime > _FORGOTTEN:
+                    shutil.rmtree(other)
 
     def _weights(self) -> dict[int, Path]:
         return {int(path.stem): path for path in self.folder.glob("*.weights")}
@@ -131,9 +140,20 @@ class Replica:
             try:
                 self._advance(to)  # another process may have put weights in the place of the entries just now
             except LedgerError as error:
-                self.entries.discard(self.version + 1)  # if it is damaged, so that it can be sent again
+                # If it is damaged it must go, so that it can be sent again.
+                self.entries.discard(self.version + 1 if self.incremental else to)
                 raise NeedSync(str(error)) from None
-        if self.store and fresh and self.incremental and to > max(0, self.store.weights_version):
+        if self.store:
+            self._tidy(to, fresh)
+
+    def _tidy(self, to: int, fresh: bool) -> None:
+        """Leave on disk what the next fresh process needs, and no more than the store may keep."""
+        assert self.store
+        kept = self.entries.versions()
+        if not self.incremental:
+            for version in kept[: -self.store.keep]:
+                self.entries.discard(version)
+        elif to > max(0, self.store.weights_version) and (fresh or len(kept) > self.store.keep):
             self.store.put_weights(to, self.store.stamp(to), self.state())
 
     def state(self) -> np.ndarray:

@@ -71,6 +71,12 @@ class Run:
         file = self.path / "status"
         return file.read_text().strip() if file.is_file() else "unknown"
 
+    def know_model(self, digest: str) -> None:
+        """Note the digest of W^0, which a server without the weights learns from the first node."""
+        info = self.info
+        if digest and info["model_digest"] != digest:
+            _write(self.path / "config.json", json.dumps(info | {"model_digest": digest}, indent=2) + "\n")
+
     def set_status(self, status: str) -> None:
         """``running``, ``completed`` or ``failed: <reason>``, in the file ``status``."""
         _write(self.path / "status", status + "\n")
@@ -138,7 +144,7 @@ def resume(config: Config, model_digest: str) -> Run:
                 f"resume: the run in {run.path} has {key} = {before.get(key)!r}, now it is {now[key]!r}; "
                 "give it the value it had, or start a new run."
             )
-    if run.info["model_digest"] != model_digest:
+    if model_digest and run.info["model_digest"] != model_digest:
         raise ConfigError(f"resume: model = {config.model!r} has other weights than when the run in {run.path} began.")
     return run
 

@@ -93,6 +93,7 @@ def play(
             figures["metric"], figures["eval_loss"] = metrics.result(task.metric, sums)
             if task.language:
                 figures["perplexity"] = metrics.perplexity(figures["eval_loss"])
+        folder.know_model(strategy.nodes.model)
         folder.add_metrics(figures)
         logger.info("%s", run.line(figures, config, task.metric))
 
@@ -105,6 +106,7 @@ def play(
         report,
         weights if replica else None,
         2 + metrics.moments_size(task.num_labels),
+        functools.partial(metrics.check, num_labels=task.num_labels),
     )
     newest = dict(ledger.read(ledger.version).record)
     if newest["round"] not in [figures["round"] for figures in folder.metrics()]:  # else a resumed run has its line

@@ -128,6 +128,7 @@ def test_a_rank_as_wide_as_a_layer_is_refused_before_there_is_a_folder(run_confi
         ({"data-dir": "/nowhere"}, "data-dir = '/nowhere' is not a folder"),
         ({"task": "glue/sst3"}, "task = 'glue/sst3'.*Did you mean 'glue/sst2'"),
         ({"model": "/nowhere"}, "model = '/nowhere'.*config.json"),
+        ({"resume": "/nowhere"}, "/nowhere is not a run's folder"),
         ({"output-dir": "/dev/null/runs"}, "output-dir = '/dev/null/runs'"),
     ],
 )

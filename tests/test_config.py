@@ -47,7 +47,6 @@ BAD = {
     "negative seed": ({"seed": -1}, "seed = -1"),
     "all held out": ({"holdout": 1.0}, "holdout = 1.0"),
     "folder in the run's name": ({"run-name": "a/b"}, "run-name = 'a/b'"),
-    "resume from nowhere": ({"resume": "/nowhere"}, "resume = '/nowhere' is not a run's folder"),
     "sparsity below its least": ({"fedsrd.alpha": 0.98}, "fedsrd.max-sparsity = 0.96"),
 }
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from fedkrso_app import cli, model, wire
 from fedkrso_app.config import ConfigError
 from fedkrso_app.ledger import Ledger, LedgerError
-from fedkrso_app.replica import NodeStore
+from fedkrso_app.replica import NodeStore, Replica
 from fedkrso_app.run import Run
 from fedkrso_app.strategies import STRATEGIES
 
@@ -48,12 +48,18 @@ def test_a_nodes_files_stay_few_and_are_gone_after_the_run(run_config, tmp_path)
     assert not any(files_of(tmp_path, partition) for partition in range(4))
 
 
-def test_a_warm_nodes_entries_are_never_more_than_it_keeps(run_config):
-    store = NodeStore("0" * 16, keep=3)
-    run = play(run_config | {"num-server-rounds": 6})
-    for version in range(7):
+@pytest.mark.parametrize(("strategy", "left"), [("fedkrso", [".weights"]), ("fedit", [".safetensors"] * 2)])
+def test_a_long_catch_up_leaves_few_files(run_config, strategy, left):
+    """More entries than a node may keep come at once; all are applied before any is removed."""
+    run = play(run_config | {"strategy": strategy, "num-server-rounds": 6})
+    store, config = NodeStore("0" * 16, keep=2), run.config
+    for version in Ledger(run.ledger).versions():
         store.put(Ledger(run.ledger).read(version))
-    assert store.entries.versions() == [4, 5, 6] and store.version == 6
+    loaded = model.load(config.model, 2, config.seed)
+    method = STRATEGIES[strategy].local(loaded.module, loaded.targets, loaded.head, config)
+    Replica(method, store.entries, STRATEGIES[strategy].incremental, store).advance(6)
+    assert [path.suffix for path in sorted(store.folder.iterdir())] == left and store.version == 6
+    assert model.state_digest(method.plain_state()) == digest(run)
 
 
 class Later:
@@ -110,15 +116,16 @@ def test_a_node_that_comes_back_under_another_id_says_what_it_holds(run_config):
     assert digest(run) == digest(play(run_config | {"num-server-rounds": 4, "run-name": "calm"}, run_id=2))
 
 
-@pytest.mark.parametrize("damage", ["nothing left", "cut short", "another history"])
+@pytest.mark.parametrize("damage", ["nothing left", "cut short", "one bit", "another history"])
 def test_a_node_whose_files_are_damaged_costs_its_share_of_few_rounds(run_config, damage, tmp_path):
     forged = play(run_config | {"num-server-rounds": 3, "run-name": "forged", "seed": 5})
 
     def spoil(partition, message, reply):
         if message.content["train"]["round"] == 3 and partition == 3:
             (path,) = files_of(tmp_path, 3)
-            if damage == "cut short":
-                path.write_bytes(path.read_bytes()[:-50])
+            if damage in ("cut short", "one bit"):
+                whole = path.read_bytes()
+                path.write_bytes(whole[:-50] if damage == "cut short" else whole[:-1] + bytes([whole[-1] ^ 1]))
                 return reply
             path.unlink()
             for version in range(4) if damage == "another history" else ():
@@ -168,6 +175,31 @@ def test_a_node_with_files_of_its_own_trains_on_all_of_them(run_config, data_fol
 
 
 # The server
+
+
+def test_a_node_with_an_entry_that_the_server_has_lost_begins_afresh(run_config, monkeypatch):
+    """Entry 2 is lost and made again, otherwise; partition 3 has the old one and is back when the server is further."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "add_metrics", stop_after(Run.add_metrics, 3))
+        with pytest.raises(KeyboardInterrupt):
+            play(run_config | {"num-server-rounds": 6}, devices=True)
+    run = Run(Path(run_config["output-dir"]) / "run")
+    for version in (2, 3):
+        (run.ledger / f"{version:06d}.safetensors").unlink()
+
+    def away(partition, message, reply):
+        return None if partition == 0 and message.content["train"]["round"] < 4 else reply
+
+    def late(partition, message, reply):
+        if message.content["train"]["round"] == 4:
+            later[0].come()
+        return away(partition, message, reply)
+
+    later = []
+    settings = run_config | {"num-server-rounds": 6, "resume": str(run.path), "round-timeout": 0.3}
+    play(settings, tamper=late, prepare=lambda grid: later.append(Later(grid)), devices=True, run_id=2)
+    assert [line["partitions"] for line in run.metrics()][-2:] == [[0, 1, 2, 3]] * 2
+    assert replayed(run) == digest(run)
 
 
 @pytest.mark.parametrize("strategy", ["fedkrso", "fedsrd", "fedit"])
@@ -370,6 +402,8 @@ BAD = {
     "a header that claims terabytes": bytes_changed("head", header((b"'shape': (", b"'shape': (99999999999999, "))),
     "an object array": bytes_changed("head", header((b"'<f4'", b"'|O' "))),
     "a pickle": bytes_changed("head", lambda data: b"\x80\x04N."),
+    "an open bracket in the header": bytes_changed("head", header((b"'shape': (", b"'shape': [("))),
+    "a header without a dtype": bytes_changed("head", header((b"'<f4'", b"()   "))),
     "a foreign format": bytes_changed("head", lambda data: data, stype="torch.tensor"),
     "no update at all": lambda reply: rebuilt(reply, update=None),
     "no metrics": lambda reply: rebuilt(reply, metrics=None),
@@ -441,6 +475,14 @@ def test_three_hostile_clients_of_ten_do_not_undo_the_training(run_config, aggre
     assert losses[-1] < losses[0] < undone[-1]
 
 
+@pytest.mark.parametrize("aggregation", ["mean", "median"])
+def test_values_too_large_for_a_mean_are_too_large_for_a_robust_one(run_config, aggregation):
+    huge = value_changed("accumulators", lambda a: np.full_like(a, 1e20))
+    tamper = lambda partition, message, reply: huge(reply) if partition == 1 else reply  # noqa: E731
+    run = play(run_config | {"aggregation": aggregation}, tamper=tamper)
+    assert [line["refused"] for line in run.metrics()[1:]] == [1, 1, 1]
+
+
 def test_aggregation_that_a_method_cannot_do_is_refused(run_config):
     with pytest.raises(ConfigError, match="aggregation = 'median' does not go with fedsrd"):
         play(run_config | {"strategy": "fedsrd", "aggregation": "median"})
@@ -471,12 +513,47 @@ def test_a_tally_that_does_not_fit_is_left_out(run_config, caplog):
     def wrong(partition, message, reply):
         if partition != 1 or "tally" not in reply.content:
             return reply
-        tally = wire.pack({"tally": np.full(6, np.nan)})
+        forged = [np.full(6, np.nan), np.zeros(6), np.array([1.0, 4, -2, 2, 2, 2])]
+        tally = wire.pack({"tally": forged[reply.content["status"]["version"] - 1]})
         return Message(RecordDict({"status": reply.content["status"], "tally": tally}), reply_to=reply_target(reply))
 
     run = play(run_config | {"evaluate": "clients"}, tamper=wrong)
-    assert [line["refused"] for line in run.metrics()[1:]] == [1, 1, 1]
+    assert caplog.text.count("partition 1 refused") == 3
+    assert [line["refused"] for line in run.metrics()[1:]] == [0, 0, 0]  # its updates were good
     assert all(0 <= line["metric"] <= 1 for line in run.metrics()[1:])
+
+
+def test_without_weights_on_the_server_the_nodes_are_compared_with_each_other(
+    run_config, model_folder, tmp_path, caplog
+):
+    from transformers import AutoModelForMaskedLM
+
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    changed = AutoModelForMaskedLM.from_pretrained(other)
+    changed.roberta.encoder.layer[0].output.dense.bias.data += 1
+    changed.save_pretrained(other)
+
+    def prepare(grid):
+        grid.contexts[102].run_config = run_config | {"evaluate": "clients", "model": str(other)}
+
+    run = play(run_config | {"evaluate": "clients"}, prepare=prepare)
+    assert [line["partitions"] for line in run.metrics()[1:]] == [[0, 1, 3]] * 3
+    assert "partition 2: other weights" in caplog.text and len(run.info["model_digest"]) == 64
+
+
+def test_rounds_wait_for_nodes_that_are_all_offline(run_config, monkeypatch):
+    """Nobody is there at the beginning of round 2; a moment later everybody is again."""
+    monkeypatch.setattr("time.sleep", lambda seconds: grids[0].contexts.update(gone))
+    gone, grids = {}, []
+
+    def leave(partition, message, reply):
+        if message.content["train"]["round"] == 1 and partition == 3:
+            gone.update(grids[0].contexts)
+            grids[0].contexts.clear()
+        return reply
+
+    run = play(run_config, tamper=leave, prepare=grids.append)
+    assert [line["clients"] for line in run.metrics()[1:]] == [4, 4, 4]
 
 
 def test_a_run_without_a_model_on_the_server_resumes_to_the_same_bits(run_config, monkeypatch):

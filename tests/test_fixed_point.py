@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fedkrso_app.core.fixed_point import GRID, FixedPointMeans
+from fedkrso_app.core.fixed_point import GRID, LARGEST, FixedPointMeans
 
 
 def mean(arrays, weights, total=None):
@@ -57,13 +57,13 @@ def test_overflow_is_refused_and_adds_nothing():
 
 def test_many_additions_near_the_limit_never_wrap_around():
     means = FixedPointMeans()
-    x = np.full(2, 1e7, np.float32)
+    x = np.full(2, LARGEST - 1, np.float32)  # 2^55 steps of the grid
     added = 0
     with pytest.raises(OverflowError):
         for _ in range(1000):
             means.add({"x": x}, 1)
             added += 1
-    assert added > 10
+    assert added >= 255
     np.testing.assert_allclose(means.mean("x", added), x)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 GRID = 2.0**36  # values are kept to 1.5e-11, finer than float32's own steps above 2e-4
+LARGEST = 2.0**19  # of a value times its weight: 256 replies at this limit still have room in 63 bits
 _CHUNK = 1 << 15  # elements handled at once, so that the float64 copy stays in the cache
 
 # Float64 numbers around _OFFSET lie one grid step apart: x + _OFFSET is x rounded to the grid (ties to even, as in
@@ -30,7 +31,7 @@ class FixedPointMeans:
             largest = max(float(x.max()), -float(x.min())) if x.size else 0.0
             near[key] = largest < _NEAR
             bounds[key] = self._bounds.get(key, 0) + (int(largest * GRID) + 1) * weight
-            if bounds[key] >= 2**63:
+            if largest * weight >= LARGEST or bounds[key] >= 2**63:
                 raise OverflowError(f"values up to {largest:g} with weight {weight} are too large to be averaged")
         for key, x in arrays.items():
             if key not in self._sums:

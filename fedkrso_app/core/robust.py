@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from fedkrso_app.core.fixed_point import LARGEST
+
 TRIMMED = 0.3  # share of the values that the trimmed mean leaves out at either end
 
 
@@ -21,6 +23,10 @@ class RobustMeans:
         self._added: dict[Hashable, list[np.ndarray]] = {}
 
     def add(self, arrays: Mapping[Any, np.ndarray], weight: int) -> None:
+        """Keep every array; raise OverflowError and keep none if a value is too large, as FixedPointMeans does."""
+        largest = max((float(np.abs(x).max(initial=0.0)) for x in arrays.values()), default=0.0)
+        if largest >= LARGEST:
+            raise OverflowError(f"values up to {largest:g} are too large to be averaged")
         for key, x in arrays.items():
             self._added.setdefault(key, []).append(x)
 

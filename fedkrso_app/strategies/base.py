@@ -26,7 +26,7 @@ from fedkrso_app.core.projection import stream
 from fedkrso_app.core.robust import RobustMeans
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.ledger import Entry, Ledger, LedgerError
-from fedkrso_app.strategies.nodes import Nodes
+from fedkrso_app.strategies.nodes import AFRESH, Nodes
 from fedkrso_app.wire import Refused, Schema
 
 logger = logging.getLogger("flwr")
@@ -123,7 +123,8 @@ class FedTune(Strategy, ABC):
     and whoever wants W (evaluation, export) replays it. ``report`` is called with each round's figures. ``run_id`` (16
     hex digits) is that of the run's folder, whichever Flower run goes on with it. ``weights``, where the server has a
     model, gives all trained tensors at the newest version as one vector. ``tally_size`` is the length of what a client
-    says of an evaluation; such vectors are added up, and reported with the round as ``tally``.
+    says of an evaluation, and ``check_tally`` raises ValueError for one that cannot be; such vectors are added up, and
+    reported with the round as ``tally``.
     """
 
     local: ClassVar[Any]  # the LocalMethod that goes with it
@@ -143,9 +144,10 @@ class FedTune(Strategy, ABC):
         report: Callable[[dict[str, Any]], None] = lambda figures: None,
         weights: Callable[[], np.ndarray] | None = None,
         tally_size: int = 0,
+        check_tally: Callable[[np.ndarray], None] = lambda tally: None,
     ) -> None:
         self.config, self.shapes, self.ledger, self.report, self.weights = config, shapes, ledger, report, weights
-        self.tally_schema = Schema({"tally": ("float64", (tally_size,))})
+        self.tally_schema, self.check_tally = Schema({"tally": ("float64", (tally_size,))}), check_tally
         self.run_id = run_id
         self.first_round = 1 + int(ledger.read(ledger.version).record["round"])  # later than 1 in a resumed run
         self.nodes = Nodes(model_digest, run_id, config.round_timeout, self._holds)
@@ -248,6 +250,7 @@ class FedTune(Strategy, ABC):
             self.nodes.wait_for_all(grid)
         else:
             self.nodes.welcome(grid, again=True)
+            self.nodes.wait_online(grid, self.config.min_replies)
         self._figures = no_figures()
         nodes = self.nodes.sample(grid, self.config.fraction_train, self.config.seed, self.round)
         return self._ask("train", nodes, {"round": self.round, **self.instructions(self.round)})
@@ -277,7 +280,12 @@ class FedTune(Strategy, ABC):
                 version, tally = self._check_version(content, node), content.get("tally")
                 if not isinstance(tally, ArrayRecord):
                     raise Refused("record 'tally' is missing")
-                tallies[self.nodes.partitions[node]] = wire.unpack(tally, self.tally_schema)["tally"]
+                sums = wire.unpack(tally, self.tally_schema)["tally"]
+                try:
+                    self.check_tally(sums)
+                except ValueError as error:
+                    raise Refused(f"tally: {error}") from None
+                tallies[self.nodes.partitions[node]] = sums
                 self.nodes.versions[node] = version
         if tallies:
             self._figures["tally"] = sum(tallies[partition] for partition in sorted(tallies))
@@ -302,7 +310,7 @@ class FedTune(Strategy, ABC):
         if missed := [since for since in behind if since < self.ledger.version - 1]:
             usual = wire.measured_bytes(self.message_content(self.ledger.version - 1, kind, instructions))
             self._figures["catchup_bytes"] += sum(sizes[since] - usual for since in missed)
-        self._asked = list(zip(messages, nodes, strict=True))
+        self._asked, self._training = list(zip(messages, nodes, strict=True)), kind == "train"
         return messages
 
     def _heard(self, replies: Iterable[Message]) -> Iterator[tuple[int, RecordDict]]:
@@ -319,31 +327,32 @@ class FedTune(Strategy, ABC):
             heard.add(node)
             if reply.has_error():
                 reason = f"{reply.error.reason or 'no reason given'} (code {reply.error.code})"
-                self._failed(node, f"failed: {reason.strip()}")
+                self._lost(node, "failed", f"failed: {reason.strip()}")
                 continue
             self._figures["uplink_bytes"] += wire.measured_bytes(reply.content)
             yield node, reply.content
         for _, node in self._asked:
             if node not in heard:
-                self._failed(node, f"sent no reply within {self.config.round_timeout:g} s")
+                self._lost(node, "failed", f"sent no reply within {self.config.round_timeout:g} s")
         self._asked = []
 
-    def _failed(self, node: int, how: str) -> None:
-        self._figures["failed"] += 1
-        logger.warning("partition %s %s", self.nodes.partitions[node], how)
+    def _lost(self, node: int, how: str, what: str) -> None:
+        """Log what became of a reply; one to training is counted too, as ``how``."""
+        logger.warning("partition %s %s", self.nodes.partitions[node], what)
+        if self._training:
+            self._figures[how] += 1
 
     @contextmanager
     def _refusing(self, node: int) -> Iterator[None]:
         try:
             yield
         except Refused as reason:
-            self._figures["refused"] += 1
-            logger.warning("partition %s refused: %s", self.nodes.partitions[node], reason)
+            self._lost(node, "refused", f"refused: {reason}")
 
     def message_content(self, since: int, kind: str, instructions: Mapping[str, Any]) -> RecordDict:
         """What a node at version ``since`` (-1: nothing) gets: the way to the newest version, and instructions."""
-        content = self.way(since)
-        content[kind] = ConfigRecord({**self.address(), **instructions})
+        content = self.way(max(since, -1))
+        content[kind] = ConfigRecord({**self.address(), **instructions, "afresh": since == AFRESH})
         return content
 
     def address(self) -> dict[str, Any]:
@@ -355,11 +364,11 @@ class FedTune(Strategy, ABC):
         newest = self.ledger.version
         first = since + 1 if self.incremental else max(since + 1, newest)
         content, size = RecordDict(), 0
+        absolute = ("head", "head.scales") if "head" in self.ledger.read(newest).arrays else ()
         for version in range(first, newest + 1):
             arrays = dict(self.ledger.read(version).arrays)
-            if version < newest:
-                for name in ("head", "head.scales"):
-                    arrays.pop(name, None)  # absolute, so only the newest counts
+            for name in absolute if version < newest else ():
+                arrays.pop(name, None)  # only the newest counts
             content[f"entry-{version}"] = wire.pack(arrays)
             size += sum(value.nbytes for value in arrays.values())
             if self.weights and version > first and size > 4 * self.weights_size(self.config, self.shapes):

@@ -15,7 +15,11 @@ from fedkrso_app.wire import Refused
 logger = logging.getLogger("flwr")
 
 _GATHERING = 120.0  # seconds to wait, before the first round, for nodes that have not come yet
+_AGAIN = 120.0  # seconds for the answer of a node that could not take part when asked before
 _FAREWELL = 30.0  # seconds for the nodes to remove their files at the end
+
+
+AFRESH = -2  # version of a node that holds files of this run, but not by the server's entries
 
 
 class Nodes:
@@ -27,9 +31,9 @@ class Nodes:
 
     def __init__(self, model: str, run: str, timeout: float, holds: Callable[[int, str], bool]) -> None:
         self._timeout = timeout  # seconds for an answer; a node may have to fetch its model first
-        self._model, self._run, self._holds = model, run, holds
+        self.model, self._run, self._holds = model, run, holds
         self.partitions: dict[int, int] = {}  # node id -> partition id, of those that can take part
-        self.versions: dict[int, int] = {}  # node id -> version it is known to hold
+        self.versions: dict[int, int] = {}  # node id -> version it is known to hold; AFRESH: something else
         self._problems: dict[int, str] = {}  # node id -> why it cannot take part
         self._expected = 0
 
@@ -38,9 +42,11 @@ class Nodes:
 
         Raises ConfigError, with the reason a node gave, when none can take part.
         """
+        began = time.monotonic()
         self.welcome(grid)
-        end = time.monotonic() + _GATHERING
-        while len(self.partitions) + len(self._problems) < max(1, self._expected) and time.monotonic() < end:
+        while len(self.partitions) + len(self._problems) < max(1, self._expected):
+            if time.monotonic() > began + _GATHERING:
+                break
             time.sleep(0.5)
             self.welcome(grid)
         if not self.partitions and self._problems:
@@ -54,10 +60,11 @@ class Nodes:
         """Ask every node that is not known yet; with ``again`` those too that could not take part when asked before."""
         known = self.partitions.keys() | (set() if again else self._problems.keys())
         new = [node for node in grid.get_node_ids() if node not in known]
-        record = ConfigRecord({"model": self._model, "probe": probe(), "run": self._run})
+        timeout = min(_AGAIN, self._timeout) if again else self._timeout
+        record = ConfigRecord({"model": self.model, "probe": probe(), "run": self._run})
         messages = [Message(RecordDict({"join": record}), node, "query.join") for node in new]
         heard = set()
-        for reply in grid.send_and_receive(messages, timeout=self._timeout):
+        for reply in grid.send_and_receive(messages, timeout=timeout):
             asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
             node = asked[reply.metadata.reply_to_message_id]
             heard.add(node)
@@ -68,10 +75,27 @@ class Nodes:
                 self._complain(node, str(reason))
         for node in new:
             if node not in heard:
-                self._complain(node, f"no answer within {self._timeout:g} s")
+                self._complain(node, f"no answer within {timeout:g} s")
+
+    def wait_online(self, grid: Any, count: int) -> None:
+        """Wait, at most as long as for an answer, until ``count`` nodes that can take part are online."""
+        end, told = time.monotonic() + self._timeout, False
+        while len(self._online(grid)) < count and time.monotonic() < end:
+            if not told:
+                logger.warning("fewer than %d nodes are online; waiting for them", count)
+            told = True
+            time.sleep(1.0)
+            self.welcome(grid)
 
     def sample(self, grid: Any, fraction: float, seed: int, round: int) -> list[int]:
         """This round's nodes, by partition id: the same whenever seed, round and those present are the same."""
+        present = self._online(grid)
+        count = max(1, int(fraction * len(present) + 0.5))
+        chosen = stream(seed, "sample", round).permutation(sorted(present))[:count]
+        return [present[int(partition)] for partition in sorted(chosen)]
+
+    def _online(self, grid: Any) -> dict[int, int]:
+        """Partition id -> node id."""
         online = set(grid.get_node_ids())
         present: dict[int, int] = {}
         for node, partition in self.partitions.items():
@@ -81,9 +105,7 @@ class Nodes:
                         "partition %d came twice; node %d takes part, not %d", partition, node, present[partition]
                     )
                 present[partition] = node
-        count = max(1, int(fraction * len(present) + 0.5))
-        chosen = stream(seed, "sample", round).permutation(sorted(present))[:count]
-        return [present[int(partition)] for partition in sorted(chosen)]
+        return present
 
     def dismiss(self, grid: Any) -> None:
         """Have all nodes remove this run's files."""
@@ -104,11 +126,14 @@ class Nodes:
         if not isinstance(answer, ConfigRecord):
             raise Refused("record 'join' is missing")
         partition = wire.number(answer, "partition-id", int, -1, 2**31)
+        if "num-partitions" in answer:
+            self._expected = wire.number(answer, "num-partitions", int, 1, 2**31)
         if answer.get("error"):
             raise Refused(f"partition {partition}: {answer['error']!s}" if partition >= 0 else str(answer["error"]))
-        if not self._model:
-            self._model = str(answer.get("model"))
-        self._expected = wire.number(answer, "num-partitions", int, 1, 2**31)
+        self.model = self.model or str(answer.get("model"))
+        if answer.get("model") != self.model:
+            raise Refused(f"partition {partition}: other weights or label names than the node that came first")
         version = wire.number(answer, "version", int, -1, 2**31)
-        self.versions[node] = version if self._holds(version, str(answer.get("stamp"))) else -1
+        known = version < 0 or self._holds(version, str(answer.get("stamp")))
+        self.versions[node] = version if known else AFRESH
         self.partitions[node] = partition
