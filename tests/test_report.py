@@ -85,7 +85,7 @@ def many(tmp_path):
 
 def test_the_page_needs_nothing_from_anywhere(many, tmp_path):
     seen = page(many, tmp_path)
-    assert len(seen.references) == 8  # four pictures for each partition
+    assert len(seen.references) == 10  # five pictures for each partition
     assert all(reference.startswith("data:image/svg+xml;base64,") for reference in seen.references)
     assert not {"script", "link", "iframe", "object"} & set(seen.tags) and not seen.open
     style = (tmp_path / "page.html").read_text()
@@ -115,7 +115,7 @@ def test_what_is_shown_is_escaped(many, tmp_path):
 
 def test_one_run_is_enough(tmp_path):
     seen = page([make(tmp_path / "alone")], tmp_path)
-    assert len(seen.references) == 4 and "0.5500" in seen.texts
+    assert len(seen.references) == 5 and "0.5500" in seen.texts
 
 
 def test_a_run_without_a_round_or_a_metric_is_told_without_a_picture(tmp_path):
@@ -125,7 +125,7 @@ def test_a_run_without_a_round_or_a_metric_is_told_without_a_picture(tmp_path):
     kept = [{key: value for key, value in line.items() if key != "metric"} for line in lines]
     (unjudged.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     seen = page([young, unjudged], tmp_path)
-    assert len(seen.references) == 2 and "–" in seen.texts and "young (running)" in " ".join(seen.texts)
+    assert len(seen.references) == 3 and "–" in seen.texts and "young (running)" in " ".join(seen.texts)
 
 
 def test_seeds_are_repeats_and_rates_are_lines_of_their_own(tmp_path):
@@ -182,4 +182,4 @@ def test_pictures_have_no_formulas_and_no_dates(tmp_path):
     run = make(tmp_path / "a", strategy="fedkrso", data_dir="$\\frac$")
     other = make(tmp_path / "b", strategy="fedkrso", data_dir="plain")
     drawn = pictures(page([run, other], tmp_path))
-    assert len(drawn) == 4 and not any("dc:date" in picture for picture in drawn)
+    assert len(drawn) == 5 and not any("dc:date" in picture for picture in drawn)

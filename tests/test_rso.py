@@ -145,5 +145,5 @@ def test_the_example_of_central_training_learns_and_leaves_plain_layers():
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
     x = torch.randn(64, 8)
     losses = train(model, x, x[:, :1] * x[:, 1:2], steps=200)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     assert type(model[0]) is torch.nn.Linear
