@@ -199,10 +199,10 @@ def evaluate(message: Message, context: Context) -> Message:
     except NeedSync:
         status = ConfigRecord({"version": place.replica.version, "need-sync": True})
         return Message(RecordDict({"status": status}), reply_to=message)
-    c, module = place.config, place.model.module
+    c = place.config
     examples = place.share("validation", partition)
     batches = data.evaluation_batches(examples, place.task, place.model.tokenizer, 4 * c.batch_size, c.max_length)
-    sums = metrics.tally(module, batches, place.task.num_labels, next(module.parameters()).device)
+    sums = metrics.tally(place.model.module, batches, place.task.num_labels)
     status = ConfigRecord({"version": instructions["version"]})
     return Message(RecordDict({"status": status, "tally": wire.pack({"tally": sums})}), reply_to=message)
 

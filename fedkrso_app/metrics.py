@@ -71,9 +71,7 @@ def score(name: str, of: np.ndarray) -> float:
     return float(measures[name](labels, predictions, sample_weight=of[seen]))
 
 
-def tally(
-    model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], num_labels: int, device: torch.device
-) -> np.ndarray:
+def tally(model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], num_labels: int) -> np.ndarray:
     """(2 + m,) float64: the sum of the losses, what it is the sum over, and the :func:`moments` of ``batches``.
 
     The model, in eval mode, takes a batch as keywords and gives ``.loss`` (its mean) and ``.logits``: (b, num_labels)
@@ -82,7 +80,7 @@ def tally(
     back. Tallies of several nodes add up. Raises ValueError where there are no batches or the logits are not finite.
     """
     modes = [(module, module.training) for module in model.modules()]
-    sums, batch = np.zeros(2 + moments_size(num_labels)), None
+    sums, batch, device = np.zeros(2 + moments_size(num_labels)), None, next(model.parameters()).device
     try:
         model.eval()
         with torch.no_grad():

@@ -81,10 +81,9 @@ def play(
     def tally(version: int) -> np.ndarray:
         assert replica
         replica.advance(version)
-        device = next(loaded.module.parameters()).device
         validation = data.load(task, config.data_dir, "validation", config.holdout)
         batches = data.evaluation_batches(validation, task, loaded.tokenizer, 4 * config.batch_size, config.max_length)
-        return metrics.tally(loaded.module, batches, task.num_labels, device)
+        return metrics.tally(loaded.module, batches, task.num_labels)
 
     def report(figures: dict[str, Any]) -> None:
         figures = dict(figures)
@@ -93,7 +92,8 @@ def play(
             figures["metric"], figures["eval_loss"] = metrics.result(task.metric, sums)
             if task.language:
                 figures["perplexity"] = metrics.perplexity(figures["eval_loss"])
-        folder.know_model(strategy.nodes.model)
+        if not replica:
+            folder.know_model(strategy.nodes.model)
         folder.add_metrics(figures)
         logger.info("%s", run.line(figures, config, task.metric))
 

@@ -5,7 +5,6 @@ Prints each instant and, whenever a run has come to its end, whether its digest 
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
@@ -48,7 +47,6 @@ def main(instants: int, seed: int) -> int:
     rng = random.Random(seed)
     scratch = Path(tempfile.mkdtemp(prefix="soak-"))
     log = scratch / "log"
-    os.environ["FEDKRSO_CACHE"] = str(Path(os.environ.get("FEDKRSO_CACHE") or "~/.cache/fedkrso").expanduser())
     print(f"one run without interruption first; log: {log}", flush=True)
     began = time.monotonic()
     if start(scratch / "whole", log).wait():

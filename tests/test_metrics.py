@@ -11,17 +11,13 @@ from torch.nn import functional as F
 from fedkrso_app import metrics
 from fedkrso_app.metrics import best, moments, perplexity, result, tally
 
-CPU = torch.device("cpu")
-
 
 def score(name, predictions, labels):
     return metrics.score(name, moments(predictions, labels, 1 if name == "pearson" else 2))
 
 
-def evaluate(model, batches, name, device):
-    return result(
-        name, tally(model, batches, {"pearson": 1, "matthews": 2, "accuracy": model.labels}.get(name, 0), device)
-    )
+def evaluate(model, batches, name):
+    return result(name, tally(model, batches, {"pearson": 1, "matthews": 2, "accuracy": model.labels}.get(name, 0)))
 
 
 class Classifier(torch.nn.Module):
@@ -101,16 +97,16 @@ def test_shapes_and_names_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(("metric", "num_labels"), [("accuracy", 3), ("matthews", 2), ("pearson", 1)])
 def test_tallies_of_several_nodes_add_up_to_that_of_all_their_examples(metric, num_labels):
     model, (ids, labels) = Classifier(num_labels), examples(30, num_labels)
-    nodes = [tally(model, [batch], num_labels, CPU) for batch in cut(ids, labels, [3, 20, 7])]
-    whole = evaluate(model, cut(ids, labels, [30]), metric, CPU)
+    nodes = [tally(model, [batch], num_labels) for batch in cut(ids, labels, [3, 20, 7])]
+    whole = evaluate(model, cut(ids, labels, [30]), metric)
     assert result(metric, sum(nodes)) == pytest.approx(whole, abs=1e-6)
 
 
 @pytest.mark.parametrize(("metric", "num_labels"), [("accuracy", 3), ("matthews", 2), ("pearson", 1)])
 def test_the_result_does_not_depend_on_how_the_examples_are_cut_into_batches(metric, num_labels):
     model, (ids, labels) = Classifier(num_labels), examples(20, num_labels)
-    whole = evaluate(model, cut(ids, labels, [20]), metric, CPU)
-    uneven = evaluate(model, cut(ids, labels, [7, 7, 5, 1]), metric, CPU)
+    whole = evaluate(model, cut(ids, labels, [20]), metric)
+    uneven = evaluate(model, cut(ids, labels, [7, 7, 5, 1]), metric)
     assert uneven == pytest.approx(whole, abs=1e-6)
 
     logits = ids.float() @ model.head.weight.T + model.head.bias  # by hand, so without dropout
@@ -128,10 +124,10 @@ def test_each_module_gets_back_the_training_mode_it_had():
     model = Classifier(2)
     model.train()
     model.head.eval()
-    evaluate(model, cut(*examples(4, 2), [4]), "accuracy", CPU)
+    evaluate(model, cut(*examples(4, 2), [4]), "accuracy")
     assert (model.training, model.head.training, model.dropout.training) == (True, False, True)
     with pytest.raises(ValueError, match="no batches"):
-        evaluate(model, [], "accuracy", CPU)
+        evaluate(model, [], "accuracy")
     assert model.training and not model.head.training
 
 
@@ -139,7 +135,7 @@ def test_a_model_that_diverged_is_named_rather_than_scored():
     model = Classifier(2)
     torch.nn.init.constant_(model.head.bias, float("nan"))
     with pytest.raises(ValueError, match="diverged"):
-        evaluate(model, cut(*examples(4, 2), [4]), "accuracy", CPU)
+        evaluate(model, cut(*examples(4, 2), [4]), "accuracy")
 
 
 class Bigram(torch.nn.Module):
@@ -169,16 +165,16 @@ def test_perplexity_is_e_to_the_mean_loss_of_a_predicted_token_however_cut(sizes
     log_p = table.double().log_softmax(1)
     asked = [(int(ids[i, j - 1]), int(ids[i, j])) for i in range(4) for j in range(1, 4) if labels[i, j] != -100]
     expected = -sum(log_p[one, next] for one, next in asked) / len(asked)
-    metric, loss = evaluate(Bigram(table), cut(ids, labels, sizes), "perplexity", CPU)
+    metric, loss = evaluate(Bigram(table), cut(ids, labels, sizes), "perplexity")
     assert len(asked) == 8 and (metric, loss) == pytest.approx((float(expected.exp()), float(expected)), rel=1e-5)
 
 
 def test_exact_match_asks_every_label_of_a_row_and_no_other_token():
     successor = 9.0 * torch.eye(5).roll(1, 1)  # k + 1 is always the first choice
     ids, labels = language_rows()
-    assert evaluate(Bigram(successor), cut(ids, labels, [3, 1]), "exact-match", CPU)[0] == 0.75
+    assert evaluate(Bigram(successor), cut(ids, labels, [3, 1]), "exact-match")[0] == 0.75
     labels[3, 3] = -100  # the wrong token is no longer asked for
-    assert evaluate(Bigram(successor), cut(ids, labels, [3, 1]), "exact-match", CPU)[0] == 1.0
+    assert evaluate(Bigram(successor), cut(ids, labels, [3, 1]), "exact-match")[0] == 1.0
 
 
 def test_the_best_perplexity_is_the_lowest_and_of_anything_else_the_highest():

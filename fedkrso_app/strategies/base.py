@@ -261,6 +261,7 @@ class FedTune(Strategy, ABC):
         self.begin()
         answered: dict[int, dict[str, float]] = {}  # partition id -> figures
         self._to_evaluate = []
+        self._newest = self.ledger.read(self.ledger.version).arrays if self.config.max_update_norm else {}
         for node, content in self._heard(replies):
             with self._refusing(node):
                 answered[self.nodes.partitions[node]] = self._accept(content, node)
@@ -364,7 +365,8 @@ class FedTune(Strategy, ABC):
         newest = self.ledger.version
         first = since + 1 if self.incremental else max(since + 1, newest)
         content, size = RecordDict(), 0
-        absolute = ("head", "head.scales") if "head" in self.ledger.read(newest).arrays else ()
+        several = first < newest
+        absolute = ("head", "head.scales") if several and "head" in self.ledger.read(newest).arrays else ()
         for version in range(first, newest + 1):
             arrays = dict(self.ledger.read(version).arrays)
             for name in absolute if version < newest else ():
@@ -397,7 +399,7 @@ class FedTune(Strategy, ABC):
         arrays = wire.decode(wire.unpack(update, self.reply_schema(self.config, self.shapes)))
         self.check(arrays)
         if self.config.max_update_norm:
-            norm = self._norm(arrays, self.ledger.read(version).arrays)
+            norm = self._norm(arrays, self._newest)
             if norm > self.config.max_update_norm:
                 raise Refused(
                     f"its update has norm {norm:.4g}, above max-update-norm = {self.config.max_update_norm:g}"
