@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.models import classifier, head_of, medians, show
 from fedkrso_app.compare import settings
 from fedkrso_app.config import parse
-from fedkrso_app.core.projection import projection
+from fedkrso_app.core.projection import projections
 from fedkrso_app.core.subspace import fold, matrix
 from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.model import find_targets
@@ -69,10 +69,7 @@ def rows(size: str, missed: int, repeats: int) -> list[dict[str, Any]]:
         seeds = entry["seeds"].tolist()
 
         def draw() -> dict[str, np.ndarray]:
-            return {
-                name: np.stack([projection(seed, name, r, W.shape[1], kind) for seed in seeds])
-                for name, W in weights.items()
-            }
+            return {name: projections(seeds, name, r, W.shape[1], kind) for name, W in weights.items()}
 
         Ps = {name: torch.from_numpy(P) for name, P in draw().items()}
         Bs = {name: torch.randn(K, W.shape[0], r) * 1e-6 for name, W in weights.items()}

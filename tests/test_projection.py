@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedkrso_app.core.projection import KINDS, _gaussian, layer_key, philox, probe, projection
+from fedkrso_app.core.projection import KINDS, _gaussian, layer_key, philox, probe, projection, projections
 
 
 def test_golden_raw_words():
@@ -12,7 +12,7 @@ def test_golden_raw_words():
 
 
 def test_golden_gaussian_values():
-    values = _gaussian(philox(1234, 7), 4 * 8) / 2
+    values = _gaussian([philox(1234, 7)], 4 * 8)[0] / 2
     np.testing.assert_allclose(values[:4], [-0.0045542, -1.0371687, -0.0813487, 0.2413075], atol=5e-8)
 
 
@@ -31,6 +31,20 @@ def test_same_arguments_same_bits(kind):
     first, second = (projection(2**63 + 5, "layer.0", 4, 32, kind) for _ in range(2))
     assert first.dtype == np.float32 and first.shape == (4, 32)
     assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_seeds_are_the_single_ones_stacked(kind):
+    together = projections([7, 2**63, 7], "x", 3, 21, kind)
+    assert together.tobytes() == np.stack([projection(seed, "x", 3, 21, kind) for seed in (7, 2**63, 7)]).tobytes()
+
+
+def test_gaussian_values_are_box_muller_in_numpy():
+    bits, half = philox(5, layer_key("x")), 1536
+    u1, u2 = (((bits.random_raw(half) >> np.uint64(11)) + shift) * 2.0**-53 for shift in (0.5, 0.0))
+    radius, angle = np.sqrt(-2 * np.log(u1)), 2 * np.pi * u2
+    expected = (np.concatenate([radius * np.cos(angle), radius * np.sin(angle)]) / 2).astype(np.float32)
+    assert np.array_equal(projection(5, "x", 4, 768).ravel(), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@
 B already contains -η; eq. 13 of the paper multiplies by η once more.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fedkrso_app.config import Config
 from fedkrso_app.core.flat import flatten, unflatten
-from fedkrso_app.core.projection import projection, stream
+from fedkrso_app.core.projection import projections, stream
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import attached, fold, matrix
 from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LocalMethod, Shapes
@@ -49,21 +50,23 @@ class FedKRSOLocal(LocalMethod):
         }
 
     def apply(self, arrays: Arrays) -> None:
-        """W^t = W^{t-1} + Σ_k B_k^t P_k^{t-1}: one product per layer over all seeds, k ascending."""
-        seeds, B, r = (
-            arrays["seeds"].tolist(),
-            torch.from_numpy(np.array(arrays["accumulators"])),
-            self.config.fedkrso.rank,
-        )
-        start = 0
-        for name, layer in self.targets.items() if seeds else ():
-            W = matrix(layer)
-            m, n = W.shape
-            P = np.stack([projection(seed, name, r, n, self.config.fedkrso.projection) for seed in seeds])
-            fold(W, B[:, start : start + m * r].reshape(-1, m, r).to(W), torch.from_numpy(P).to(W))
-            start += m * r
+        if len(arrays["seeds"]):
+            self._fold(arrays["seeds"].tolist(), torch.from_numpy(np.array(arrays["accumulators"])))
         if "head" in arrays:
             unflatten(arrays["head"], self.head.values())
+
+    def _fold(self, seeds: list[int], B: Tensor) -> None:
+        """W^t = W^{t-1} + Σ_k B_k^t P_k^{t-1}: one product per layer over all seeds, k ascending."""
+        r, kind = self.config.fedkrso.rank, self.config.fedkrso.projection
+        weights = {name: matrix(layer) for name, layer in self.targets.items()}
+
+        def draw(name: str) -> Tensor:
+            return torch.from_numpy(projections(seeds, name, r, weights[name].shape[1], kind))
+
+        blocks = B.split([W.shape[0] * r for W in weights.values()], dim=1)
+        with ThreadPoolExecutor(1) as ahead:  # draws for the next layers while this one is folded
+            for W, block, P in zip(weights.values(), blocks, ahead.map(draw, weights), strict=True):
+                fold(W, block.reshape(len(seeds), -1, r).to(W), P.to(W))
 
     def train(self, batches: Batches, instructions: ConfigRecord, rng: np.random.Generator) -> tuple[dict, float]:
         pool = np.frombuffer(instructions["seeds"], dtype="<u8")  # type: ignore[arg-type]
