@@ -213,7 +213,7 @@ def _replay(run: "Run", entries: Ledger, to: int) -> tuple[Any, Any]:
 
     config = run.config
     task = data.resolve(config)
-    loaded = model.load(config.model, task.num_labels, config.seed, task.classes)
+    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, on_device=config.on_device)
     if run.info["model_digest"] not in ("", loaded.digest()):
         raise ConfigError(f"model = {config.model!r} has other weights than when {run.path} was made.")
     strategy = STRATEGIES[config.strategy]

@@ -17,6 +17,7 @@ from fedkrso_app.ledger import Entry
 from fedkrso_app.replica import NeedSync, NodeStore, Replica
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.train import precision
 
 app = ClientApp()
 
@@ -55,7 +56,8 @@ class Workplace:
         return data.partition(examples, self.task, self._partitions, scheme, c.dirichlet_alpha, c.seed)
 
     def _load(self) -> model.LoadedModel:
-        return model.load(self.config.model, self.task.num_labels, self.config.seed, self.task.classes)
+        c = self.config
+        return model.load(c.model, self.task.num_labels, c.seed, self.task.classes, on_device=c.on_device)
 
     def take(self, content: RecordDict, instructions: ConfigRecord) -> None:
         """Keep what a message brings and advance to the version that it names. Raises :class:`NeedSync`."""
@@ -202,7 +204,9 @@ def evaluate(message: Message, context: Context) -> Message:
     c = place.config
     examples = place.share("validation", partition)
     batches = data.evaluation_batches(examples, place.task, place.model.tokenizer, 4 * c.batch_size, c.max_length)
-    sums = metrics.tally(place.model.module, batches, place.task.num_labels)
+    module = place.replica.computing().module
+    with precision(c, next(module.parameters()).device):
+        sums = metrics.tally(module, batches, place.task.num_labels)
     status = ConfigRecord({"version": instructions["version"]})
     return Message(RecordDict({"status": status, "tally": wire.pack({"tally": sums})}), reply_to=message)
 

@@ -75,7 +75,10 @@ class Config:
     batch_size: int
     max_length: int
     warmup: float
+    gradient_accumulation: int
+    max_grad_norm: float
     activation_memory: str
+    compute_dtype: str
     weighting: str
     aggregation: str
     max_update_norm: float
@@ -91,6 +94,11 @@ class Config:
     lora: LoraConfig
     ffa_lora: FFALoraConfig
     fedsrd: FedSRDConfig
+
+    @property
+    def on_device(self) -> bool:
+        """Whether W^t itself may lie on the GPU; else it stays in the host's memory, and a copy computes."""
+        return self.compute_dtype == "float32"
 
     def to_dict(self) -> dict[str, Any]:
         """The flat mapping with the user's keys (``fedkrso.num-seeds``) that :func:`parse` takes."""
@@ -198,6 +206,8 @@ def _check(c: Config) -> None:
     need(0 <= c.max_update_norm < float("inf"), "max-update-norm", c.max_update_norm, "0 (no bound) or above")
     choice("wire-dtype", c.wire_dtype, ["float32", "float16", "int8", "int4"])
     choice("activation-memory", c.activation_memory, ["keep", "recompute", "checkpoint"])
+    choice("compute-dtype", c.compute_dtype, ["float32", "bfloat16"])
+    need(0 <= c.max_grad_norm < float("inf"), "max-grad-norm", c.max_grad_norm, "0 (no bound) or above")
     choice("evaluate", c.evaluate, ["server", "clients", "off"])
     if c.evaluate != "server" and c.wire_dtype != "float32":
         raise ConfigError(
@@ -206,7 +216,8 @@ def _check(c: Config) -> None:
         )
     choice("fedkrso.projection", c.fedkrso.projection, ["gaussian", "rademacher", "orthonormal"])
     choice("fedsrd.compensate", c.fedsrd.compensate, ["l1", "none"])
-    positive = ["num-server-rounds", "min-replies", "local-steps", "batch-size", "fedkrso.rank", "lora.rank"]
+    positive = ["num-server-rounds", "min-replies", "local-steps", "batch-size", "gradient-accumulation"]
+    positive += ["fedkrso.rank", "lora.rank"]
     values = c.to_dict()
     for key in positive:
         need(values[key] >= 1, key, values[key], "at least 1")

@@ -36,8 +36,12 @@ class LoadedModel:
         return hashlib.sha256("\n".join([digest, *self.classes]).encode()).hexdigest() if self.classes else digest
 
 
-def load(name: str, num_labels: int, seed: int, classes: Sequence[str] = (), weights: bool = True) -> LoadedModel:
-    """The model ``name`` for a task, float32, on the best device at hand; without ``weights`` only its shapes.
+def load(
+    name: str, num_labels: int, seed: int, classes: Sequence[str] = (), weights: bool = True, on_device: bool = True
+) -> LoadedModel:
+    """The model ``name`` for a task, float32; without ``weights`` only its shapes.
+
+    It lies on the GPU if there is one and ``on_device`` allows it.
 
     A classifier for ``num_labels`` above 1, with the labels' names ``classes`` if there are any; for 1 a regression;
     for 0 a language model. ``name`` is ``embedded``, a local folder, or a hub name. What the checkpoint lacks is
@@ -88,7 +92,7 @@ def load(name: str, num_labels: int, seed: int, classes: Sequence[str] = (), wei
     module.eval()
     if weights and not num_labels and _sees_ahead(module):
         raise ConfigError(f"model = {name!r} sees the words that it would have to predict; choose a decoder, as GPT-2.")
-    if weights and torch.cuda.is_available():
+    if weights and on_device and torch.cuda.is_available():
         module = module.to("cuda")
     return LoadedModel(module, tokenizer, targets, head, tuple(classes), frozenset(new))
 

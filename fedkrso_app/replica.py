@@ -123,6 +123,7 @@ class Replica:
         self.method, self.entries, self.incremental, self.store = method, entries, incremental, store
         self.version = -1
         self._kept: list[torch.Tensor] = []
+        self._copy: LocalMethod | None = None
 
     def advance(self, to: int) -> None:
         """Apply the entries that lead to version ``to``, in order and each once.
@@ -175,9 +176,23 @@ class Replica:
                 self.method.apply(wire.decode(arrays))
             self.version = version
 
+    def computing(self) -> LocalMethod:
+        """The model to compute with: this one; or, in bfloat16, a copy of it on the device, brought up to date."""
+        if self.method.config.on_device:
+            return self.method
+        if self._copy is None:
+            self._copy = self.method.in_bfloat16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        with torch.no_grad():
+            for copied, tensor in zip(self._copy.trained(), self.method.trained(), strict=True):
+                copied.copy_(tensor)
+        return self._copy
+
     @contextmanager
     def lend(self) -> Iterator[LocalMethod]:
         """The model for training; on leaving, every trained tensor has the bits it had (copied, never subtracted)."""
+        if (method := self.computing()) is not self.method:
+            yield method
+            return
         trained = self.method.trained()
         if not self._kept:
             self._kept = [torch.empty_like(tensor) for tensor in trained]

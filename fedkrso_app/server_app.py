@@ -17,6 +17,7 @@ from fedkrso_app.replica import Replica
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes, no_figures
 from fedkrso_app.streaming import StreamingGrid
+from fedkrso_app.train import precision
 
 logger = logging.getLogger("flwr")
 app = ServerApp()
@@ -32,7 +33,9 @@ def main(grid: Grid, context: Context) -> None:
         # What is wrong with data or model is found here, before any client starts.
         for split in ("train", "validation") if here else ():
             data.load(task, config.data_dir, split, config.holdout)
-        loaded = model.load(config.model, task.num_labels, config.seed, task.classes, weights=here)
+        loaded = model.load(
+            config.model, task.num_labels, config.seed, task.classes, weights=here, on_device=config.on_device
+        )
         shapes = Shapes.of(loaded.module, loaded.targets, loaded.head)
         STRATEGIES[config.strategy].check_rank(config, shapes)
         digest = loaded.digest() if here else ""
@@ -83,7 +86,9 @@ def play(
         replica.advance(version)
         validation = data.load(task, config.data_dir, "validation", config.holdout)
         batches = data.evaluation_batches(validation, task, loaded.tokenizer, 4 * config.batch_size, config.max_length)
-        return metrics.tally(loaded.module, batches, task.num_labels)
+        module = replica.computing().module
+        with precision(config, next(module.parameters()).device):
+            return metrics.tally(module, batches, task.num_labels)
 
     def report(figures: dict[str, Any]) -> None:
         figures = dict(figures)

@@ -29,6 +29,11 @@ def head_optimizer(head: Mapping[str, nn.Parameter], learning_rate: float) -> to
     return torch.optim.AdamW([{"params": list(head.values())}], lr=learning_rate, weight_decay=0.01)
 
 
+def precision(config: Config, device: torch.device) -> torch.autocast:
+    """The context of a forward pass in ``compute-dtype``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.compute_dtype == "bfloat16")
+
+
 @contextmanager
 def activation_memory(module: Any, setting: str) -> Iterator[None]:
     """What ``module``, a transformers model, keeps of each block for the backward pass.
@@ -81,6 +86,9 @@ def train(
 ) -> float:
     """``config.local_steps`` steps on ``module``; the mean of their losses.
 
+    A step takes the mean gradient of ``gradient-accumulation`` batches, shortened to the L2 norm ``max-grad-norm``
+    where that is not 0 and the gradient is longer; in a random subspace, E‖∇W Pᵀ‖² = ‖∇W‖².
+
     Every parameter of ``optimizers`` is trained (``requires_grad`` is set here and taken back). Unless
     ``constant_rate``, the learning rate rises over the first ``warmup`` share of the steps and falls as a cosine to 0.
     Dropout is drawn from ``rng`` and leaves torch's global generators as they were. Raises :class:`TrainingError` when
@@ -108,10 +116,14 @@ def train(
                 parameter.requires_grad_(True)
             for j in range(steps):
                 before_step(j)
-                batch = {name: value.to(device) for name, value in next(batches).items()}
-                loss = module(**batch).loss
-                loss.backward()
-                losses[j] = loss.detach()
+                for _ in range(config.gradient_accumulation):
+                    batch = {name: value.to(device) for name, value in next(batches).items()}
+                    with precision(config, device):
+                        loss = module(**batch).loss / config.gradient_accumulation
+                    loss.backward()
+                    losses[j] += loss.detach()
+                if config.max_grad_norm:
+                    nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 for optimizer, schedule in zip(optimizers, schedules, strict=True):
                     optimizer.step()
                     optimizer.zero_grad()
@@ -119,7 +131,7 @@ def train(
                 if j + 1 < steps and time.monotonic() - shown > _PROGRESS_SECONDS:
                     shown = time.monotonic()
                     left = (shown - started) / (j + 1) * (steps - j - 1)
-                    logger.info("step %d/%d, loss %.4f, about %.0f s left", j + 1, steps, loss.item(), left)
+                    logger.info("step %d/%d, loss %.4f, about %.0f s left", j + 1, steps, losses[j].item(), left)
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)

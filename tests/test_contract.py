@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import arrays_of, digest, play, replayed
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from transformers import AutoModelForSequenceClassification
 
 from fedkrso_app import client_app, model, wire
 from fedkrso_app.config import parse
@@ -74,6 +75,19 @@ def test_partial_participation_catches_up_to_the_same_model(settings, dtype):
     assert len({tuple(line["partitions"]) for line in run.metrics()[1:]}) > 1
     kept = set(Ledger(run.ledger).versions()) & set(seen)
     assert kept and all(replayed(run, version) == seen[version] for version in kept)
+
+
+def test_in_bfloat16_the_host_keeps_float32_and_the_loss_falls_as_it_does_there(settings):
+    settings = settings | {"num-server-rounds": 6, "local-steps": 10}
+    exact = [line["eval_loss"] for line in play(settings).metrics()]
+    run = play(settings | {"compute-dtype": "bfloat16", "run-name": "half"}, run_id=2)
+    losses = [line["eval_loss"] for line in run.metrics()]
+    assert losses[-1] < losses[0] - 0.01 and abs(losses[-1] - exact[-1]) < 0.3 * (exact[0] - exact[-1])
+    assert replayed(run) == digest(run)
+    state = AutoModelForSequenceClassification.from_pretrained(run.model).state_dict()
+    assert {value.dtype for value in state.values()} <= {torch.float32, torch.int64}
+    moved = torch.cat([value.flatten() for key, value in state.items() if "encoder" in key or "classifier" in key])
+    assert not torch.equal(moved, moved.bfloat16().float())
 
 
 def test_same_seed_same_bits_whatever_the_order_of_arrival(settings):

@@ -5,7 +5,7 @@ from torch import nn
 
 from fedkrso_app.core.projection import projection
 from fedkrso_app.core.rso import RSO, adam_update
-from fedkrso_app.core.subspace import attached, matrix
+from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear, attached, matrix
 
 
 def network():
@@ -23,7 +23,9 @@ def train(model, seeds, interval, lr=0.05, **options):
     targets = {"0": model[0], "2": model[2]}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with attached(model, targets, options.pop("rank", 2)) as layers:
+    form, ends = options.pop("form", SubspaceLinear), options.pop("ends", {})
+    with attached(model, targets, options.pop("rank", 2), form) as layers:
+        ends.update(layers)
         rso = RSO(layers, lr, **options)
         for number, seed in enumerate(seeds):
             rso.start_interval(seed)
@@ -57,6 +59,37 @@ def test_accumulators_reproduce_the_end_weights():
             W += B[offset : offset + m * 2].view(m, 2) @ torch.from_numpy(projection(seed, name, 2, n)).double()
         torch.testing.assert_close(matrix(model.get_submodule(name)), W, rtol=0, atol=1e-12)
         offset += m * 2
+
+
+def test_the_layer_with_W_at_rest_takes_the_same_steps():
+    moving, resting = network(), network()
+    first, second = (
+        train(net, [11, 12, 11], interval=4, form=form)
+        for net, form in [(moving, SubspaceLinear), (resting, AdapterLinear)]
+    )
+    assert torch.equal(resting[0].weight, network()[0].weight)
+    for seed in (11, 12):
+        torch.testing.assert_close(second[seed], first[seed], rtol=1e-10, atol=1e-13)
+
+
+def test_in_bfloat16_the_accumulators_say_where_the_layer_went():
+    """What a layer at rest adds to W x is Σ B P x to bfloat16's rounding; moved in place, W loses most of each step."""
+
+    class InPlace(SubspaceLinear):
+        def move(self, step):
+            super().move(step.to(self.W.dtype))
+
+    errors = {}
+    for form in (InPlace, AdapterLinear):
+        model, ends = network().to(torch.bfloat16), {}
+        start = model[0].weight.detach().float()
+        accumulators = train(model, [11, 12], interval=10, lr=2e-4, form=form, ends=ends)
+        m, n = start.shape
+        said = sum(B[: m * 2].view(m, 2) @ torch.from_numpy(projection(k, "0", 2, n)) for k, B in accumulators.items())
+        layer = ends["0"]
+        went = layer.Bs.float() @ layer.Ps.float() if form is AdapterLinear else layer.W.float() - start
+        errors[form] = float((went - said).norm() / said.norm())
+    assert errors[AdapterLinear] < 0.01 < 0.2 < errors[InPlace]
 
 
 def test_in_place_form_equals_the_adapter_form():

@@ -38,9 +38,9 @@ def gradients(kind, setting):
     module = model(kind)
     with attached(module, find_targets(module), 2) as layers, activation_memory(module, setting):
         for number, layer in enumerate(layers.values()):
-            layer.P = torch.randn(
-                2, layer.W.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(number)
-            )
+            generator = torch.Generator().manual_seed(number)
+            P = torch.randn(2, layer.W.shape[1], dtype=torch.float64, generator=generator)
+            layer.follow(number, P, torch.zeros_like(layer.B))
         torch.manual_seed(2)
         module(**batch()).loss.backward()
         return [layer.B.grad for layer in layers.values()], torch.rand(())
@@ -67,6 +67,35 @@ def test_training_ends_at_the_weights_of_the_default_and_leaves_the_model_as_it_
         assert not any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
         ends.append(nn.utils.parameters_to_vector(module.parameters()))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-9, atol=1e-12)
+
+
+def ends_of(config, batches, optimizer=torch.optim.SGD, **settings):
+    """The weights after training on ``batches``, without dropout."""
+    module = model("encoder with biases and dropout")
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    parameters = list(module.roberta.encoder.parameters())
+    settings = {"local_steps": 2, "warmup": 0.0, **settings}
+    config = dataclasses.replace(config, **settings)
+    train(module, iter(batches), [optimizer(parameters, lr=0.1)], config, np.random.default_rng(0), constant_rate=True)
+    return nn.utils.parameters_to_vector(parameters)
+
+
+def test_accumulated_batches_are_one_large_batch(config):
+    whole = batch()
+    parts = [{name: value[i : i + 1] for name, value in whole.items()} for i in range(3)]
+    expected = ends_of(config, [whole] * 2)
+    torch.testing.assert_close(ends_of(config, parts * 2, gradient_accumulation=3), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_is_never_longer_than_max_grad_norm_times_the_rate(config):
+    start, free = ends_of(config, [], local_steps=0), ends_of(config, [batch()], local_steps=1)
+    length = torch.linalg.vector_norm(free - start)
+    clipped = ends_of(config, [batch()], local_steps=1, max_grad_norm=0.3 * float(length) / 0.1)
+    torch.testing.assert_close(clipped - start, 0.3 * (free - start), rtol=1e-3, atol=1e-12)
+    loose = ends_of(config, [batch()], local_steps=1, max_grad_norm=1e6)
+    assert torch.equal(loose, free)
 
 
 def test_a_model_without_checkpoints_is_refused_by_name():

@@ -53,12 +53,12 @@ class RSO(torch.optim.Optimizer):
 
     def start_interval(self, seed: int) -> None:
         """Project along ``seed`` from now on: new P_k, moments at zero, B_k continued if the seed was used before."""
-        for name, layer in self.layers.items():
-            P = projection(seed, name, layer.B.shape[1], layer.W.shape[1], self.kind)  # Alg. 2, l. 4
-            layer.P = torch.from_numpy(P).to(layer.W)
         some = next(iter(self.layers.values())).B
         self.M, self.V, self.i = some.new_zeros(sum(self.sizes)), some.new_zeros(sum(self.sizes)), 0
         self.B = self.accumulators.setdefault(seed, torch.zeros_like(self.M))
+        for (name, layer), block in zip(self.layers.items(), self.B.split(self.sizes), strict=True):
+            P = projection(seed, name, layer.B.shape[1], layer.W.shape[1], self.kind)  # Alg. 2, l. 4
+            layer.follow(seed, torch.from_numpy(P).to(layer.W), block.view_as(layer.B))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -69,4 +69,4 @@ class RSO(torch.optim.Optimizer):
         move = U.mul_(-self.param_groups[0]["lr"])
         self.B += move
         for layer, block in zip(self.layers.values(), move.split(self.sizes), strict=True):
-            layer.W.addmm_(block.view_as(layer.B), layer.P)
+            layer.move(block.view_as(layer.B))

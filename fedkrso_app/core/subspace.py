@@ -2,6 +2,9 @@
 
 At B = 0 the layer y = x(W + B P)ᵀ + b is the plain linear map, and its gradient for B is ∇W·Pᵀ. It needs only
 P xᵀ (r × tokens) from the forward pass: neither the input x (tokens × n) nor ∇W (m × n) is ever kept.
+
+Two forms, equal but for rounding: :class:`SubspaceLinear` moves W itself at every step; :class:`AdapterLinear` leaves W
+alone and adds Σ_k B_k P_k beside it, for a W of few bits (bfloat16), which would round most of a step away.
 """
 
 from collections.abc import Mapping
@@ -28,12 +31,29 @@ class _ProjectedLinear(torch.autograd.Function):
         return dX, None, None, (projected @ dY).T, None
 
 
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, Bs: Tensor, Ps: Tensor, live: slice
+    ) -> Tensor:
+        projected = x @ Ps.T
+        ctx.save_for_backward(weight, Bs, Ps, projected[:, live].T.contiguous())
+        return functional.linear(x, weight, bias).addmm_(projected, Bs.T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, Bs, Ps, projected = ctx.saved_tensors
+        dY = grads[0]
+        dX = (dY @ weight).addmm_(dY @ Bs, Ps) if ctx.needs_input_grad[0] else None
+        return dX, None, None, (projected @ dY).T, None, None, None
+
+
 class SubspaceLinear(nn.Module):
     """A linear layer that is trained along P only.
 
     Shares its weight (as ``W``) and ``bias`` with the layer it stands for (``nn.Linear``, or transformers' ``Conv1D``,
-    whose weight is stored as n × m). ``B`` (m × r) stays zero and exists to receive G_B as ``B.grad``; ``P`` (r × n) is
-    set by whoever trains.
+    whose weight is stored as n × m). ``B`` (m × r, at least float32) stays zero and exists to receive G_B as
+    ``B.grad``.
     """
 
     P: Tensor
@@ -43,12 +63,50 @@ class SubspaceLinear(nn.Module):
         super().__init__()
         self.bias = layer.bias
         self.W = matrix(layer)
-        self.B = nn.Parameter(self.W.new_zeros(self.W.shape[0], rank))
+        dtype = torch.promote_types(self.W.dtype, torch.float32)
+        self.B = nn.Parameter(self.W.new_zeros(self.W.shape[0], rank, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         # Tokens in one row: a function of our own must not return a view, or nobody could change it in place (DeBERTa).
-        y = _ProjectedLinear.apply(x.reshape(-1, x.shape[-1]), self.W, self.bias, self.B, self.P)
-        return cast(Tensor, y).view(*x.shape[:-1], -1)
+        return self.rows(x.reshape(-1, x.shape[-1]).to(self.W.dtype)).view(*x.shape[:-1], -1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """y, tokens × m, of x, tokens × n."""
+        return cast(Tensor, _ProjectedLinear.apply(x, self.W, self.bias, self.B, self.P))
+
+    def follow(self, seed: int, P: Tensor, B_k: Tensor) -> None:
+        """Train along ``P`` (r × n), which belongs to ``seed``, from now on. ``B_k`` (m × r): the accumulator so far,
+        which is going to change in place with every move."""
+        self.P = P
+
+    def move(self, step: Tensor) -> None:
+        """Take ``step`` (m × r) along P, after it was added to the accumulator."""
+        self.W.addmm_(step, self.P)
+
+
+class AdapterLinear(SubspaceLinear):
+    """The same layer with W at rest: y = x(W + Σ_k B_k P_k)ᵀ + b over all seeds that it has followed."""
+
+    Ps: Tensor  # R × n and m × R, R = r times the seeds so far, in W's dtype
+    Bs: Tensor
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        super().__init__(layer, rank)
+        m, n = self.W.shape
+        self.Ps, self.Bs, self.seeds = self.W.new_zeros(0, n), self.W.new_zeros(m, 0), cast(list[int], [])
+
+    def rows(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _AdaptedLinear.apply(x, self.W, self.bias, self.B, self.Bs, self.Ps, self.live))
+
+    def follow(self, seed: int, P: Tensor, B_k: Tensor) -> None:
+        if seed not in self.seeds:
+            self.seeds.append(seed)
+            self.Ps, self.Bs = torch.cat([self.Ps, P]), torch.cat([self.Bs, B_k.to(P)], dim=1)
+        start = self.seeds.index(seed) * len(P)
+        self.live, self.B_k = slice(start, start + len(P)), B_k
+
+    def move(self, step: Tensor) -> None:
+        self.Bs[:, self.live] = self.B_k.to(self.Bs.dtype)  # rounded from the exact sum, not added up in few bits
 
 
 def matrix(layer: nn.Module) -> Tensor:
@@ -63,12 +121,14 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def attached(module: nn.Module, targets: Mapping[str, nn.Module], rank: int):
-    """Put a :class:`SubspaceLinear` in the place of every target (name -> layer of ``module``) and yield them by name.
+def attached(
+    module: nn.Module, targets: Mapping[str, nn.Module], rank: int, form: type[SubspaceLinear] = SubspaceLinear
+):
+    """Put a ``form`` in the place of every target (name -> layer of ``module``) and yield them by name.
 
     On leaving, the original layers stand where they stood.
     """
-    layers = {name: SubspaceLinear(layer, rank) for name, layer in targets.items()}
+    layers = {name: form(layer, rank) for name, layer in targets.items()}
     try:
         for name, layer in layers.items():
             module.set_submodule(name, layer)

@@ -4,6 +4,7 @@ A method adds its two halves: a :class:`FedTune` for the server and a :class:`Lo
 (each client; the server too, to evaluate and to export).
 """
 
+import copy
 import logging
 import math
 import time
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
@@ -89,6 +91,20 @@ class LocalMethod(ABC):
     @abstractmethod
     def trained(self) -> list[Tensor]:
         """The tensors that :meth:`train` changes."""
+
+    def optimized(self) -> list[Tensor]:
+        """Those of :meth:`trained` that an optimizer moves in place, which takes float32."""
+        return self.trained()
+
+    def in_bfloat16(self, device: torch.device) -> "LocalMethod":
+        """A copy to compute with on ``device``: bfloat16, but float32 where an optimizer works."""
+        copied = copy.deepcopy(self)
+        exact = {tensor.data_ptr() for tensor in copied.optimized()}
+        for parameter in copied.module.parameters():
+            if parameter.data_ptr() not in exact:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        copied.module.to(device)
+        return copied
 
     def plain_state(self) -> dict[str, Tensor]:
         """The model's state under the names of the plain hub model."""

@@ -21,7 +21,7 @@ from fedkrso_app.config import Config
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import projections, stream
 from fedkrso_app.core.rso import RSO
-from fedkrso_app.core.subspace import attached, fold, matrix
+from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear, attached, fold, matrix
 from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LocalMethod, Shapes
 from fedkrso_app.train import head_optimizer, train
 from fedkrso_app.wire import HEAD, Refused, Schema
@@ -71,7 +71,8 @@ class FedKRSOLocal(LocalMethod):
     def train(self, batches: Batches, instructions: ConfigRecord, rng: np.random.Generator) -> tuple[dict, float]:
         pool = np.frombuffer(instructions["seeds"], dtype="<u8")  # type: ignore[arg-type]
         config = self.config.fedkrso
-        with attached(self.module, self.targets, config.rank) as layers:
+        form = AdapterLinear if self.config.compute_dtype == "bfloat16" else SubspaceLinear
+        with attached(self.module, self.targets, config.rank, form) as layers:
             rso = RSO(layers, config.learning_rate, config.projection)
 
             def before_step(j: int) -> None:
@@ -87,8 +88,11 @@ class FedKRSOLocal(LocalMethod):
             "head": flatten(self.head.values()),
         }, loss
 
+    def optimized(self) -> list[Tensor]:
+        return [head.detach() for head in self.head.values()]
+
     def trained(self) -> list[Tensor]:
-        return [matrix(layer) for layer in self.targets.values()] + [head.detach() for head in self.head.values()]
+        return [matrix(layer) for layer in self.targets.values()] + self.optimized()
 
 
 class FedKRSO(FedTune):
