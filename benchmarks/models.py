@@ -26,9 +26,9 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from fedkrso_app.core import lora
 from fedkrso_app.core.rso import RSO
-from fedkrso_app.core.subspace import SubspaceLinear
+from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear
 from fedkrso_app.model import find_targets
-from fedkrso_app.train import activation_memory, head_optimizer
+from fedkrso_app.train import activation_memory, head_optimizer, precision
 
 PEERS = ("floor", "fedkrso", "a-frozen", "lora", "full")
 RANK, RATE = 4, 1e-4
@@ -46,8 +46,9 @@ def classifier(size: str, attention: str = "sdpa") -> Any:
     return module.requires_grad_(False)
 
 
-def head_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in sorted(module.named_parameters()) if not name.startswith("roberta.")}
+def head_of(module: Any) -> dict[str, nn.Parameter]:
+    base = module.base_model_prefix + "."
+    return {name: p for name, p in sorted(module.named_parameters()) if not name.startswith(base)}
 
 
 def batch(rows: int, tokens: int) -> dict[str, Tensor]:
@@ -61,6 +62,9 @@ class Peer:
 
     def __init__(self, name: str, module: Any, memory: str = "keep") -> None:
         self.name, self.module, self.memory = name, module, memory
+        weight = next(module.parameters())
+        half = weight.dtype == torch.bfloat16
+        self.precision = precision("bfloat16" if half else "float32", weight.device)
         head = head_of(module)
         targets = find_targets(module)
         self.rso: RSO | None = None
@@ -68,7 +72,8 @@ class Peer:
         if name == "full":
             self.optimizers = [torch.optim.AdamW(module.parameters(), lr=RATE)]
         elif name == "fedkrso":
-            layers = {key: SubspaceLinear(layer, RANK) for key, layer in targets.items()}
+            form = AdapterLinear if half else SubspaceLinear
+            layers = {key: form(layer, RANK) for key, layer in targets.items()}
             for key, layer in layers.items():
                 module.set_submodule(key, layer)
             self.rso = RSO(layers, RATE)
@@ -91,7 +96,9 @@ class Peer:
 
     def step(self, inputs: Mapping[str, Tensor]) -> None:
         with activation_memory(self.module, self.memory):
-            self.module(**inputs).loss.backward()
+            with self.precision:
+                loss = self.module(**inputs).loss
+            loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()

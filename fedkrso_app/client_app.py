@@ -205,7 +205,7 @@ def evaluate(message: Message, context: Context) -> Message:
     examples = place.share("validation", partition)
     batches = data.evaluation_batches(examples, place.task, place.model.tokenizer, 4 * c.batch_size, c.max_length)
     module = place.replica.computing().module
-    with precision(c, next(module.parameters()).device):
+    with precision(c.compute_dtype, next(module.parameters()).device):
         sums = metrics.tally(module, batches, place.task.num_labels)
     status = ConfigRecord({"version": instructions["version"]})
     return Message(RecordDict({"status": status, "tally": wire.pack({"tally": sums})}), reply_to=message)

@@ -87,7 +87,7 @@ def play(
         validation = data.load(task, config.data_dir, "validation", config.holdout)
         batches = data.evaluation_batches(validation, task, loaded.tokenizer, 4 * config.batch_size, config.max_length)
         module = replica.computing().module
-        with precision(config, next(module.parameters()).device):
+        with precision(config.compute_dtype, next(module.parameters()).device):
             return metrics.tally(module, batches, task.num_labels)
 
     def report(figures: dict[str, Any]) -> None:

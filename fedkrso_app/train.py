@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -29,9 +29,9 @@ def head_optimizer(head: Mapping[str, nn.Parameter], learning_rate: float) -> to
     return torch.optim.AdamW([{"params": list(head.values())}], lr=learning_rate, weight_decay=0.01)
 
 
-def precision(config: Config, device: torch.device) -> torch.autocast:
-    """The context of a forward pass in ``compute-dtype``."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.compute_dtype == "bfloat16")
+def precision(dtype: str, device: torch.device) -> AbstractContextManager:
+    """The context of a forward pass in ``dtype``, a ``compute-dtype``."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def train(
                 before_step(j)
                 for _ in range(config.gradient_accumulation):
                     batch = {name: value.to(device) for name, value in next(batches).items()}
-                    with precision(config, device):
+                    with precision(config.compute_dtype, device):
                         loss = module(**batch).loss / config.gradient_accumulation
                     loss.backward()
                     losses[j] += loss.detach()

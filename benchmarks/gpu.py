@@ -1,0 +1,133 @@
+"""One local step on a GPU, by peer: milliseconds, and memory as the allocator counts it. Needs CUDA.
+
+    python -m benchmarks.gpu [--repeats 10] [--json]
+
+RoBERTa-large (a classifier, batch 16 × 128, dropout on) in float32 and in bfloat16, and Llama-3.2-3B's shape (a
+language model, batch 4 × 768) in bfloat16, with random weights; r = 4. FedKRSO in bfloat16 stands beside W instead of
+moving it, after ten intervals of different seeds, which is the most that it ever carries. In bfloat16 every peer runs
+under autocast; peft's factors are bfloat16 too, the leanest form of LoRA, and "full" is AdamW in bfloat16 throughout.
+
+ms            forward, backward and optimizer, median of CUDA events
+interval ms   FedKRSO: drawing and moving the projections of one seed, once in J steps and not in "ms"
+weights       allocated before the step, the optimizer's state and gradients not yet among it
+blocks        more after the forward pass of the blocks alone: what they keep for backward
+kept          more after the whole forward pass; a language model's logits (tokens × vocabulary) are in it
+peak          more at any moment of a step, gradients and optimizer included; all of them in MiB
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.models import PEERS, Peer, batch, classifier, show
+
+SEEDS = 10
+MIB = 2**20
+
+
+def llama() -> Any:
+    """The shape of Llama-3.2-3B, random weights, frozen, in training mode."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train().requires_grad_(False)
+
+
+CASES: dict[str, tuple[Callable[[], Any], torch.dtype, tuple[int, int]]] = {
+    "RoBERTa-large, float32": (lambda: classifier("large"), torch.float32, (16, 128)),
+    "RoBERTa-large, bfloat16": (lambda: classifier("large"), torch.bfloat16, (16, 128)),
+    "Llama-3.2-3B, bfloat16": (llama, torch.bfloat16, (4, 768)),
+}
+
+
+def rows(case: str, repeats: int) -> list[dict[str, Any]]:
+    """One row per peer, each with a model of its own that is gone before the next is made."""
+    make, dtype, shape = CASES[case]
+    result = []
+    for name in PEERS:
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            torch.set_default_dtype(dtype)
+            try:
+                peer, inputs = Peer(name, make()), batch(*shape)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            if "roberta" not in type(peer.module).__name__.lower():
+                inputs["labels"] = inputs["input_ids"]
+            result.append({"model": case, "peer": name, **measure(peer, inputs, repeats)})
+        del peer, inputs
+        gc.collect()
+        torch.cuda.empty_cache()
+    lora = next(row for row in result if row["peer"] == "lora")
+    return [
+        {**row, "ms ÷ lora": row["ms"] / lora["ms"], "blocks ÷ lora": row["blocks"] / lora["blocks"]} for row in result
+    ]
+
+
+def measure(peer: Peer, inputs: dict[str, Any], repeats: int) -> dict[str, float]:
+    """Milliseconds and MiB of one step of ``peer``."""
+    opening = 0.0
+    for seed in range(1, SEEDS if peer.rso else 0):
+        started = time.perf_counter()
+        peer.rso.start_interval(seed + 1)
+        torch.cuda.synchronize()
+        opening = time.perf_counter() - started
+    before = allocated()
+    with peer.precision:
+        hidden = peer.module.base_model(input_ids=inputs["input_ids"]).last_hidden_state
+    blocks = allocated() - before
+    del hidden
+    with peer.precision:
+        loss = peer.module(**inputs).loss
+    kept = allocated() - before
+    del loss
+    torch.cuda.reset_peak_memory_stats()
+    milliseconds = []
+    for repeat in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        peer.step(inputs)
+        end.record()
+        end.synchronize()
+        if repeat >= 3:
+            milliseconds.append(start.elapsed_time(end))
+    return {
+        "ms": statistics.median(milliseconds),
+        "interval ms": opening * 1e3,
+        "weights": before,
+        "blocks": blocks,
+        "kept": kept,
+        "peak": torch.cuda.max_memory_allocated() / MIB - before,
+    }
+
+
+def allocated() -> float:
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated() / MIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    a = parser.parse_args()
+    result = [row for case in CASES for row in rows(case, a.repeats)]
+    show(f"One local step on {torch.cuda.get_device_name()}", result, a.json)
+
+
+if __name__ == "__main__":
+    main()
