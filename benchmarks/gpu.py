@@ -6,6 +6,7 @@ RoBERTa-large (a classifier, batch 16 × 128, dropout on) in float32 and in bflo
 language model, batch 4 × 768) in bfloat16, with random weights; r = 4. FedKRSO in bfloat16 stands beside W instead of
 moving it, after ten intervals of different seeds, which is the most that it ever carries. In bfloat16 every peer runs
 under autocast; peft's factors are bfloat16 too, the leanest form of LoRA, and "full" is AdamW in bfloat16 throughout.
+FedKRSO stands there with each setting of ``activation-memory``.
 
 ms            forward, backward and optimizer, median of CUDA events
 interval ms   FedKRSO: drawing and moving the projections of one seed, once in J steps and not in "ms"
@@ -26,6 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.models import PEERS, Peer, batch, classifier, show
+from fedkrso_app.train import activation_memory
 
 SEEDS = 10
 MIB = 2**20
@@ -58,17 +60,18 @@ def rows(case: str, repeats: int) -> list[dict[str, Any]]:
     """One row per peer, each with a model of its own that is gone before the next is made."""
     make, dtype, shape = CASES[case]
     result = []
-    for name in PEERS:
+    for name, setting in [*((name, "keep") for name in PEERS), ("fedkrso", "recompute"), ("fedkrso", "checkpoint")]:
         torch.manual_seed(0)
         with torch.device("cuda"):
             torch.set_default_dtype(dtype)
             try:
-                peer, inputs = Peer(name, make()), batch(*shape)
+                peer, inputs = Peer(name, make(), setting), batch(*shape)
             finally:
                 torch.set_default_dtype(torch.float32)
             if "roberta" not in type(peer.module).__name__.lower():
                 inputs["labels"] = inputs["input_ids"]
-            result.append({"model": case, "peer": name, **measure(peer, inputs, repeats)})
+            label = name if setting == "keep" else f"{name}, {setting}"
+            result.append({"model": case, "peer": label, **measure(peer, inputs, repeats)})
         del peer, inputs
         gc.collect()
         torch.cuda.empty_cache()
@@ -87,11 +90,11 @@ def measure(peer: Peer, inputs: dict[str, Any], repeats: int) -> dict[str, float
         torch.cuda.synchronize()
         opening = time.perf_counter() - started
     before = allocated()
-    with peer.precision:
+    with peer.precision, activation_memory(peer.module, peer.memory):
         hidden = peer.module.base_model(input_ids=inputs["input_ids"]).last_hidden_state
     blocks = allocated() - before
     del hidden
-    with peer.precision:
+    with peer.precision, activation_memory(peer.module, peer.memory):
         loss = peer.module(**inputs).loss
     kept = allocated() - before
     del loss

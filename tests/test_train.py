@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig, RobertaConfig
 
-from fedkrso_app.core.subspace import attached
+from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear, attached
 from fedkrso_app.model import find_targets
 from fedkrso_app.train import TrainingError, activation_memory, train
 
@@ -33,14 +33,14 @@ def batch():
     return {"input_ids": torch.randint(3, 50, (3, 7), generator=generator), "labels": torch.tensor([0, 1, 1])}
 
 
-def gradients(kind, setting):
+def gradients(kind, setting, form):
     """G_B of every layer, and torch's next random number: the same masks leave the same generator behind."""
     module = model(kind)
-    with attached(module, find_targets(module), 2) as layers, activation_memory(module, setting):
+    with attached(module, find_targets(module), 2, form) as layers, activation_memory(module, setting):
         for number, layer in enumerate(layers.values()):
             generator = torch.Generator().manual_seed(number)
             P = torch.randn(2, layer.W.shape[1], dtype=torch.float64, generator=generator)
-            layer.follow(number, P, torch.zeros_like(layer.B))
+            layer.follow(number, P, torch.full_like(layer.B, 0.01))
         torch.manual_seed(2)
         module(**batch()).loss.backward()
         return [layer.B.grad for layer in layers.values()], torch.rand(())
@@ -48,9 +48,10 @@ def gradients(kind, setting):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("setting", SAVING)
-def test_gradients_and_dropout_masks_are_those_of_the_default(kind, setting):
-    expected, random = gradients(kind, "keep")
-    found, same = gradients(kind, setting)
+@pytest.mark.parametrize("form", [SubspaceLinear, AdapterLinear])
+def test_gradients_and_dropout_masks_are_those_of_the_default(kind, setting, form):
+    expected, random = gradients(kind, "keep", form)
+    found, same = gradients(kind, setting, form)
     assert any(gradient.abs().max() > 0 for gradient in expected) and random == same
     for mine, default in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, default, rtol=1e-10, atol=1e-14)
