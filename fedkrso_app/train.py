@@ -1,6 +1,7 @@
 """The one local loop: batch -> loss -> backward -> step, with the learning-rate schedule and progress."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -32,6 +33,21 @@ def head_optimizer(head: Mapping[str, nn.Parameter], learning_rate: float) -> to
 def precision(dtype: str, device: torch.device) -> AbstractContextManager:
     """The context of a forward pass in ``dtype``, a ``compute-dtype``."""
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Same seed, same bits on a GPU too, as far as torch can; it warns of an operation for which it cannot."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 @contextmanager
@@ -109,7 +125,11 @@ def train(
     was_training = module.training
     module.train()
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), activation_memory(module, config.activation_memory):
+    with (
+        torch.random.fork_rng(devices=devices),
+        deterministic(device),
+        activation_memory(module, config.activation_memory),
+    ):
         torch.manual_seed(int(rng.integers(2**63)))
         try:
             for parameter in parameters:
