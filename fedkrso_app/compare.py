@@ -24,7 +24,7 @@ from rich.text import Text
 from fedkrso_app import data, metrics
 from fedkrso_app.config import ConfigError, flatten, parse, resolved_path
 from fedkrso_app.results import mean_sd, measures
-from fedkrso_app.run import Run, line
+from fedkrso_app.run import ASIDE, Run, line
 from fedkrso_app.strategies import STRATEGIES
 
 Settings = dict[str, Any]  # a flat run config with every key
@@ -32,7 +32,6 @@ Settings = dict[str, Any]  # a flat run config with every key
 APP = Path(__file__).resolve().parents[1]
 FLWR = Path(sys.executable).with_name("flwr")
 HOLDOUT, FACTOR, LAST = 0.2, 2.0, 3  # of a sweep: share of the training rows, step of the grid, rounds in the score
-_PLACES = ("output-dir", "run-name", "resume")
 
 
 def settings(file: Path | None, assignments: Sequence[str]) -> Settings:
@@ -255,7 +254,7 @@ def _complete(config: Settings) -> bool:
         return False
     before = run.info["config"]
     for key, value in config.items():
-        if key not in _PLACES and before.get(key) != value:
+        if key not in ASIDE and before.get(key) != value:
             raise ConfigError(
                 f"{run.path} was made with {key} = {before.get(key)!r}, now it is {value!r}; "
                 "choose another --output, or remove that folder."

@@ -89,6 +89,8 @@ class Config:
     output_dir: str
     run_name: str
     resume: str
+    tracker: str
+    client_metrics: bool
     fedkrso: FedKRSOConfig
     fedfft: FedFFTConfig
     lora: LoraConfig

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fedkrso_app.config import ConfigError
-from fedkrso_app.run import Run
+from fedkrso_app.run import ASIDE, Run
 from fedkrso_app.strategies import STRATEGIES
 
 RATES = {strategy.learning_rate_key for strategy in STRATEGIES.values()}
-_REPEATS = {"seed", "run-name", "output-dir", "resume"}  # what the repeats of one line may differ in
+_REPEATS = {"seed", *ASIDE}  # what the repeats of one line may differ in
 
 
 def find_runs(paths: Iterable[Path]) -> list[Run]:

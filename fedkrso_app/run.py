@@ -18,8 +18,10 @@ from fedkrso_app import metrics
 from fedkrso_app.config import Config, ConfigError, parse, resolved_path
 
 _LIBRARIES = ("flwr", "torch", "transformers", "datasets", "flwr-datasets", "peft", "numpy", "safetensors")
+# Settings that touch only where a run is kept and what is told of it.
+ASIDE = ("resume", "run-name", "output-dir", "tracker", "client-metrics")
 # What a resumed run may set anew; everything else must be what the run began with.
-_FREE = ("resume", "run-name", "output-dir", "num-server-rounds", "min-replies", "round-timeout")
+_FREE = (*ASIDE, "num-server-rounds", "min-replies", "round-timeout")
 
 
 class Run:

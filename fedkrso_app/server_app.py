@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedkrso_app import data, metrics, model, run
+from fedkrso_app import data, metrics, model, run, tracking
 from fedkrso_app.config import Config, ConfigError, parse
 from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.replica import Replica
@@ -28,6 +28,7 @@ def main(grid: Grid, context: Context) -> None:
     """One run, from its config to its model."""
     try:
         config = parse(context.run_config)
+        tracking.check(config.tracker)
         here = config.evaluate == "server"  # otherwise there need be no data and no weights on the server
         task = data.resolve(config, look=here or bool(config.data_dir))
         # What is wrong with data or model is found here, before any client starts.
@@ -47,7 +48,8 @@ def main(grid: Grid, context: Context) -> None:
     logger.info("Run directory: %s", folder.path)
     try:
         folder.set_status("running")
-        play(config, task, loaded, shapes, folder, StreamingGrid(grid))
+        with tracking.started(config, folder, task.metric) as track:
+            play(config, task, loaded, shapes, folder, StreamingGrid(grid), track)
     except BaseException as error:
         reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
         with suppress(OSError):  # on a full disk the words below are all there is
@@ -61,9 +63,15 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def play(
-    config: Config, task: data.Task, loaded: model.LoadedModel, shapes: Shapes, folder: run.Run, grid: StreamingGrid
+    config: Config,
+    task: data.Task,
+    loaded: model.LoadedModel,
+    shapes: Shapes,
+    folder: run.Run,
+    grid: StreamingGrid,
+    track: Callable[[dict[str, Any]], None],
 ) -> None:
-    """All rounds that are left, then the model."""
+    """All rounds that are left, then the model. ``track`` is told of each round's figures."""
     strategy_class = STRATEGIES[config.strategy]
     ledger = Ledger(folder.ledger, keep=None if strategy_class.incremental else 2)
     ledger.recover()
@@ -100,6 +108,7 @@ def play(
         if not replica:
             folder.know_model(strategy.nodes.model)
         folder.add_metrics(figures)
+        track(figures)
         logger.info("%s", run.line(figures, config, task.metric))
 
     strategy = strategy_class(

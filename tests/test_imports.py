@@ -25,6 +25,8 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "model": {"config", "embedded"},
     "run": {"config", "metrics"},
     "results": {"config", "run", "strategies"},
+    "tracking": {"config", "run"},
+    "card": {"config", "model", "results", "run", "strategies", "tasks"},
     "strategies": {"strategies", "core", "wire", "ledger", "train", "config"},
     "replica": {"core", "ledger", "strategies", "wire"},
 }

@@ -150,6 +150,13 @@ def test_repeats_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
     assert [line.label for line in results.lines(runs)] == ["fedkrso, local-steps 10", "fedkrso, local-steps 20"]
 
 
+def test_what_is_told_of_a_run_makes_no_line_of_its_own(tmp_path):
+    told = {"tracker": "tensorboard", "client_metrics": True}
+    runs = [make(tmp_path / "a", seed=0), make(tmp_path / "b", seed=1, **told)]
+    (line,) = results.lines(runs)
+    assert len(line.runs) == 2
+
+
 def test_a_cut_run_does_not_bend_the_mean(tmp_path):
     runs = [make(tmp_path / "whole"), make(tmp_path / "cut", status="failed: x", rounds=2, seed=1)]
     (line,) = results.lines(runs)

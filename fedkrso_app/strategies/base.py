@@ -147,6 +147,7 @@ class FedTune(Strategy, ABC):
     robust: ClassVar[bool] = True  # whether ``aggregation`` can be another one than the mean
     incremental: ClassVar[bool] = False  # whether entry v needs the model at v-1, or stands for itself
     absolute: ClassVar[tuple[str, ...]] = ("head",)  # arrays of a reply and an entry that are no update but the state
+    arxiv: ClassVar[str]  # the number of its paper there
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
 
@@ -278,9 +279,9 @@ class FedTune(Strategy, ABC):
         answered: dict[int, dict[str, float]] = {}  # partition id -> figures
         self._to_evaluate = []
         self._newest = self.ledger.read(self.ledger.version).arrays if self.config.max_update_norm else {}
-        for node, content in self._heard(replies):
+        for node, content, size in self._heard(replies):
             with self._refusing(node):
-                answered[self.nodes.partitions[node]] = self._accept(content, node)
+                answered[self.nodes.partitions[node]] = {**self._accept(content, node), "uplink-bytes": size}
                 self._to_evaluate.append(node)
         self._close(answered)
         return None, None
@@ -292,7 +293,9 @@ class FedTune(Strategy, ABC):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         tallies: dict[int, np.ndarray] = {}
-        for node, content in self._heard(replies):
+        for node, content, size in self._heard(replies):
+            if self.config.client_metrics:
+                self._figures["per_client"][str(self.nodes.partitions[node])]["uplink_bytes"] += size
             with self._refusing(node):
                 version, tally = self._check_version(content, node), content.get("tally")
                 if not isinstance(tally, ArrayRecord):
@@ -330,8 +333,8 @@ class FedTune(Strategy, ABC):
         self._asked, self._training = list(zip(messages, nodes, strict=True)), kind == "train"
         return messages
 
-    def _heard(self, replies: Iterable[Message]) -> Iterator[tuple[int, RecordDict]]:
-        """The replies that are no errors, with their nodes; who failed or said nothing is logged and counted."""
+    def _heard(self, replies: Iterable[Message]) -> Iterator[tuple[int, RecordDict, int]]:
+        """The replies that are no errors: node, content, its bytes. Who failed or is silent is logged and counted."""
         heard: set[int] = set()
         nodes: dict[str, int] = {}
         for reply in replies:
@@ -346,8 +349,9 @@ class FedTune(Strategy, ABC):
                 reason = f"{reply.error.reason or 'no reason given'} (code {reply.error.code})"
                 self._lost(node, "failed", f"failed: {reason.strip()}")
                 continue
-            self._figures["uplink_bytes"] += wire.measured_bytes(reply.content)
-            yield node, reply.content
+            size = wire.measured_bytes(reply.content)
+            self._figures["uplink_bytes"] += size
+            yield node, reply.content, size
         for _, node in self._asked:
             if node not in heard:
                 self._lost(node, "failed", f"sent no reply within {self.config.round_timeout:g} s")
@@ -465,6 +469,8 @@ class FedTune(Strategy, ABC):
             "partitions": sorted(answered),
             "version": self.ledger.version,
         }
+        if self.config.client_metrics:
+            figures["per_client"] = {str(partition): _told(answered[partition]) for partition in sorted(answered)}
         figures["paper_bytes"] = self.paper_bytes() * (len(answered) + figures["refused"] + figures["failed"])
         problem = f"{len(answered)} good replies, min-replies = {self.config.min_replies}"
         if len(answered) >= self.config.min_replies:
@@ -478,6 +484,11 @@ class FedTune(Strategy, ABC):
             figures["version"] += 1
             self.ledger.append(Entry(figures["version"], self.next_entry(arrays), figures))
         self._figures = figures
+
+
+def _told(client: Mapping[str, float]) -> dict[str, float]:
+    """A client's figures as a line of metrics.jsonl has them."""
+    return {key.replace("-", "_"): value for key, value in client.items() if key != "weight"}
 
 
 def _finite(values: np.ndarray) -> bool:

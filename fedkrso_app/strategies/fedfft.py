@@ -42,6 +42,7 @@ class FedFFT(FedTune):
     """Server half: the mean of the parameters."""
 
     local = FedFFTLocal
+    arxiv = "1602.05629"
     learning_rate_key = "fedfft.learning-rate"
     absolute = ("parameters",)
 

@@ -39,6 +39,7 @@ class FedIT(FedTune):
     """Server half: one mean per factor."""
 
     local = FedITLocal
+    arxiv = "2305.05644"
     learning_rate_key = "lora.learning-rate"
     rank_key = "lora.rank"
     absolute = ("A", "B", "head")

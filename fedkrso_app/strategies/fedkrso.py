@@ -100,6 +100,7 @@ class FedKRSO(FedTune):
 
     local = FedKRSOLocal
     incremental = True
+    arxiv = "2602.03019"
     learning_rate_key = "fedkrso.learning-rate"
     rank_key = "fedkrso.rank"
 

@@ -100,6 +100,7 @@ class FedSRD(FedTune):
     local = FedSRDLocal
     robust = False
     incremental = True
+    arxiv = "2510.04601"
     learning_rate_key = "fedsrd.learning-rate"
     rank_key = "lora.rank"
 

@@ -16,4 +16,5 @@ class FFALora(FedIT):
     """Server half: the mean of B."""
 
     local = FFALoraLocal
+    arxiv = "2403.12313"
     learning_rate_key = "ffa-lora.learning-rate"
