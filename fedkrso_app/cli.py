@@ -132,12 +132,12 @@ def export(
 ) -> None:
     """Rebuild the model of a round from the base model and the ledger, and write it in the hub's format.
 
-    transformers' from_pretrained reads DIR without this package. A method whose entries stand for themselves keeps only
+    transformers' from_pretrained reads DIR without this package; its README.md is a model card. A method whose entries stand for themselves keeps only
     the newest ones, so its older rounds cannot be exported.
     """
     with explained():
         opened, ledger = _open(run)
-        from fedkrso_app import model
+        from fedkrso_app import card, data, model
         from fedkrso_app.strategies import STRATEGIES
 
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -153,9 +153,11 @@ def export(
             raise LedgerError(
                 f"round {round} cannot be exported from {run}; the ledger leads to these rounds: {listed}."
             )
-        version = at[max(at) if round is None else round]
+        round = max(at) if round is None else round
+        version = at[round]
         loaded, state = _replay(opened, ledger, version)
         model.export(loaded, state, folder)
+        card.write(opened, data.resolve(opened.config), round, folder)
     out.print(f"{folder}: version {version} of {run}", **_PLAIN)
 
 

@@ -139,10 +139,15 @@ def export(loaded: LoadedModel, state: Mapping[str, Tensor], folder: Path) -> No
         loaded.tokenizer.save_pretrained(folder)
 
 
+def is_local(name: str) -> bool:
+    """Whether the model ``name`` is a folder of this machine."""
+    return name.startswith(("~", "/", ".")) or resolved_path(name).is_dir()
+
+
 def _source(name: str) -> str:
     if name == "embedded":
         return str(embedded.model_path())
-    if name.startswith(("~", "/", ".")) or resolved_path(name).is_dir():
+    if is_local(name):
         path = resolved_path(name)
         if not (path / "config.json").is_file():
             raise ConfigError(

@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedkrso_app import data, metrics, model, run, tracking
+from fedkrso_app import card, data, metrics, model, run, tracking
 from fedkrso_app.config import Config, ConfigError, parse
 from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.replica import Replica
@@ -134,6 +134,7 @@ def play(
         replica.advance(ledger.version)
         state = replica.method.plain_state()
         model.export(loaded, state, folder.model)
+        card.write(folder, task, folder.metrics()[-1]["round"], folder.model)
         digest = model.state_digest(state)
     folder.complete(digest)
     logger.info("%s", run.closing_table(folder, task.metric))

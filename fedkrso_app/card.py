@@ -1,0 +1,145 @@
+"""The model card of an exported model: what made it, of what, how good it is, and how to load it.
+
+It says what the run's folder knows and nothing else, and of the user's paths the last component at most.
+"""
+
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from fedkrso_app.config import Config
+from fedkrso_app.model import is_local
+from fedkrso_app.results import asked_in, text
+from fedkrso_app.run import Run
+from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.tasks import Task
+
+_HUB = "nyu-mll/glue"  # where data.py has glue/* from, without a data-dir
+
+
+def write(run: Run, task: Task, round: int, folder: Path) -> None:
+    """Write ``README.md`` beside the model after ``round`` in ``folder``, in the hub's format for model cards."""
+    info, config = run.info, run.config
+    lines = [line for line in run.metrics() if line["round"] <= round]
+    line = next((line for line in lines if line["round"] == round), {})  # a killed run may not have written it
+    name, method = run.path.resolve().name, STRATEGIES[config.strategy]
+    kind, auto = (
+        ("text-classification", "SequenceClassification") if task.num_labels else ("text-generation", "CausalLM")
+    )
+    from_hub = task.name.startswith("glue/") and not config.data_dir
+    result = EvalResult(
+        task_type=kind,
+        dataset_type=_HUB if from_hub else task.name,
+        dataset_name=task.name,
+        dataset_config=task.name.removeprefix("glue/") if from_hub else None,
+        dataset_split="train" if config.holdout else None if task.own else task.validation,
+        metric_type=task.metric,
+        metric_value=line.get("metric"),
+    )
+    hub_model = config.model != "embedded" and not is_local(config.model)
+    metadata = ModelCardData(
+        base_model=config.model if hub_model else None,
+        datasets=[_HUB] if from_hub else None,
+        library_name="transformers",
+        pipeline_tag=kind,
+        tags=["federated-learning", "flower", config.strategy],
+        metrics=[task.metric],
+        model_name=name,
+        eval_results=[result] if "metric" in line else None,
+    )
+    paper = f"[arXiv:{method.arxiv}](https://arxiv.org/abs/{method.arxiv})"
+    facts = {
+        "Base model": "the small RoBERTa that FedKRSO pretrains on its own corpus"
+        if config.model == "embedded"
+        else f"`{_shown('model', config.model)}`",
+        "Method": f"{config.strategy}, {paper}",
+        "Task": f"{task.name}; columns {', '.join(task.reads)}",
+        "Data": _data(config, task),
+        "Rows of a client": _partition(config),
+        "Clients": _clients(lines),
+        "Training": f"{round} rounds of at most {config.local_steps} steps a client, batches of {config.batch_size}",
+        **_measured(line, config, task),
+        "Sent by a client in a round": _bytes(lines),
+        "Libraries": ", ".join(f"{library} {version}" for library, version in info["libraries"].items()),
+    }
+    settings = {key: text(_shown(key, value)) for key, value in info["config"].items()}
+    content = f"""---
+{metadata.to_yaml()}
+---
+
+# {name}, round {round}
+
+Fine-tuned by federated learning, with FedKRSO's app on Flower.
+
+{_table({key: value for key, value in facts.items() if value})}
+
+## Load it
+
+```python
+from transformers import AutoModelFor{auto}, AutoTokenizer
+
+folder = "."  # this folder, or the hub's name of it
+model = AutoModelFor{auto}.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+<details><summary>Settings that the run began with</summary>
+
+{_table({key: html.escape(value) for key, value in settings.items()})}
+
+</details>
+"""
+    ModelCard(content).save(folder / "README.md")
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    cells = [f"| {key} | {value.replace('|', '&#124;')} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *cells])
+
+
+def _shown(key: str, value: Any) -> Any:
+    """A setting without the user's folders."""
+    path = key in ("data-dir", "output-dir", "resume") or (key == "model" and is_local(value))
+    return Path(value).name if path else value
+
+
+def _data(config: Config, task: Task) -> str:
+    if task.name.startswith("embedded/"):
+        return "the synthetic corpus that comes with FedKRSO"
+    where = f"files in a folder `{_shown('data-dir', config.data_dir)}`" if config.data_dir else f"{_HUB} on the hub"
+    if task.own and not config.data_dir:
+        return "each client's own files"
+    return f"{where}; a client with a data-dir of its own used the files in that"
+
+
+def _partition(config: Config) -> str:
+    column = f" by column {config.partition_column}" if config.partition_column else ""
+    scheme = {"dirichlet": f"dirichlet, α = {config.dirichlet_alpha:g}"}.get(config.partition, config.partition)
+    return f"{scheme}{column if config.partition != 'iid' else ''}, unless it had files of its own"
+
+
+def _clients(lines: list[dict[str, Any]]) -> str:
+    seen = {partition for line in lines for partition in line["partitions"]}
+    replies, asked = sum(line["clients"] for line in lines), sum(asked_in(line) for line in lines)
+    return f"{len(seen)} took part; {replies} of {asked} replies were counted" if asked else ""
+
+
+def _measured(line: Mapping[str, Any], config: Config, task: Task) -> dict[str, str]:
+    if "metric" not in line:
+        return {}
+    rows = f"the split {task.validation}"
+    if config.holdout:
+        rows = f"{config.holdout:g} of the training rows, which were held back"
+    elif task.own:
+        rows = "the validation file or, where there was none, a tenth of the training rows, which were held back"
+    who = {"server": "by the server", "clients": "by the clients, each on its share"}[config.evaluate]
+    return {task.metric.capitalize(): f"{line['metric']:.4f} (loss {line['eval_loss']:.4f}), {who}, on {rows}"}
+
+
+def _bytes(lines: list[dict[str, Any]]) -> str:
+    asked = sum(asked_in(line) for line in lines)
+    up, down = (sum(line[f"{way}link_bytes"] for line in lines) for way in ("up", "down"))
+    return f"{up / asked / 1e6:.3f} MB; received {down / asked / 1e6:.3f} MB" if asked else ""
