@@ -26,9 +26,7 @@ def write(run: Run, task: Task, round: int, folder: Path) -> None:
     lines = [line for line in run.metrics() if line["round"] <= round]
     line = next((line for line in lines if line["round"] == round), {})  # a killed run may not have written it
     name, method = run.path.resolve().name, STRATEGIES[config.strategy]
-    kind, auto = (
-        ("text-classification", "SequenceClassification") if task.num_labels else ("text-generation", "CausalLM")
-    )
+    kind, auto = ("text-generation", "CausalLM") if task.language else ("text-classification", "SequenceClassification")
     from_hub = task.name.startswith("glue/") and not config.data_dir
     result = EvalResult(
         task_type=kind,
@@ -56,13 +54,13 @@ def write(run: Run, task: Task, round: int, folder: Path) -> None:
         if config.model == "embedded"
         else f"`{_shown('model', config.model)}`",
         "Method": f"{config.strategy}, {paper}",
-        "Task": f"{task.name}; columns {', '.join(task.reads)}",
+        "Task": task.name + (f"; columns {', '.join(task.reads)}" if task.columns else ""),
         "Data": _data(config, task),
         "Rows of a client": _partition(config),
         "Clients": _clients(lines),
-        "Training": f"{round} rounds of at most {config.local_steps} steps a client, batches of {config.batch_size}",
+        "Training": f"{round} rounds of {config.local_steps} steps a client, batches of {config.batch_size}",
         **_measured(line, config, task),
-        "Sent by a client in a round": _bytes(lines),
+        "Sent by a client in a round, on average": _bytes(lines),
         "Libraries": ", ".join(f"{library} {version}" for library, version in info["libraries"].items()),
     }
     settings = {key: text(_shown(key, value)) for key, value in info["config"].items()}

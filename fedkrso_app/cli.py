@@ -1,6 +1,7 @@
 """``fedkrso``: compare methods, draw runs, export a model of any round, read and verify a ledger."""
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ app = typer.Typer(
 out = Console(width=None if sys.stdout.isatty() else 120)
 err = Console(width=None if sys.stderr.isatty() else 120, stderr=True)
 _PLAIN: Any = {"markup": False, "highlight": False, "soft_wrap": True}  # for sentences and paths
+_SHOWN = 6  # entries side by side in the table of layers
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, wherever it was copied to.")]
 
 
@@ -132,8 +134,8 @@ def export(
 ) -> None:
     """Rebuild the model of a round from the base model and the ledger, and write it in the hub's format.
 
-    transformers' from_pretrained reads DIR without this package; its README.md is a model card. A method whose entries stand for themselves keeps only
-    the newest ones, so its older rounds cannot be exported.
+    transformers' from_pretrained reads DIR without this package; its README.md is a model card with the metric of that
+    round. A method whose entries stand for themselves keeps only the newest ones: its older rounds cannot be exported.
     """
     with explained():
         opened, ledger = _open(run)
@@ -167,17 +169,26 @@ def ledger(
     verify: Annotated[
         bool, typer.Option("--verify", help="Replay all and compare with the digest in result.json.")
     ] = False,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help=f"Replay, and show how far the last {_SHOWN} entries moved each layer."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
 ) -> None:
     """Show what every round did: who took part, what was sent, and how far the model moved.
 
     The norms are those of each kind of array: of what an entry adds, or of the change where an entry holds absolute
-    values. --verify rebuilds the final model from the base model and the ledger; exit code 1 if it is another one.
+    values. --layers gives the Frobenius norm of what an entry moved each target layer's weight (in LoRA methods the
+    product of its factors) and the head; with --json of every entry but the first. --verify rebuilds the final model
+    from the base model and the ledger; exit code 1 if it is another one.
     """
     with explained():
         opened, entries = _open(run)
         described = list(_described(opened, entries))
         facts: dict[str, Any] = {"run": str(run), "status": opened.status, "entries": described}
+        if layers:
+            moved = _moved(opened, entries)
+            facts["entries"] = described = [e | {"layers": moved.get(e["version"], {})} for e in described]
         if verify:
             from fedkrso_app import model
 
@@ -191,6 +202,8 @@ def ledger(
         print(json.dumps(facts, indent=2))
     else:
         out.print(_entries_table(facts))
+        if layers:
+            out.print(_layers_table(described))
     if verify:
         said = "leads to the model in" if facts["verified"] else f"leads to another model ({facts['digest']}) than"
         (out if facts["verified"] and not as_json else err).print(f"The ledger {said} result.json.", **_PLAIN)
@@ -209,6 +222,16 @@ def _open(folder: Path) -> "tuple[Run, Ledger]":
 
 def _replay(run: "Run", entries: Ledger, to: int) -> tuple[Any, Any]:
     """The loaded model, and its plain state at version ``to``."""
+    from fedkrso_app.strategies import STRATEGIES
+
+    versions = range(to + 1) if STRATEGIES[run.config.strategy].incremental else [to]
+    loaded, steps = _steps(run, entries, versions)
+    *_, (_, method) = steps
+    return loaded, method.plain_state()
+
+
+def _steps(run: "Run", entries: Ledger, versions: Sequence[int]) -> tuple[Any, Iterator[tuple[int, Any]]]:
+    """The loaded model, and each of ``versions`` with the method that has brought the model there."""
     from fedkrso_app import data, model
     from fedkrso_app.replica import NeedSync, Replica
     from fedkrso_app.strategies import STRATEGIES
@@ -221,12 +244,32 @@ def _replay(run: "Run", entries: Ledger, to: int) -> tuple[Any, Any]:
     strategy = STRATEGIES[config.strategy]
     method = strategy.local(loaded.module, loaded.targets, loaded.head, config)
     replica = Replica(method, entries, strategy.incremental)
-    try:
-        for version in track(range(to + 1) if strategy.incremental else [to], "Replaying", console=err, transient=True):
-            replica.advance(version)
-    except NeedSync as error:
-        raise LedgerError(str(error)) from None
-    return loaded, method.plain_state()
+
+    def steps() -> Iterator[tuple[int, Any]]:
+        try:
+            for version in track(versions, "Replaying", console=err, transient=True):
+                replica.advance(version)
+                yield version, method
+        except NeedSync as error:
+            raise LedgerError(str(error)) from None
+
+    return loaded, steps()
+
+
+def _moved(run: "Run", entries: Ledger) -> dict[int, dict[str, float]]:
+    """Of every entry whose predecessor is there: target layer, or ``head`` -> Frobenius norm of what it moved."""
+    loaded, steps = _steps(run, entries, entries.versions())
+    parts = {name: [f"{name}.weight"] for name in loaded.targets} | ({"head": list(loaded.head)} if loaded.head else {})
+    moved: dict[int, dict[str, float]] = {}
+    last, before = -1, dict[str, Any]()
+    for version, method in steps:
+        state = method.plain_state()
+        now = {key: state[key].clone() for keys in parts.values() for key in keys}  # the state moves on in place
+        if before and last == version - 1:
+            squares = {key: float((now[key].double() - before[key].double()).square().sum()) for key in now}
+            moved[version] = {name: math.sqrt(sum(squares[key] for key in keys)) for name, keys in parts.items()}
+        last, before = version, now
+    return moved
 
 
 def _described(run: "Run", entries: Ledger) -> Iterator[dict[str, Any]]:
@@ -270,6 +313,16 @@ def _entries_table(facts: Mapping[str, Any]) -> Table:
         norms = ", ".join(f"{name} {norm:.4g}" for name, norm in e["norms"].items())
         sizes = [f"{e[key] / 1e6:.3f}" for key in ("disk_bytes", "uplink_bytes", "downlink_bytes")]
         table.add_row(str(e["version"]), str(e["round"]), who, arrays, *sizes, norms or "–")
+    return table
+
+
+def _layers_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    shown = [entry for entry in entries if entry["layers"]][-_SHOWN:]
+    table = Table("layer", title="How far each entry moved each layer: Frobenius norms")
+    for entry in shown:
+        table.add_column(f"version {entry['version']}", justify="right")
+    for name in shown[-1]["layers"] if shown else ():
+        table.add_row(name, *(f"{entry['layers'][name]:.4g}" for entry in shown))
     return table
 
 

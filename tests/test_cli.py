@@ -6,12 +6,15 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import digest, play, replayed, replica
 from safetensors.numpy import load_file, save_file
-from test_apps import digest, play, replayed
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from fedkrso_app import cli, model
+from fedkrso_app.core import lora
+from fedkrso_app.core.projection import projection
+from fedkrso_app.core.subspace import matrix
 from fedkrso_app.ledger import Ledger
 from fedkrso_app.run import Run
 
@@ -93,6 +96,73 @@ def test_the_ledger_tells_what_every_round_did(run):
         assert entry["disk_bytes"] == (run.ledger / f"{entry['version']:06d}.safetensors").stat().st_size
     table = call("ledger", run.path)
     assert table.exit_code == 0 and "completed" in table.stdout
+
+
+def moved(run, *options) -> dict[int, dict[str, float]]:
+    entries = json.loads(call("ledger", run.path, "--layers", "--json", *options).stdout)["entries"]
+    return {entry["version"]: entry["layers"] for entry in entries}
+
+
+def test_the_way_of_each_layer_equals_the_gram_matrices_of_seeds_and_accumulators(run):
+    """‖Σ_k B_k P_k‖² = Σ_kj tr(B_kᵀ B_j · P_j P_kᵀ), from the entry alone: no weight and no product of m × n."""
+    shapes = {name: matrix(layer).shape for name, layer in replica(run).targets.items()}
+    r, told = run.config.fedkrso.rank, moved(run)
+    assert list(told) == [0, 1, 2, 3] and told[0] == {}
+    for version in (1, 2, 3):
+        arrays, start = Ledger(run.ledger).read(version).arrays, 0
+        for name, (m, n) in shapes.items():
+            B = [row[start : start + m * r].reshape(m, r).astype(np.float64) for row in arrays["accumulators"]]
+            P = [projection(int(seed), name, r, n, "gaussian").astype(np.float64) for seed in arrays["seeds"]]
+            K = range(len(B))
+            squared = sum(np.trace((B[k].T @ B[j]) @ (P[j] @ P[k].T)) for k in K for j in K)
+            assert told[version][name] == pytest.approx(np.sqrt(squared), rel=1e-4)
+            start += m * r
+        change = arrays["head"].astype(np.float64) - Ledger(run.ledger).read(version - 1).arrays["head"]
+        assert told[version]["head"] == pytest.approx(np.linalg.norm(change), rel=1e-6)
+        assert set(told[version]) == {*shapes, "head"}
+
+
+@pytest.mark.parametrize("strategy", ["fedit", "ffa-lora", "fedsrd", "fedsrd-e"])
+def test_the_way_of_each_layer_is_that_of_the_product_of_the_factors(run_config, strategy):
+    run = play(run_config | {"strategy": strategy}, nodes=2)
+    products = {}
+    for version in (2, 3):
+        pairs = {name: lora.factors(layer) for name, layer in replica(run, version).layers.items()}
+        scale = run.config.lora.alpha / run.config.lora.rank
+        products[version] = {name: scale * B.detach().double() @ A.detach().double() for name, (A, B) in pairs.items()}
+    told = moved(run)[3]
+    for name, product in products[3].items():
+        assert told[name] == pytest.approx(float((product - products[2][name]).norm()), rel=1e-4)
+
+
+def test_the_way_of_each_layer_in_full_fine_tuning_is_that_of_its_parameters(run_config):
+    run = play(run_config | {"strategy": "fedfft"}, nodes=2)
+    before, after = (Ledger(run.ledger).read(version).arrays["parameters"].astype(np.float64) for version in (2, 3))
+    told, start, heads = moved(run)[3], 0, []
+    method = replica(run)
+    for name, parameter in sorted(method.module.named_parameters()):
+        change = np.linalg.norm((after - before)[start : start + parameter.numel()])
+        if name.removesuffix(".weight") in method.targets:
+            assert told[name.removesuffix(".weight")] == pytest.approx(change, rel=1e-6)
+        if name in method.head:
+            heads.append(change)
+        start += parameter.numel()
+    assert told["head"] == pytest.approx(np.linalg.norm(heads), rel=1e-6)
+
+
+def test_the_table_of_layers_has_a_row_for_each_and_reads_as_the_json(run):
+    told = moved(run)
+    table = call("ledger", run.path, "--layers", "--verify")
+    assert table.exit_code == 0
+    rows = {cells[1].strip(): cells[2:5] for line in table.stdout.splitlines() if len(cells := line.split("│")) == 6}
+    for name in told[3]:
+        assert [cell.strip() for cell in rows[name]] == [f"{told[version][name]:.4g}" for version in (1, 2, 3)]
+
+
+def test_layers_name_an_entry_that_is_missing(run):
+    (run.ledger / "000002.safetensors").unlink()
+    answer = call("ledger", run.path, "--layers")
+    assert answer.exit_code == 2 and "entry 2 is missing" in answer.stderr
 
 
 def test_verify_holds_on_a_copied_folder_and_writes_nothing(run, tmp_path):
