@@ -56,9 +56,9 @@ def write(run: Run, task: Task, round: int, folder: Path) -> None:
         "Method": f"{config.strategy}, {paper}",
         "Task": task.name + (f"; columns {', '.join(task.reads)}" if task.columns else ""),
         "Data": _data(config, task),
-        "Rows of a client": _partition(config),
+        "Partition": _partition(config),
         "Clients": _clients(lines),
-        "Training": f"{round} rounds of {config.local_steps} steps a client, batches of {config.batch_size}",
+        "Rounds": f"{round}, each of {config.local_steps} steps a client in batches of {config.batch_size}",
         **_measured(line, config, task),
         "Sent by a client in a round, on average": _bytes(lines),
         "Libraries": ", ".join(f"{library} {version}" for library, version in info["libraries"].items()),
@@ -116,7 +116,7 @@ def _data(config: Config, task: Task) -> str:
 def _partition(config: Config) -> str:
     column = f" by column {config.partition_column}" if config.partition_column else ""
     scheme = {"dirichlet": f"dirichlet, α = {config.dirichlet_alpha:g}"}.get(config.partition, config.partition)
-    return f"{scheme}{column if config.partition != 'iid' else ''}, unless it had files of its own"
+    return scheme + (column if config.partition != "iid" else "")
 
 
 def _clients(lines: list[dict[str, Any]]) -> str:
