@@ -141,8 +141,8 @@ class Replica:
             try:
                 self._advance(to)  # another process may have put weights in the place of the entries just now
             except LedgerError as error:
-                # If it is damaged it must go, so that it can be sent again.
-                self.entries.discard(self.version + 1 if self.incremental else to)
+                if self.store:  # a node's entry that is damaged must go, so that it can be sent again; a run's never
+                    self.entries.discard(self.version + 1 if self.incremental else to)
                 raise NeedSync(str(error)) from None
         if self.store:
             self._tidy(to, fresh)

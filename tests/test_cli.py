@@ -83,6 +83,15 @@ def test_export_needs_all_entries_where_one_builds_on_another(run, tmp_path):
     assert result.exit_code == 2 and "these rounds: 0, 1." in result.stderr
 
 
+def test_a_damaged_entry_is_named_and_its_file_stays(run, tmp_path):
+    file = run.ledger / "000002.safetensors"
+    damaged = file.read_bytes()[:-1] + b"?"
+    file.write_bytes(damaged)
+    result = call("export", run.path, "--round", 3, tmp_path / "three")
+    assert result.exit_code == 2 and "entry 2 is damaged" in result.stderr
+    assert file.read_bytes() == damaged
+
+
 def test_the_ledger_tells_what_every_round_did(run):
     shown = json.loads(call("ledger", run.path, "--json").stdout)["entries"]
     assert [entry["version"] for entry in shown] == [entry["round"] for entry in shown] == [0, 1, 2, 3]
