@@ -1,0 +1,349 @@
+"""What a run will cost before it starts: trained numbers, bytes and a client's memory, from shapes alone.
+
+The model is built from its config.json on torch's meta device, where a tensor has a shape and no memory. Each method
+then trains there for two steps by its own code, and the storages that it makes are counted. Bytes follow from the
+schemas of the wire and from what the sampling of clients and seeds leads to on average.
+"""
+
+import math
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fedkrso_app import data, model, wire
+from fedkrso_app.config import Config, parse
+from fedkrso_app.core.projection import stream
+from fedkrso_app.core.rso import RSO
+from fedkrso_app.core.subspace import SubspaceLinear
+from fedkrso_app.ledger import Entry, Ledger
+from fedkrso_app.replica import Replica
+from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies.base import FedTune, LocalMethod, Shapes, no_figures
+from fedkrso_app.wire import Schema
+
+SETTINGS = ("keep", "recompute", "checkpoint")  # of activation-memory
+
+
+def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -> dict[str, Any]:
+    """The facts that ``fedkrso plan`` prints, one row per method: numbers, bytes, and memory by ``activation-memory``.
+
+    ``settings`` is a flat run config, ``clients`` the size of the federation. Raises ConfigError where the settings are
+    wrong, or where the task's number of labels cannot be known.
+    """
+    rows = [_row(parse({**settings, "strategy": name}), clients) for name in strategies]
+    config = parse({**settings, "strategy": strategies[0]})
+    return {
+        "model": config.model,
+        "task": config.task,
+        "clients": clients,
+        "sampled": sampled(config, clients),
+        "rounds": config.num_server_rounds,
+        "rows": rows,
+    }
+
+
+def _row(config: Config, clients: int) -> dict[str, Any]:
+    task = data.resolve(config, look=bool(config.data_dir))
+    loaded = model.outline(config.model, task.num_labels)
+    shapes = Shapes.of(loaded.module, loaded.targets, loaded.head)
+    strategy_class = STRATEGIES[config.strategy]
+    strategy_class.check_rank(config, shapes)
+    with _server(config, shapes) as strategy:
+        costs = traffic(strategy, clients)
+        instructions = ConfigRecord(strategy.instructions(1))
+    with torch.device("meta"):
+        method = strategy_class.local(loaded.module, loaded.targets, loaded.head, config)
+        inputs = batch(loaded, task, config)
+    memories: dict[str, Any] = {}
+    row = {"strategy": config.strategy, "parameters": shapes.parameters}
+    for setting in SETTINGS:
+        memory = client_memory(method, inputs, instructions, setting)
+        # Two steps draw one seed; every other one that a client draws leaves an accumulator beside it.
+        more = round(4 * shapes.outputs(config.fedkrso.rank) * (costs["drawn"] - 1)) if "drawn" in costs else 0
+        memory.optimizer += more
+        memory.total += more
+        memories[setting] = {name: value for name, value in vars(memory).items() if name not in ("trained", "steps")}
+        row |= {"trained": memory.trained, "share": memory.trained / shapes.parameters}
+    return {**row, "moved": sum(tensor.numel() for tensor in method.trained()), **costs, "memory": memories}
+
+
+# --- bytes ---
+
+
+@contextmanager
+def _server(config: Config, shapes: Shapes) -> Iterator[FedTune]:
+    """The method's server half, with a ledger of empty entries 0 to 2 for a while."""
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder))
+        strategy_class = STRATEGIES[config.strategy]
+        small = _small(_entry(strategy_class, config, shapes))
+        for version in range(3):
+            ledger.append(Entry(version, small if version else {}, no_figures()))
+        yield strategy_class(config, shapes, ledger, "", "0" * 16)
+
+
+def _entry(strategy_class: type[FedTune], config: Config, shapes: Shapes) -> Schema:
+    """What an entry really holds: FedSRD's has a head unless that is sparsified too, as the replies have."""
+    entry = strategy_class.entry_schema(config, shapes)
+    if "head" in strategy_class.reply_schema(config, shapes).arrays:
+        return entry
+    return replace(entry, arrays={name: form for name, form in entry.arrays.items() if name != "head"})
+
+
+def sampled(config: Config, clients: int) -> int:
+    """How many of ``clients`` are asked in a round."""
+    return max(1, int(config.fraction_train * clients + 0.5))
+
+
+def distinct_seeds(pool: int, draws: int) -> float:
+    """Expected number of different seeds among ``draws`` from ``pool`` with replacement: K (1 − (1 − 1/K)^draws)."""
+    return pool * (1 - (1 - 1 / pool) ** draws)
+
+
+def entries_heard(share: float, rounds: int) -> float:
+    """Expected number of entries 1, 2, … that one client is sent in a run, when each round asks a ``share`` of them.
+
+    Round t brings a client up to entry t − 1. So it is sent entry v unless no round after round v asks it.
+    """
+    return sum(1 - (1 - share) ** left for left in range(1, rounds))
+
+
+def traffic(strategy: FedTune, clients: int) -> dict[str, float]:
+    """Bytes ``up`` and ``down`` of one asked client and round, in the mean over a run, and those of the whole ``run``.
+
+    Headers are in, as are the entries that a client has missed while others were asked; the join and
+    ``evaluate = "clients"`` are not. Of FedKRSO: the expected numbers of seeds ``drawn`` by a client, and ``used`` by
+    at least one. FedSRD's uplink is that of max-sparsity.
+    """
+    config, shapes, rounds = strategy.config, strategy.shapes, strategy.config.num_server_rounds
+    asked = sampled(config, clients)
+    share = asked / clients
+    reply, entry = strategy.reply_schema(config, shapes), _entry(type(strategy), config, shapes)
+    costs: dict[str, float] = {}
+    if "s" in reply.limits:
+        intervals = -(-config.local_steps // config.fedkrso.interval)
+        costs["drawn"] = distinct_seeds(config.fedkrso.num_seeds, intervals)
+        costs["used"] = distinct_seeds(config.fedkrso.num_seeds, intervals * asked)
+    up = {"s": costs.get("drawn", 0), "v": _survivors(config, shapes)}
+    factor = (shapes.outputs(config.lora.rank) + shapes.inputs(config.lora.rank)) / 2  # B and A take turns
+    moved = factor + (shapes.head if config.fedsrd.sparsify_head else 0)
+    down = {"s": costs.get("used", 0), "v": moved * (1 - config.fedsrd.download_sparsity)}
+
+    small = _small(reply)
+    figures = MetricRecord({"num-examples": 1, "train-loss": 0.5, "train-seconds": 1.0, "peak-bytes": 1})
+    content = {"status": ConfigRecord({"version": 1}), "update": wire.pack(small), "metrics": figures}
+    costs["up"] = nbytes(reply, up) + wire.measured_bytes(RecordDict(content)) - _nbytes(small)  # type: ignore[arg-type]
+
+    small = _small(entry)
+    instructions = {"round": 1, **strategy.instructions(1)}
+    one, two = (wire.measured_bytes(strategy.message_content(since, "train", instructions)) for since in (1, 0))
+    one -= _nbytes(small)
+    whole, head = nbytes(entry, down), nbytes(replace(entry, arrays=_head(entry.arrays)), down)
+    costs["down"] = one + whole
+    if strategy.incremental:  # entry 0 has no more than a head, and of several entries only the newest has one
+        two -= 2 * _nbytes(small) - _nbytes(_head(small))
+        updates, messages = entries_heard(share, rounds), share * rounds
+        records = entries_heard(share, rounds + 1)  # entry 0 too
+        costs["down"] = one + head + (updates * (whole - head) + (records - messages) * (two - one)) / messages
+    return {**costs, "run": rounds * asked * (costs["up"] + costs["down"])}
+
+
+def nbytes(schema: Schema, lengths: Mapping[str, float]) -> float:
+    """Bytes of the arrays of ``schema`` as they travel, without headers, where letter x has length ``lengths[x]``."""
+
+    def length(n: int | str) -> float:
+        letter, _, parts = str(n).partition("/")
+        value = n if isinstance(n, int) else lengths[letter]
+        return math.ceil(value / int(parts)) if parts else value
+
+    arrays = schema.encoded().arrays.values()
+    return sum(np.dtype(dtype).itemsize * math.prod(length(n) for n in shape) for dtype, shape in arrays)
+
+
+def _survivors(config: Config, shapes: Shapes) -> int:
+    """Values that FedSRD's pruning leaves of an update at max-sparsity: those at or above the quantile of each matrix.
+    Real updates come to max-sparsity: their scores are further from even than it takes."""
+    r, rho = config.lora.rank, config.fedsrd.max_sparsity
+    sizes = [side * r for shape in shapes.targets.values() for side in shape]
+    sizes += [shapes.head] if config.fedsrd.sparsify_head and shapes.head else []
+    return sum(size - math.ceil(rho * (size - 1)) for size in sizes)
+
+
+def _small(schema: Schema) -> dict[str, np.ndarray]:
+    """Arrays as ``schema`` has them, as small as can be without two being the same, which would be sent once."""
+    arrays = schema.encoded().arrays.items()
+    return {
+        name: np.zeros((1,) * (len(shape) - 1) + (i + 1,), dtype) for i, (name, (dtype, shape)) in enumerate(arrays)
+    }
+
+
+def _head(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arrays.items() if name.split(".")[0] == "head"}
+
+
+def _nbytes(arrays: Mapping[str, np.ndarray]) -> int:
+    return sum(value.nbytes for value in arrays.values())
+
+
+# --- memory ---
+
+
+class _Enough(Exception):
+    """What was to be counted has been counted."""
+
+
+@dataclass
+class Memory:
+    """Bytes of training on a client, each storage once."""
+
+    weights: int = 0  # parameters, those that the method adds included
+    activations: int = 0  # still there after the forward pass
+    peak: int = 0  # most at any moment of forward and backward, gradients and passing results included
+    gradients: int = 0
+    optimizer: int = 0  # moments; FedKRSO's projections and accumulators too
+    aside: int = 0  # W^t, kept to give the model back unchanged
+    total: int = 0  # most of all of these at any moment
+    trained: int = 0  # how many numbers get a gradient
+    steps: int = 0
+
+
+def client_memory(method: LocalMethod, inputs: Mapping[str, Tensor], instructions: ConfigRecord, setting: str) -> Memory:
+    """The memory of ``method`` in its second step on ``inputs``, with ``activation-memory = setting``."""
+    config = method.config
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        while memory.steps < 2:
+            yield dict(inputs)
+        raise _Enough
+
+    method.config = replace(config, activation_memory=setting, local_steps=max(3, config.local_steps))
+    replica = Replica(method, Ledger(Path()), incremental=False)  # to lend a model takes no entries
+    try:
+        with measured(method.module) as memory, suppress(_Enough), replica.lend():
+            method.train(batches(), instructions, stream(config.seed, "plan"))
+    finally:
+        method.config = config
+    memory.aside = total(method.trained())
+    return memory
+
+
+@contextmanager
+def measured(module: nn.Module) -> Iterator[Memory]:
+    """Count what is done with ``module`` inside: forward passes, backward passes and the steps of any optimizers.
+
+    ``total`` is known on leaving; the other figures are those of the first step.
+    """
+    memory, storage = Memory(), Storage()
+    before, start = total(module.parameters()), 0
+    stepped: dict[int, int] = {}
+
+    def forward(module: nn.Module, args: Any) -> None:
+        nonlocal start
+        if not memory.weights:
+            # W of a target is no parameter of the module while a SubspaceLinear stands in its place.
+            inside = (part.W for part in module.modules() if isinstance(part, SubspaceLinear))
+            memory.weights = total([*module.parameters(), *inside])
+            memory.total, storage.peak, start = storage.peak, storage.live, storage.live
+
+    def backward(gradient: Tensor) -> None:  # by now nothing but the graph holds what the forward pass made
+        memory.activations = memory.activations or storage.live - start
+
+    def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        memory.peak = memory.peak or storage.peak - start
+        if id(optimizer) not in stepped:
+            memory.gradients += total(p.grad for p in _parameters(optimizer) if p.grad is not None)
+            memory.trained += sum(p.numel() for p in _parameters(optimizer))
+
+    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        stepped[id(optimizer)] = stepped.get(id(optimizer), 0) + 1
+        memory.steps = max(stepped.values())
+        if memory.steps == 1:
+            memory.optimizer += total(_state(optimizer))
+
+    with ExitStack() as stack:
+        for handle in (
+            module.register_forward_pre_hook(forward),
+            module.register_forward_hook(lambda module, args, output: output.loss.register_hook(backward) and None),
+            register_optimizer_step_pre_hook(before_step),
+            register_optimizer_step_post_hook(after_step),
+        ):
+            stack.callback(handle.remove)
+        stack.enter_context(storage)
+        yield memory
+    memory.total = before + max(memory.total, storage.peak)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    if isinstance(optimizer, RSO):
+        return [optimizer.M, optimizer.V, *optimizer.accumulators.values(), *(x.P for x in optimizer.layers.values())]
+    return [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+
+
+def batch(loaded: model.LoadedModel, task: data.Task, config: Config) -> dict[str, Tensor]:
+    """A batch of full length on the default device. Without a mask: transformers looks into it, and a mask of ones is
+    dropped."""
+    settings: Any = loaded.module.config
+    positions = getattr(settings.get_text_config(), "max_position_embeddings", config.max_length)
+    longest = getattr(loaded.tokenizer, "model_max_length", positions)
+    rows, tokens = config.batch_size, min(config.max_length, longest)
+    inputs = {"input_ids": torch.zeros(rows, tokens, dtype=torch.long)}
+    if "token_type_ids" in getattr(loaded.tokenizer, "model_input_names", ()):
+        inputs["token_type_ids"] = torch.zeros(rows, tokens, dtype=torch.long)
+    if task.language:
+        return inputs | {"labels": torch.zeros(rows, tokens, dtype=torch.long)}
+    return inputs | {"labels": torch.zeros(rows, dtype=torch.float32 if task.regression else torch.long)}
+
+
+class Storage(TorchDispatchMode):
+    """Bytes of the tensors made inside: ``live`` now and at the ``peak``. Works on the meta device too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        given = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and _key(tensor) not in given | self._known:
+                storage, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
+                self._known.add(_key(tensor))
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._freed, _key(tensor), size)
+        return made
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def distinct(tensors: Iterable[Tensor]) -> dict[int, Any]:
+    """The storages of ``tensors``, each once."""
+    return {_key(tensor): tensor.untyped_storage() for tensor in tensors}
+
+
+def total(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of ``tensors``, each once."""
+    return sum(storage.nbytes() for storage in distinct(tensors).values())
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
