@@ -131,7 +131,7 @@ def _parts(
 def _explained(name: str) -> Iterator[None]:
     """Quietly, with torch's random state left alone; what goes wrong becomes a ConfigError."""
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             yield
     except (OSError, ValueError, ImportError) as error:  # the last: a tokenizer that needs a library of its own
         reason = str(error).strip().splitlines()[0]
@@ -173,7 +173,7 @@ def state_digest(state: Mapping[str, Tensor], without: set[str] | frozenset[str]
 
 def export(loaded: LoadedModel, state: Mapping[str, Tensor], folder: Path) -> None:
     """Write a plain hub-format model with the weights ``state`` and its tokenizer to ``folder``."""
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         architecture: Any = type(loaded.module)
         plain = architecture(loaded.module.config)
         plain.load_state_dict({name: value.cpu() for name, value in state.items()})
@@ -202,8 +202,8 @@ def _source(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' notes on newly initialised weights, which are expected here."""
+def quiet() -> Iterator[None]:
+    """Without transformers' notes, as on newly initialised weights, which are expected here."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     bars = transformers_logging.is_progress_bar_enabled()

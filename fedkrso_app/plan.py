@@ -37,12 +37,15 @@ SETTINGS = ("keep", "recompute", "checkpoint")  # of activation-memory
 
 
 def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -> dict[str, Any]:
-    """The facts that ``fedkrso plan`` prints, one row per method: numbers, bytes, and memory by ``activation-memory``.
+    """What ``fedkrso plan`` prints, one row per method: numbers, bytes, and memory by ``activation-memory``.
 
-    ``settings`` is a flat run config, ``clients`` the size of the federation. Raises ConfigError where the settings are
-    wrong, or where the task's number of labels cannot be known.
+    A setting whose memory cannot be counted stands in the row's ``refused``, with the reason. ``settings`` is a flat
+    run config, ``clients`` the size of the federation. Raises ConfigError where the settings are wrong, or where the
+    task's number of labels cannot be known.
     """
-    rows = [_row(parse({**settings, "strategy": name}), clients) for name in strategies]
+    halves: dict[type, Any] = {}  # the client's half -> its memory: two methods may share it
+    with model.quiet():
+        rows = [_row(parse({**settings, "strategy": name}), clients, halves) for name in strategies]
     config = parse({**settings, "strategy": strategies[0]})
     return {
         "model": config.model,
@@ -54,7 +57,7 @@ def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -
     }
 
 
-def _row(config: Config, clients: int) -> dict[str, Any]:
+def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any]:
     task = data.resolve(config, look=bool(config.data_dir))
     loaded = model.outline(config.model, task.num_labels)
     shapes = Shapes.of(loaded.module, loaded.targets, loaded.head)
@@ -66,17 +69,26 @@ def _row(config: Config, clients: int) -> dict[str, Any]:
     with torch.device("meta"):
         method = strategy_class.local(loaded.module, loaded.targets, loaded.head, config)
         inputs = batch(loaded, task, config)
-    memories: dict[str, Any] = {}
-    row = {"strategy": config.strategy, "parameters": shapes.parameters}
-    for setting in SETTINGS:
-        memory = client_memory(method, inputs, instructions, setting)
-        # Two steps draw one seed; every other one that a client draws leaves an accumulator beside it.
-        more = round(4 * shapes.outputs(config.fedkrso.rank) * (costs["drawn"] - 1)) if "drawn" in costs else 0
-        memory.optimizer += more
-        memory.total += more
-        memories[setting] = {name: value for name, value in vars(memory).items() if name not in ("trained", "steps")}
-        row |= {"trained": memory.trained, "share": memory.trained / shapes.parameters}
-    return {**row, "moved": sum(tensor.numel() for tensor in method.trained()), **costs, "memory": memories}
+    if strategy_class.local not in halves:
+        halves[strategy_class.local] = client_memory(method, inputs, instructions)
+    memories, refused = halves[strategy_class.local]
+    # Two steps draw one seed; every other one that a client draws leaves an accumulator beside it.
+    more = round(4 * shapes.outputs(config.fedkrso.rank) * (costs["drawn"] - 1)) if "drawn" in costs else 0
+    kinds = ("weights", "gradients", "optimizer", "aside", "activations", "peak", "total")
+    table = {
+        setting: {kind: getattr(memory, kind) + more * (kind in ("optimizer", "total")) for kind in kinds}
+        for setting, memory in memories.items()
+    }
+    trained = next((memory.trained for memory in memories.values()), None)
+    return {
+        "strategy": config.strategy,
+        "parameters": shapes.parameters,
+        "trained": trained,
+        "moved": sum(tensor.numel() for tensor in method.trained()),
+        **costs,
+        "memory": table,
+        "refused": refused,
+    }
 
 
 # --- bytes ---
@@ -214,36 +226,57 @@ class Memory:
     gradients: int = 0
     optimizer: int = 0  # moments; FedKRSO's projections and accumulators too
     aside: int = 0  # W^t, kept to give the model back unchanged
-    total: int = 0  # most of all of these at any moment
+    standing: int = 0  # all that is there when the second step begins
+    stepping: int = 0  # most at any moment of that step's optimizers
     trained: int = 0  # how many numbers get a gradient
     steps: int = 0
 
+    @property
+    def total(self) -> int:
+        """Most of all together at any moment."""
+        return max(self.standing + self.peak, self.stepping)
 
-def client_memory(method: LocalMethod, inputs: Mapping[str, Tensor], instructions: ConfigRecord, setting: str) -> Memory:
-    """The memory of ``method`` in its second step on ``inputs``, with ``activation-memory = setting``."""
+
+def client_memory(
+    method: LocalMethod, inputs: Mapping[str, Tensor], instructions: ConfigRecord
+) -> tuple[dict[str, Memory], dict[str, str]]:
+    """The memory of ``method`` training on ``inputs``, by setting of ``activation-memory``; and why there is none."""
     config = method.config
+    memories: dict[str, Memory] = {}
+    refused: dict[str, str] = {}
+    replica = Replica(method, Ledger(Path()), incremental=False)  # to lend a model takes no entries
 
     def batches() -> Iterator[dict[str, Tensor]]:
         while memory.steps < 2:
             yield dict(inputs)
         raise _Enough
 
-    method.config = replace(config, activation_memory=setting, local_steps=max(3, config.local_steps))
-    replica = Replica(method, Ledger(Path()), incremental=False)  # to lend a model takes no entries
-    try:
-        with measured(method.module) as memory, suppress(_Enough), replica.lend():
-            method.train(batches(), instructions, stream(config.seed, "plan"))
-    finally:
-        method.config = config
-    memory.aside = total(method.trained())
-    return memory
+    def stop(*_: Any) -> None:
+        if memories:  # the optimizers hold the same whatever is kept for backward
+            raise _Enough
+
+    for setting in SETTINGS:
+        method.config = replace(config, activation_memory=setting, local_steps=max(3, config.local_steps))
+        try:
+            with measured(method.module) as memory, suppress(_Enough), replica.lend():
+                handle = register_optimizer_step_pre_hook(stop)  # after the one that counts
+                method.train(batches(), instructions, stream(config.seed, "plan"))
+        except RuntimeError as error:  # NotImplementedError is one too
+            refused[setting] = ": ".join([*getattr(error, "__notes__", []), str(error).splitlines()[0]])
+            continue
+        finally:
+            handle.remove()
+            method.config = config
+        first = next(iter(memories.values()), replace(memory, aside=total(method.trained())))
+        memories[setting] = replace(first, activations=memory.activations, peak=memory.peak)
+    return memories, refused
 
 
 @contextmanager
 def measured(module: nn.Module) -> Iterator[Memory]:
-    """Count what is done with ``module`` inside: forward passes, backward passes and the steps of any optimizers.
+    """Count what is done with ``module`` inside: forward and backward passes, and one or two steps of any optimizers.
 
-    ``total`` is known on leaving; the other figures are those of the first step.
+    The figures are those of the first step, but ``standing`` and ``stepping``.
     """
     memory, storage = Memory(), Storage()
     before, start = total(module.parameters()), 0
@@ -255,7 +288,9 @@ def measured(module: nn.Module) -> Iterator[Memory]:
             # W of a target is no parameter of the module while a SubspaceLinear stands in its place.
             inside = (part.W for part in module.modules() if isinstance(part, SubspaceLinear))
             memory.weights = total([*module.parameters(), *inside])
-            memory.total, storage.peak, start = storage.peak, storage.live, storage.live
+            storage.peak = start = storage.live
+        if memory.steps == 1 and not memory.standing:
+            memory.standing = before + storage.live
 
     def backward(gradient: Tensor) -> None:  # by now nothing but the graph holds what the forward pass made
         memory.activations = memory.activations or storage.live - start
@@ -265,12 +300,15 @@ def measured(module: nn.Module) -> Iterator[Memory]:
         if id(optimizer) not in stepped:
             memory.gradients += total(p.grad for p in _parameters(optimizer) if p.grad is not None)
             memory.trained += sum(p.numel() for p in _parameters(optimizer))
+        storage.peak = storage.live
 
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         stepped[id(optimizer)] = stepped.get(id(optimizer), 0) + 1
         memory.steps = max(stepped.values())
         if memory.steps == 1:
             memory.optimizer += total(_state(optimizer))
+        else:
+            memory.stepping = max(memory.stepping, before + storage.peak)
 
     with ExitStack() as stack:
         for handle in (
@@ -282,7 +320,6 @@ def measured(module: nn.Module) -> Iterator[Memory]:
             stack.callback(handle.remove)
         stack.enter_context(storage)
         yield memory
-    memory.total = before + max(memory.total, storage.peak)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -296,22 +333,24 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def batch(loaded: model.LoadedModel, task: data.Task, config: Config) -> dict[str, Tensor]:
-    """A batch of full length on the default device. Without a mask: transformers looks into it, and a mask of ones is
-    dropped."""
+    """A batch of full length on the default device."""
     settings: Any = loaded.module.config
     positions = getattr(settings.get_text_config(), "max_position_embeddings", config.max_length)
     longest = getattr(loaded.tokenizer, "model_max_length", positions)
     rows, tokens = config.batch_size, min(config.max_length, longest)
-    inputs = {"input_ids": torch.zeros(rows, tokens, dtype=torch.long)}
-    if "token_type_ids" in getattr(loaded.tokenizer, "model_input_names", ()):
-        inputs["token_type_ids"] = torch.zeros(rows, tokens, dtype=torch.long)
+    names = {"input_ids", "attention_mask", *getattr(loaded.tokenizer, "model_input_names", ())}
+    inputs = {name: torch.ones(rows, tokens, dtype=torch.long) for name in names}
     if task.language:
         return inputs | {"labels": torch.zeros(rows, tokens, dtype=torch.long)}
     return inputs | {"labels": torch.zeros(rows, dtype=torch.float32 if task.regression else torch.long)}
 
 
 class Storage(TorchDispatchMode):
-    """Bytes of the tensors made inside: ``live`` now and at the ``peak``. Works on the meta device too."""
+    """Bytes of the tensors made inside: ``live`` now and at the ``peak``. Works on the meta device too.
+
+    There a model that looks into its masks (are they all ones? which labels are given?) is told that all holds. Other
+    operations that want values raise a RuntimeError, with a note that names them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,7 +358,11 @@ class Storage(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = operation(*args, **(kwargs or {}))
+        try:
+            made = self._made(operation, args, kwargs or {})
+        except RuntimeError as error:
+            error.add_note(str(operation))
+            raise
         given = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and _key(tensor) not in given | self._known:
@@ -329,6 +372,14 @@ class Storage(TorchDispatchMode):
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(storage, self._freed, _key(tensor), size)
         return made
+
+    def _made(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(args[0] if args else None, Tensor) and args[0].is_meta and args[0].dtype == torch.bool:
+            if operation is torch.ops.aten._local_scalar_dense.default:
+                return True
+            if operation is torch.ops.aten.nonzero.default:
+                return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
+        return operation(*args, **kwargs)
 
     def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
