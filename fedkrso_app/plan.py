@@ -8,7 +8,7 @@ schemas of the wire and from what the sampling of clients and seeds leads to on 
 import math
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,22 +96,11 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
 
 @contextmanager
 def _server(config: Config, shapes: Shapes) -> Iterator[FedTune]:
-    """The method's server half, with a ledger of empty entries 0 to 2 for a while."""
+    """The method's server half, with an empty ledger entry 0 for a while."""
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder))
-        strategy_class = STRATEGIES[config.strategy]
-        small = _small(_entry(strategy_class, config, shapes))
-        for version in range(3):
-            ledger.append(Entry(version, small if version else {}, no_figures()))
-        yield strategy_class(config, shapes, ledger, "", "0" * 16)
-
-
-def _entry(strategy_class: type[FedTune], config: Config, shapes: Shapes) -> Schema:
-    """What an entry really holds: FedSRD's has a head unless that is sparsified too, as the replies have."""
-    entry = strategy_class.entry_schema(config, shapes)
-    if "head" in strategy_class.reply_schema(config, shapes).arrays:
-        return entry
-    return replace(entry, arrays={name: form for name, form in entry.arrays.items() if name != "head"})
+        ledger.append(Entry(0, {}, no_figures()))
+        yield STRATEGIES[config.strategy](config, shapes, ledger, "", "0" * 16)
 
 
 def sampled(config: Config, clients: int) -> int:
@@ -135,53 +124,69 @@ def entries_heard(share: float, rounds: int) -> float:
 def traffic(strategy: FedTune, clients: int) -> dict[str, float]:
     """Bytes ``up`` and ``down`` of one asked client and round, in the mean over a run, and those of the whole ``run``.
 
-    Headers are in, as are the entries that a client has missed while others were asked; the join and
-    ``evaluate = "clients"`` are not. Of FedKRSO: the expected numbers of seeds ``drawn`` by a client, and ``used`` by
+    Headers are in, as are the entries that a client has missed while others were asked (so many that the weights would
+    be smaller are overrated); the join and ``evaluate = "clients"`` are not. Of FedKRSO: the expected numbers of seeds ``drawn`` by a client, and ``used`` by
     at least one. FedSRD's uplink is that of max-sparsity.
     """
     config, shapes, rounds = strategy.config, strategy.shapes, strategy.config.num_server_rounds
     asked = sampled(config, clients)
     share = asked / clients
-    reply, entry = strategy.reply_schema(config, shapes), _entry(type(strategy), config, shapes)
+    reply, entry = strategy.reply_schema(config, shapes), strategy.entry_schema(config, shapes)
+    if "head" not in reply.arrays:  # FedSRD's, where it is sparse: then the entries have none either
+        entry = _only(entry, lambda name: name != "head")
     costs: dict[str, float] = {}
     if "s" in reply.limits:
         intervals = -(-config.local_steps // config.fedkrso.interval)
         costs["drawn"] = distinct_seeds(config.fedkrso.num_seeds, intervals)
         costs["used"] = distinct_seeds(config.fedkrso.num_seeds, intervals * asked)
-    up = {"s": costs.get("drawn", 0), "v": _survivors(config, shapes)}
     factor = (shapes.outputs(config.lora.rank) + shapes.inputs(config.lora.rank)) / 2  # B and A take turns
     moved = factor + (shapes.head if config.fedsrd.sparsify_head else 0)
+    up = {"s": costs.get("drawn", 0), "v": _survivors(config, shapes)}
     down = {"s": costs.get("used", 0), "v": moved * (1 - config.fedsrd.download_sparsity)}
 
-    small = _small(reply)
     figures = MetricRecord({"num-examples": 1, "train-loss": 0.5, "train-seconds": 1.0, "peak-bytes": 1})
-    content = {"status": ConfigRecord({"version": 1}), "update": wire.pack(small), "metrics": figures}
-    costs["up"] = nbytes(reply, up) + wire.measured_bytes(RecordDict(content)) - _nbytes(small)  # type: ignore[arg-type]
+    answer = RecordDict({"status": ConfigRecord({"version": 1}), "metrics": figures})
+    costs["up"] = wire.measured_bytes(answer) + record_bytes(reply, up)
 
-    small = _small(entry)
-    instructions = {"round": 1, **strategy.instructions(1)}
-    one, two = (wire.measured_bytes(strategy.message_content(since, "train", instructions)) for since in (1, 0))
-    one -= _nbytes(small)
-    whole, head = nbytes(entry, down), nbytes(replace(entry, arrays=_head(entry.arrays)), down)
-    costs["down"] = one + whole
-    if strategy.incremental:  # entry 0 has no more than a head, and of several entries only the newest has one
-        two -= 2 * _nbytes(small) - _nbytes(_head(small))
-        updates, messages = entries_heard(share, rounds), share * rounds
-        records = entries_heard(share, rounds + 1)  # entry 0 too
-        costs["down"] = one + head + (updates * (whole - head) + (records - messages) * (two - one)) / messages
+    question = wire.measured_bytes(strategy.message_content(0, "train", {"round": 1, **strategy.instructions(1)}))
+    newest = record_bytes(entry, down)
+    costs["down"] = question + newest
+    if strategy.incremental:
+        # Of several entries only the newest has a head. Entry 0 moves nothing; FedSRD's has no more than a head.
+        headless = _only(entry, lambda name: name != "head")
+        first = _only(strategy.entry_schema(config, shapes), lambda name: name == "head" or "s" in reply.limits)
+        updates, latest = entries_heard(share, rounds), share * (rounds - 1)
+        late = (1 - share) * (1 - (1 - share) ** (rounds - 1))  # first asked after round 1
+        entries = share * record_bytes(first, {"s": 0}) + latest * newest
+        entries += (updates - latest) * record_bytes(headless, down)
+        entries += late * record_bytes(_only(first, lambda name: name != "head"), {"s": 0})
+        costs["down"] = question + entries / (share * rounds)
     return {**costs, "run": rounds * asked * (costs["up"] + costs["down"])}
 
 
-def nbytes(schema: Schema, lengths: Mapping[str, float]) -> float:
-    """Bytes of the arrays of ``schema`` as they travel, without headers, where letter x has length ``lengths[x]``."""
+def record_bytes(schema: Schema, lengths: Mapping[str, float]) -> float:
+    """Bytes that the arrays of ``schema`` add to a message, headers included, where letter x has length ``lengths[x]``.
+
+    The headers are measured on arrays that are as small as can be without two being the same, which would go once.
+    """
 
     def length(n: int | str) -> float:
         letter, _, parts = str(n).partition("/")
         value = n if isinstance(n, int) else lengths[letter]
         return math.ceil(value / int(parts)) if parts else value
 
-    arrays = schema.encoded().arrays.values()
-    return sum(np.dtype(dtype).itemsize * math.prod(length(n) for n in shape) for dtype, shape in arrays)
+    arrays = schema.encoded().arrays
+    small = {
+        name: np.zeros((1,) * (len(shape) - 1) + (i + 1,), dtype)
+        for i, (name, (dtype, shape)) in enumerate(arrays.items())
+    }
+    headers = wire.measured_bytes(RecordDict({"entry-1": wire.pack(small)})) - wire.measured_bytes(RecordDict())
+    headers -= sum(value.nbytes for value in small.values())
+    return headers + sum(np.dtype(dtype).itemsize * math.prod(map(length, shape)) for dtype, shape in arrays.values())
+
+
+def _only(schema: Schema, wanted: Callable[[str], bool]) -> Schema:
+    return replace(schema, arrays={name: form for name, form in schema.arrays.items() if wanted(name)})
 
 
 def _survivors(config: Config, shapes: Shapes) -> int:
@@ -191,22 +196,6 @@ def _survivors(config: Config, shapes: Shapes) -> int:
     sizes = [side * r for shape in shapes.targets.values() for side in shape]
     sizes += [shapes.head] if config.fedsrd.sparsify_head and shapes.head else []
     return sum(size - math.ceil(rho * (size - 1)) for size in sizes)
-
-
-def _small(schema: Schema) -> dict[str, np.ndarray]:
-    """Arrays as ``schema`` has them, as small as can be without two being the same, which would be sent once."""
-    arrays = schema.encoded().arrays.items()
-    return {
-        name: np.zeros((1,) * (len(shape) - 1) + (i + 1,), dtype) for i, (name, (dtype, shape)) in enumerate(arrays)
-    }
-
-
-def _head(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arrays.items() if name.split(".")[0] == "head"}
-
-
-def _nbytes(arrays: Mapping[str, np.ndarray]) -> int:
-    return sum(value.nbytes for value in arrays.values())
 
 
 # --- memory ---

@@ -103,13 +103,16 @@ def test_the_bytes_planned_are_those_of_a_run(strategy, dtype, run_config):
     assert costs["run"] == pytest.approx(up + down, rel=0.01)
 
 
-def test_the_bytes_planned_hold_the_entries_that_a_client_missed(run_config):
-    settings = run_config | CERTAIN | {"fraction-train": 0.5, "num-server-rounds": 8, "local-steps": 1}
-    settings |= {"fedkrso.interval": 1, "fedkrso.rank": 8}
-    down = sum(line["downlink_bytes"] for line in play(settings, nodes=4).metrics())
-    every, half = (predicted(settings | {"fraction-train": share}, 4)["down"] for share in (1.0, 0.5))
-    assert 8 * 2 * half == pytest.approx(down, rel=0.1)  # who is asked is drawn
-    assert half > 1.3 * every
+def test_the_bytes_planned_hold_the_entries_that_a_client_missed(run_config, monkeypatch):
+    settings = run_config | CERTAIN | {"fraction-train": 0.5, "num-server-rounds": 6, "local-steps": 1}
+    settings |= {"fedkrso.interval": 1}
+    lines = play(settings, nodes=4).metrics()
+    last = [max((line["round"] for line in lines if node in line["partitions"]), default=0) for node in range(4)]
+    heard = sum(max(0, round - 1) for round in last) / 4  # who is asked is drawn: take what was
+    monkeypatch.setattr(plan, "entries_heard", lambda share, rounds: heard)
+    down = sum(line["downlink_bytes"] for line in lines)
+    assert 6 * 2 * predicted(settings, 4)["down"] == pytest.approx(down, rel=0.01)
+    assert sum(line.get("catchup_bytes", 0) for line in lines) > 0.1 * down
 
 
 def test_expected_seeds_and_entries_are_the_means_of_draws():
@@ -126,7 +129,7 @@ def test_expected_seeds_and_entries_are_the_means_of_draws():
 def test_an_outline_has_the_shapes_of_the_model_and_needs_its_config_alone(model_folder, tmp_path):
     shutil.copy(model_folder / "config.json", tmp_path)
     loaded, outline = model.load(str(model_folder), 3, 0), model.outline(str(tmp_path), 3)
-    assert outline.tokenizer is None and all(parameter.is_meta for parameter in outline.module.parameters())
+    assert all(parameter.is_meta for parameter in outline.module.parameters())
     assert Shapes.of(outline.module, outline.targets, outline.head) == Shapes.of(
         loaded.module, loaded.targets, loaded.head
     )
