@@ -58,7 +58,7 @@ def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -
 
 
 def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any]:
-    task = data.resolve(config, look=bool(config.data_dir))
+    task = data.resolve(config, look=bool(config.data_dir or config.dataset))
     loaded = model.outline(config.model, task.num_labels)
     shapes = Shapes.of(loaded.module, loaded.targets, loaded.head)
     strategy_class = STRATEGIES[config.strategy]
@@ -125,8 +125,8 @@ def traffic(strategy: FedTune, clients: int) -> dict[str, float]:
     """Bytes ``up`` and ``down`` of one asked client and round, in the mean over a run, and those of the whole ``run``.
 
     Headers are in, as are the entries that a client has missed while others were asked (so many that the weights would
-    be smaller are overrated); the join and ``evaluate = "clients"`` are not. Of FedKRSO: the expected numbers of seeds ``drawn`` by a client, and ``used`` by
-    at least one. FedSRD's uplink is that of max-sparsity.
+    be smaller are overrated); the join and ``evaluate = "clients"`` are not. Of FedKRSO: the expected numbers of seeds
+    ``drawn`` by a client, and ``used`` by at least one. FedSRD's uplink is that of max-sparsity.
     """
     config, shapes, rounds = strategy.config, strategy.shapes, strategy.config.num_server_rounds
     asked = sampled(config, clients)
