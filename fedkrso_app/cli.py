@@ -439,7 +439,7 @@ def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
         "down the same with I × clients draws. In memory an accumulator for each seed drawn, and no more."
     )
     yield "batch-size: kept for backward, in proportion; max-length: the same, and its square for attention."
-    yield "wire-dtype: bytes alone. fraction-train, num-server-rounds: GB in all."
+    yield "wire-dtype: bytes alone. num-server-rounds: GB in all; fraction-train: these, and what a client missed."
 
 
 def _sweep_table(choices: Sequence[Mapping[str, Any]], last: int, holdout: float) -> Table:

@@ -5,6 +5,7 @@ then trains there for two steps by its own code, and the storages that it makes 
 schemas of the wire and from what the sampling of clients and seeds leads to on average.
 """
 
+import logging
 import math
 import tempfile
 import weakref
@@ -244,7 +245,9 @@ def client_memory(
         if memories:  # the optimizers hold the same whatever is kept for backward
             raise _Enough
 
+    disabled = logging.root.manager.disable
     for setting in SETTINGS:
+        logging.disable(logging.INFO)  # a large model's step is slow here too, and its progress is no training's
         method.config = replace(config, activation_memory=setting, local_steps=max(3, config.local_steps))
         try:
             with measured(method.module) as memory, suppress(_Enough), replica.lend():
@@ -256,6 +259,7 @@ def client_memory(
         finally:
             handle.remove()
             method.config = config
+            logging.disable(disabled)
         first = next(iter(memories.values()), replace(memory, aside=total(method.trained())))
         memories[setting] = replace(first, activations=memory.activations, peak=memory.peak)
     return memories, refused
@@ -337,8 +341,8 @@ def batch(loaded: model.LoadedModel, task: data.Task, config: Config) -> dict[st
 class Storage(TorchDispatchMode):
     """Bytes of the tensors made inside: ``live`` now and at the ``peak``. Works on the meta device too.
 
-    There a model that looks into its masks (are they all ones? which labels are given?) is told that all holds. Other
-    operations that want values raise a RuntimeError, with a note that names them.
+    There a model that looks into its masks (are they all ones? which labels are given?) is told that all holds, and who
+    reports a loss that it is 1. Other operations that want values raise a RuntimeError, with a note that names them.
     """
 
     def __init__(self) -> None:
@@ -363,10 +367,14 @@ class Storage(TorchDispatchMode):
         return made
 
     def _made(self, operation: Any, args: Any, kwargs: Any) -> Any:
-        if isinstance(args[0] if args else None, Tensor) and args[0].is_meta and args[0].dtype == torch.bool:
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            dtype = args[0].dtype
             if operation is torch.ops.aten._local_scalar_dense.default:
-                return True
-            if operation is torch.ops.aten.nonzero.default:
+                if dtype == torch.bool:
+                    return True
+                if dtype.is_floating_point:
+                    return 1.0
+            if operation is torch.ops.aten.nonzero.default and dtype == torch.bool:
                 return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
         return operation(*args, **kwargs)
 

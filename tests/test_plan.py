@@ -92,10 +92,10 @@ CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one,
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("more", [{}, {"wire-dtype": "int8"}, {"wire-dtype": "int4"}, {"fedsrd.sparsify-head": True}])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_bytes_planned_are_those_of_a_run(strategy, dtype, run_config):
-    settings = run_config | CERTAIN | {"strategy": strategy, "wire-dtype": dtype}
+def test_the_bytes_planned_are_those_of_a_run(strategy, more, run_config):
+    settings = run_config | CERTAIN | {"strategy": strategy} | more
     rounds = [line for line in play(settings, nodes=2).metrics() if line["round"]]
     costs = predicted(settings, 2)
     up, down = (sum(line[key] for line in rounds) for key in ("uplink_bytes", "downlink_bytes"))
@@ -166,6 +166,12 @@ def test_a_language_model_needs_no_data_and_a_classifier_its_labels(model_folder
     assert facts["rows"][0]["memory"]["checkpoint"]["peak"] > logits
     with pytest.raises(ConfigError, match="labels must be set"):
         plan.plan(settings(None, tiny(model_folder, "task=text-classification")[1::2]), ["fedit"], 2)
+
+
+def test_a_step_so_slow_that_training_reports_it_is_counted_in_silence(config, model_folder, monkeypatch, caplog):
+    quick = figures(config, model_folder, "meta")
+    monkeypatch.setattr("fedkrso_app.train._PROGRESS_SECONDS", -1.0)
+    assert figures(config, model_folder, "meta") == quick and not caplog.text
 
 
 def test_what_a_model_cannot_do_is_said_beside_what_it_can(tmp_path):
