@@ -130,7 +130,8 @@ def plan(
         print(json.dumps(facts, indent=2))
         return
     out.print(_costs_table(facts))
-    out.print(_memory_table(facts))
+    if any(row["memory"] for row in facts["rows"]):
+        out.print(_memory_table(facts))
     for line in _plan_notes(facts):
         out.print(f"- {line}", **_PLAIN)
 

@@ -234,6 +234,9 @@ def client_memory(
     config = method.config
     memories: dict[str, Memory] = {}
     refused: dict[str, str] = {}
+    if not config.on_device:
+        reason = "torch knows no autocast on its meta device; plan with compute-dtype='float32'."
+        return {}, dict.fromkeys(SETTINGS, f"compute-dtype = {config.compute_dtype!r}: {reason}")
     replica = Replica(method, Ledger(Path()), incremental=False)  # to lend a model takes no entries
 
     def batches() -> Iterator[dict[str, Tensor]]:
@@ -250,14 +253,13 @@ def client_memory(
         logging.disable(logging.INFO)  # a large model's step is slow here too, and its progress is no training's
         method.config = replace(config, activation_memory=setting, local_steps=max(3, config.local_steps))
         try:
-            with measured(method.module) as memory, suppress(_Enough), replica.lend():
-                handle = register_optimizer_step_pre_hook(stop)  # after the one that counts
+            with measured(method.module) as memory, suppress(_Enough), ExitStack() as stack, replica.lend():
+                stack.callback(register_optimizer_step_pre_hook(stop).remove)  # after the one that counts
                 method.train(batches(), instructions, stream(config.seed, "plan"))
         except RuntimeError as error:  # NotImplementedError is one too
             refused[setting] = ": ".join([*getattr(error, "__notes__", []), str(error).splitlines()[0]])
             continue
         finally:
-            handle.remove()
             method.config = config
             logging.disable(disabled)
         first = next(iter(memories.values()), replace(memory, aside=total(method.trained())))

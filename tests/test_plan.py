@@ -174,6 +174,19 @@ def test_a_step_so_slow_that_training_reports_it_is_counted_in_silence(config, m
     assert figures(config, model_folder, "meta") == quick and not caplog.text
 
 
+def test_accumulated_batches_keep_one_batch_for_backward(run_config, model_folder):
+    one, four = (figures(parse(run_config | {"gradient-accumulation": n}), model_folder, "meta") for n in (1, 4))
+    for setting in plan.SETTINGS:
+        assert four[setting].activations == pytest.approx(one[setting].activations, rel=1e-3)
+        assert one[setting].total <= four[setting].total <= 1.1 * one[setting].total
+
+
+def test_what_cannot_be_counted_leaves_the_bytes(model_folder):
+    answer = call(*tiny(model_folder, "compute-dtype=bfloat16"), "--strategies", "fedit", "--json")
+    (row,) = json.loads(answer.stdout)["rows"]
+    assert row["memory"] == {} and row["up"] > 0 and "compute-dtype='float32'" in row["refused"]["keep"]
+
+
 def test_what_a_model_cannot_do_is_said_beside_what_it_can(tmp_path):
     sizes = {"embedding_size": 8, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
     AlbertConfig(vocab_size=45, **sizes).save_pretrained(tmp_path)
