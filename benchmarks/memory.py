@@ -11,13 +11,13 @@ weights, gradients, optimizer; "copy" is W^t as kept aside to give the model bac
 """
 
 import argparse
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.models import PEERS, Peer, Storage, batch, classifier, show
+from benchmarks.models import PEERS, Peer, batch, classifier, show
+from fedkrso_app import plan
 from fedkrso_app.train import activation_memory
 
 SETTINGS = ("keep", "recompute", "checkpoint")
@@ -38,46 +38,31 @@ def rows(size: str, rows: int, tokens: int) -> list[dict[str, Any]]:
 
 def measure(peer: Peer, inputs: dict[str, Tensor]) -> dict[str, float]:
     """MiB of one step of ``peer``."""
-    # W of a target is no parameter of the module while a SubspaceLinear stands in its place.
-    weights = [*peer.module.parameters(), *(part.W for part in peer.module.modules() if hasattr(part, "W"))]
-    bytes = {"weights": total(weights)}
-    own = set(distinct(weights))
-    kept: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.update(distinct([tensor]))
-        return tensor
-
-    with Storage() as storage, activation_memory(peer.module, peer.memory):
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = peer.module(**inputs).loss
-        bytes["hooks"] = sum(held.nbytes() for key, held in kept.items() if key not in own)
-        kept.clear()
-        bytes["activations"] = storage.live
-        loss.backward()
-        bytes["peak"] = storage.peak
-    bytes["gradients"] = total(p.grad for p in peer.trained() if p.grad is not None)
-    for optimizer in peer.optimizers:
-        optimizer.step()
-    state = [value for optimizer in peer.optimizers for entry in optimizer.state.values() for value in entry.values()]
+    hooks = kept_by_autograd(peer, inputs)
+    with plan.measured(peer.module) as memory:
+        peer.step(inputs)
     changed = peer.trained()
     if peer.rso:
-        state += [peer.rso.M, peer.rso.V, *peer.rso.accumulators.values()]
         layers = peer.rso.layers.values()
-        state += [layer.P for layer in layers]
         changed = [layer.W for layer in layers] + changed[len(layers) :]  # B stays zero: it only carries a gradient
-    bytes["optimizer"] = total(state)
-    bytes["copy"] = total(changed)
+    bytes = {"weights": memory.weights, "hooks": hooks, "activations": memory.activations, "peak": memory.peak}
+    bytes |= {"gradients": memory.gradients, "optimizer": memory.optimizer, "copy": plan.total(changed)}
     return {name: value / MIB for name, value in bytes.items()}
 
 
-def distinct(tensors: Iterable[Tensor]) -> dict[int, Any]:
-    """The storages of ``tensors``, each once."""
-    return {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+def kept_by_autograd(peer: Peer, inputs: dict[str, Tensor]) -> int:
+    """Bytes that the hooks of a forward pass see."""
+    kept: dict[int, Any] = {}
 
+    def keep(tensor: Tensor) -> Tensor:
+        kept.update(plan.distinct([tensor]))
+        return tensor
 
-def total(tensors: Iterable[Tensor]) -> int:
-    return sum(storage.nbytes() for storage in distinct(tensors).values())
+    with activation_memory(peer.module, peer.memory), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+        peer.module(**inputs)
+    weights = [*peer.module.parameters(), *(part.W for part in peer.module.modules() if hasattr(part, "W"))]
+    own = plan.distinct(weights)
+    return sum(held.nbytes() for key, held in kept.items() if key not in own)
 
 
 def main() -> None:

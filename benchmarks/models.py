@@ -12,7 +12,6 @@ All of them train the head with AdamW as well.
 import json
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from fedkrso_app.core import lora
@@ -116,35 +113,6 @@ def medians(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, f
             if repeat:
                 times[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-class Storage(TorchDispatchMode):
-    """Bytes of the tensors made inside: ``live`` now and at the ``peak``. Works on the meta device too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = operation(*args, **(kwargs or {}))
-        given = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and _key(tensor) not in given | self._known:
-                storage, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
-                self._known.add(_key(tensor))
-                self.live += size
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._freed, _key(tensor), size)
-        return made
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:

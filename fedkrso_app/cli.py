@@ -1,4 +1,4 @@
-"""``fedkrso``: compare methods, draw runs, export a model of any round, read and verify a ledger."""
+"""``fedkrso``: plan a run, compare methods, draw runs, export a model of any round, read and verify a ledger."""
 
 import json
 import math
@@ -104,6 +104,36 @@ def compare(
     if failures:
         err.print(f"{len(failures)} failed: " + "; ".join(f"{name}: {why}" for name, why in failures.items()), **_PLAIN)
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    strategies: Annotated[str, typer.Option(help="Methods, separated by commas; default: all.")] = "",
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file with run settings.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One run setting.")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients of the federation.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes instead of MB and MiB.")] = False,
+) -> None:
+    """Say what a run would cost before it starts: trained numbers, bytes both ways, and a client's memory.
+
+    Needs the model's config.json and no weights (embedded is pretrained if it was not yet), computes nothing and takes
+    no memory to speak of. The memory is that of two steps by each method's own code on a batch of full length.
+    """
+    with explained():
+        from fedkrso_app import compare as c
+        from fedkrso_app import plan as p
+
+        settings = c.settings(config, set_ or [])
+        with err.status("Counting"):
+            facts = p.plan(settings, _names(strategies) or list(c.STRATEGIES), clients)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    out.print(_costs_table(facts))
+    if any(row["memory"] for row in facts["rows"]):
+        out.print(_memory_table(facts))
+    for line in _plan_notes(facts):
+        out.print(f"- {line}", **_PLAIN)
 
 
 @app.command()
@@ -345,6 +375,72 @@ def _results_table(facts: Mapping[str, Any]) -> Table:
         cells[2] = cells[2] if row["client_peak_mb"] is None else f"{row['client_peak_mb']:.0f}"
         table.add_row(*first, plus_minus(row["metric"], row["metric_sd"]), *cells)
     return table
+
+
+def _costs_table(facts: Mapping[str, Any]) -> Table:
+    parameters = facts["rows"][0]["parameters"]
+    table = Table(title=f"{facts['model']} on {facts['task']}: {parameters:,} parameters", box=box.SIMPLE_HEAD)
+    table.caption = (
+        f"MB: 10^6 bytes, of one client and round; GB: of {facts['rounds']} rounds × {facts['sampled']} clients"
+    )
+    for head in ("method", "trained", "of all", "moved", "MB up", "MB down", "GB in all"):
+        table.add_column(head, justify="left" if head == "method" else "right")
+    for row in facts["rows"]:
+        trained, share = "–", "–"
+        if row["trained"] is not None:
+            trained, share = f"{row['trained']:,}", f"{row['trained'] / row['parameters']:.2%}"
+        figures = [f"{row['up'] / 1e6:.3f}", f"{row['down'] / 1e6:.3f}", f"{row['run'] / 1e9:.3f}"]
+        table.add_row(row["strategy"], trained, share, f"{row['moved']:,}", *figures)
+    return table
+
+
+def _memory_table(facts: Mapping[str, Any]) -> Table:
+    table = Table(
+        title="A client's memory while it trains, MiB (2^20 bytes), by activation-memory", box=box.SIMPLE_HEAD
+    )
+    kinds = {
+        "weights": "weights",
+        "gradients": "gradients",
+        "optimizer": "optimizer",
+        "aside": "W^t aside",
+        "activations": "kept for backward",
+        "peak": "peak of a pass",
+        "total": "total",
+    }
+    for head in ("method", "setting", *kinds.values()):
+        table.add_column(head, justify="left" if head in ("method", "setting") else "right")
+    for row in facts["rows"]:
+        for setting, memory in row["memory"].items():
+            table.add_row(row["strategy"], setting, *(f"{memory[kind] / 2**20:,.1f}" for kind in kinds))
+    return table
+
+
+def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What the figures mean and what moves them; each follows from a formula or from the count itself."""
+    yield "trained: numbers with a gradient and moments; moved: weights that change, FedKRSO's along a few directions."
+    for row in facts["rows"]:
+        if "drawn" in row:
+            yield (
+                f"{row['strategy']}: expected figures: a client draws {row['drawn']:.1f} different seeds a round "
+                f"(sent up), {facts['sampled']} clients use {row['used']:.1f} (sent down)."
+            )
+        for setting, reason in row["refused"].items():
+            yield f"{row['strategy']}: memory with {setting!r} is not counted: {reason}"
+    yield (
+        "MB down: the mean over the run: no update in round 1, and of methods that send updates those that a client "
+        "missed while others were asked. FedSRD's MB up are those of fedsrd.max-sparsity."
+    )
+    yield (
+        "peak of a pass: forward and backward, gradients included; total: most at any moment. Attention is counted as "
+        "written out: fused kernels keep less. On top: libraries, the allocator's reserve, packing the reply."
+    )
+    yield "fedkrso.rank: bytes both ways, gradients and optimizer in proportion, but for the head; lora.rank too."
+    yield (
+        "fedkrso.num-seeds K, fedkrso.interval J: I = local-steps / J draws a client, so K(1 - (1 - 1/K)^I) seeds up; "
+        "down the same with I × clients draws. In memory an accumulator for each seed drawn, and no more."
+    )
+    yield "batch-size: kept for backward, in proportion; max-length: the same, and its square for attention."
+    yield "wire-dtype: bytes alone. num-server-rounds: GB in all; fraction-train: these, and what a client missed."
 
 
 def _sweep_table(choices: Sequence[Mapping[str, Any]], last: int, holdout: float) -> Table:

@@ -60,6 +60,7 @@ class Config:
     model: str
     task: str
     data_dir: str
+    dataset: str
     text_columns: str
     label_column: str
     labels: str
@@ -196,6 +197,10 @@ def _check(c: Config) -> None:
     choice("partition", c.partition, ["iid", "dirichlet", "natural"])
     if c.partition == "natural" and not c.partition_column:
         raise ConfigError("partition = 'natural' needs partition-column, the column whose values are the clients.")
+    if c.data_dir and c.dataset:
+        raise ConfigError(
+            f"data-dir = {c.data_dir!r} and dataset = {c.dataset!r} are both set; leave one of them empty."
+        )
     choice("bad-rows", c.bad_rows, ["stop", "skip"])
     choice("weighting", c.weighting, ["uniform", "examples"])
     choice("aggregation", c.aggregation, ["mean", "median", "trimmed-mean"])

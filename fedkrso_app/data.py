@@ -32,28 +32,32 @@ _HELD = 0.1  # share of the training rows that stands in for a validation file
 
 @lru_cache(maxsize=8)
 def resolve(config: Config, look: bool = True) -> Task:
-    """The task of ``config`` with its columns and labels, read off the files where the config leaves them open.
+    """The task of ``config`` with its columns and labels, read off the data where the config leaves them open.
 
-    The labels are those of the training and validation files that this process sees, unless ``labels`` names them. A
-    process that has no files does not ``look``; its task has no columns. Raises :class:`ConfigError` where something
-    cannot be known.
+    The labels are those that a hub dataset declares, else those of the training and validation rows that this process
+    sees, unless ``labels`` names them. A process that has no data does not ``look``; its task has no columns. Raises
+    :class:`ConfigError` where something cannot be known.
     """
     found = declared(config)
     if not found.own:
         return found
     if not look:
         if found.num_labels > 1 and not found.classes:
-            raise ConfigError(f"labels must be set, for instance labels='neg,pos': {found.name} has no files here.")
+            raise ConfigError(f"labels must be set, for instance labels='neg,pos': {found.name} has no data here.")
         return found
     tables = {}
     for split in ("train", "validation"):
-        here = _files(found, config.data_dir, split, needed=split == "train")
-        if here:
-            tables[", ".join(map(str, here))] = _table(files.read(here, found.skip))
+        if split == "train" or _has_validation(found, config.data_dir):
+            source, rows, _ = _read(found, config.data_dir, split)
+            tables[source] = _table(rows)
     source, train = next(iter(tables.items()))
     found = with_columns(found, {field.name: str(field.type) for field in train.schema}, source)
     if found.language or found.regression or found.classes:
         return found
+    declares = {} if config.data_dir or not config.dataset else _hub(config.dataset)["train"].features
+    if isinstance(declares.get(found.label), datasets.ClassLabel):
+        classes = tuple(declares[found.label].names)
+        return replace(found, classes=classes, num_labels=len(classes))
     names: set[str] = set()
     for source, table in tables.items():
         if found.label in table.column_names:  # load() says so if it is not
@@ -69,17 +73,19 @@ def load(task: Task, data_dir: str, split: str, holdout: float = 0.0) -> dataset
     """The ``split`` ("train" or "validation") of ``task``: the columns that it reads, checked, labels as ids.
 
     ``embedded/*`` comes with the package; ``glue/*`` from files in ``data_dir`` (``<task>/<split>*`` or
-    ``<split>*``, as parquet, csv, jsonl or json), or from the hub if that is empty; any other task from files only.
+    ``<split>*``, as parquet, csv, jsonl or json), or from the hub if that is empty; any other task likewise, from the
+    hub dataset that it names, whose split "test" stands in where it has no "validation".
     With ``holdout`` above 0 that share of the training rows stands in for the validation split (to choose settings
-    without looking at the rows that are reported on), and "train" is the rest. Before that, where the user's own files
-    hold no validation split, a tenth of the training rows becomes one. Raises :class:`ConfigError` where the data is
+    without looking at the rows that are reported on), and "train" is the rest. Before that, where the user's own data
+    holds no validation split, a tenth of the training rows becomes one. Raises :class:`ConfigError` where the data is
     missing, empty or not what the task needs.
     """
     if holdout:
         return _part(load(task, data_dir, "train"), holdout, split)
-    if task.own and not _files(task, data_dir, "validation", needed=False):
+    if task.own and not _has_validation(task, data_dir):
         if split == "validation":
-            logger.info("%s has no validation file: %.0f %% of the training rows stand in.", data_dir, 100 * _HELD)
+            lacks = f"{data_dir} has no validation file" if data_dir else f"{task.dataset} has no split for validation"
+            logger.info("%s: %.0f %% of the training rows stand in.", lacks, 100 * _HELD)
         return _part(_whole(task, data_dir, "train"), _HELD, split)
     return _whole(task, data_dir, split)
 
@@ -103,8 +109,8 @@ def _whole(task: Task, data_dir: str, split: str) -> datasets.Dataset:
 
         return _checked(load_task(name)[split], task, task.name)
     if data_dir or task.own:
-        here = _files(task, data_dir, split)
-        return _checked(files.read(here, task.skip), task, ", ".join(map(str, here)), here)
+        source, rows, here = _read(task, data_dir, split)
+        return _checked(rows, task, source, here)
     try:
         loaded = datasets.load_dataset("nyu-mll/glue", name, split=split)
     except Exception as error:  # the hub, HTTP and datasets libraries each raise errors of their own
@@ -113,9 +119,56 @@ def _whole(task: Task, data_dir: str, split: str) -> datasets.Dataset:
     return _checked(loaded, task, f"nyu-mll/glue, {name}, on the hub")
 
 
+def _read(task: Task, data_dir: str, split: str) -> tuple[str, datasets.Dataset, list[Path]]:
+    """What the rows of a split come from, in words; the rows; and their files, if it is files."""
+    if data_dir or not task.dataset:
+        here = _files(task, data_dir, split)
+        return ", ".join(map(str, here)), files.read(here, task.skip), here
+    splits = _hub(task.dataset)
+    if split not in splits:
+        if split == "train" or "test" not in splits:
+            listed = ", ".join(splits)
+            raise ConfigError(
+                f"dataset = {task.dataset!r} has no split {split!r}, only {listed}; take another dataset."
+            )
+        split = "test"
+        files.warn(f"{task.dataset} has no split 'validation': 'test' stands in.")
+    return f"{task.dataset} ({split})", _named(splits[split]), []
+
+
+def _has_validation(task: Task, data_dir: str) -> bool:
+    """Whether the user's own data has rows for evaluation."""
+    if data_dir or not task.dataset:
+        return bool(_files(task, data_dir, "validation", needed=False))
+    return bool({"validation", "test"} & set(_hub(task.dataset)))
+
+
+@lru_cache(maxsize=2)
+def _hub(dataset: str) -> datasets.DatasetDict:
+    """All splits of a hub dataset, ``name`` or ``name:configuration``."""
+    name, _, configuration = dataset.partition(":")
+    try:
+        return datasets.load_dataset(name, configuration or None)  # type: ignore[return-value]
+    except Exception as error:  # the hub, HTTP and datasets libraries each raise errors of their own
+        reason = " ".join(str(error).split())
+        mend = "check the name, 'name:configuration' where it has several, and the network; or put files into data-dir"
+        raise ConfigError(f"dataset = {dataset!r} could not be loaded ({reason}); {mend}.") from error
+
+
+def _named(rows: datasets.Dataset) -> datasets.Dataset:
+    """``rows`` with the names of classes in the place of their ids; -1 is how a dataset says that there is none."""
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            ids = _table(rows)[column]
+            names = pa.array(feature.names).take(pc.if_else(pc.less(ids, 0), None, ids).combine_chunks())
+            rows = rows.remove_columns(column).add_column(column, names)  # type: ignore[arg-type]
+    return rows
+
+
 def _files(task: Task, data_dir: str, split: str, needed: bool = True) -> list[Path]:
     if not data_dir:
-        raise ConfigError(f"task = {task.name!r} reads your own files: set data-dir to a folder with train.csv in it.")
+        mend = "set data-dir to a folder with train.csv in it, or dataset to the name of one on the hub"
+        raise ConfigError(f"task = {task.name!r} reads your own files: {mend}.")
     return files.find(resolved_path(data_dir), task.name.rpartition("/")[2], split, needed)
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,52 +49,96 @@ def load(
     lacks, since its output layer is tied to the embeddings or as large as they are. Raises :class:`ConfigError` where
     there is no such model, where it has no linear layer to train, or where it is no language model.
     """
-    source = _source(name)
-    architecture: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
-    facts: dict[str, Any] = {"num_labels": num_labels} if num_labels else {}
-    if classes:
-        facts |= {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
-    try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            settings = AutoConfig.from_pretrained(source, **facts)
-            if num_labels == 1:
-                settings.problem_type = "regression"
-            module, info = architecture.from_pretrained(
-                source,
-                config=settings,
-                dtype=torch.float32,
-                output_loading_info=True,
-                device_map=None if weights else "meta",
-            )
-            tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, ImportError) as error:  # the last: a tokenizer that needs a library of its own
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model = {name!r} could not be loaded ({reason}); give 'embedded', the folder of a model in the hub's "
-            "format, or a hub name while the hub can be reached."
-        ) from None
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # decoders often have none; padding is masked
-    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
-    if positions and tokenizer.model_max_length > 10**9:  # it does not say how much the model can read
-        tokenizer.model_max_length = positions
-    if settings.get_text_config().pad_token_id is None:
-        settings.pad_token_id = module.config.pad_token_id = tokenizer.pad_token_id
+    source, architecture = _source(name), _architecture(num_labels)
+    with _explained(name):
+        torch.manual_seed(seed)
+        module, info = architecture.from_pretrained(
+            source,
+            config=_settings(source, num_labels, classes),
+            dtype=torch.float32,
+            output_loading_info=True,
+            device_map=None if weights else "meta",
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    _settle(module, tokenizer)
     new = set(info["missing_keys"])
-    targets = find_targets(module)
-    if not targets:
-        raise ConfigError(f"model = {name!r} has no linear layer inside a stack of blocks: nothing to train.")
-    base = module.base_model_prefix + "."
-    parameters = dict(module.named_parameters())
-    on_top = {key for key in parameters if num_labels and not key.startswith(base)}
-    head = {key: parameters[key] for key in sorted(parameters) if key in on_top | new}
+    targets, head = _parts(name, module, num_labels, new)
     module.eval()
     if weights and not num_labels and _sees_ahead(module):
         raise ConfigError(f"model = {name!r} sees the words that it would have to predict; choose a decoder, as GPT-2.")
     if weights and on_device and torch.cuda.is_available():
         module = module.to("cuda")
     return LoadedModel(module, tokenizer, targets, head, tuple(classes), frozenset(new))
+
+
+def outline(name: str, num_labels: int) -> LoadedModel:
+    """The shapes of model ``name`` by its config.json alone, on torch's meta device.
+
+    Its tokenizer is None where there is none. What a checkpoint lacks is not known here: the head is what sits on the
+    base model. Raises :class:`ConfigError` as :func:`load` does.
+    """
+    source, tokenizer = _source(name), None
+    with _explained(name), torch.device("meta"):
+        module = _architecture(num_labels).from_config(_settings(source, num_labels), dtype=torch.float32)
+    with contextlib.suppress(OSError, ValueError, ImportError):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    _settle(module, tokenizer)
+    return LoadedModel(module, tokenizer, *_parts(name, module, num_labels), classes=(), new=frozenset())
+
+
+def _architecture(num_labels: int) -> Any:
+    return AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
+
+
+def _settings(source: str, num_labels: int, classes: Sequence[str] = ()) -> Any:
+    """The model's config.json, changed for the task."""
+    facts: dict[str, Any] = {"num_labels": num_labels} if num_labels else {}
+    if classes:
+        facts |= {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
+    settings = AutoConfig.from_pretrained(source, **facts)
+    if num_labels == 1:
+        settings.problem_type = "regression"
+    return settings
+
+
+def _settle(module: Any, tokenizer: Any) -> None:
+    """What model and tokenizer leave open: the padding token, and how much the model can read."""
+    settings = module.config.get_text_config()
+    if tokenizer is not None:
+        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token  # decoders often have none; padding is masked
+        positions = getattr(settings, "max_position_embeddings", None)
+        if positions and tokenizer.model_max_length > 10**9:  # it does not say how much the model can read
+            tokenizer.model_max_length = positions
+    if settings.pad_token_id is None:
+        module.config.pad_token_id = getattr(tokenizer, "pad_token_id", 0)
+
+
+def _parts(
+    name: str, module: Any, num_labels: int, new: Set[str] = frozenset()
+) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
+    """The target layers and the head of ``module``."""
+    targets = find_targets(module)
+    if not targets:
+        raise ConfigError(f"model = {name!r} has no linear layer inside a stack of blocks: nothing to train.")
+    base = module.base_model_prefix + "."
+    parameters = dict(module.named_parameters())
+    on_top = {key for key in parameters if num_labels and not key.startswith(base)}
+    return targets, {key: parameters[key] for key in sorted(parameters) if key in on_top | new}
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Quietly, with torch's random state left alone; what goes wrong becomes a ConfigError."""
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            yield
+    except (OSError, ValueError, ImportError) as error:  # the last: a tokenizer that needs a library of its own
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model = {name!r} could not be loaded ({reason}); give 'embedded', the folder of a model in the hub's "
+            "format, or a hub name while the hub can be reached."
+        ) from None
 
 
 @torch.no_grad()
@@ -129,7 +173,7 @@ def state_digest(state: Mapping[str, Tensor], without: set[str] | frozenset[str]
 
 def export(loaded: LoadedModel, state: Mapping[str, Tensor], folder: Path) -> None:
     """Write a plain hub-format model with the weights ``state`` and its tokenizer to ``folder``."""
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         architecture: Any = type(loaded.module)
         plain = architecture(loaded.module.config)
         plain.load_state_dict({name: value.cpu() for name, value in state.items()})
@@ -158,8 +202,8 @@ def _source(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' notes on newly initialised weights, which are expected here."""
+def quiet() -> Iterator[None]:
+    """Without transformers' notes, as on newly initialised weights, which are expected here."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -30,7 +30,7 @@ def main(grid: Grid, context: Context) -> None:
         config = parse(context.run_config)
         tracking.check(config.tracker)
         here = config.evaluate == "server"  # otherwise there need be no data and no weights on the server
-        task = data.resolve(config, look=here or bool(config.data_dir))
+        task = data.resolve(config, look=here or bool(config.data_dir or config.dataset))
         # What is wrong with data or model is found here, before any client starts.
         for split in ("train", "validation") if here else ():
             data.load(task, config.data_dir, split, config.holdout)

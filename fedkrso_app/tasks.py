@@ -1,6 +1,6 @@
 """What a task is: the columns that it reads, what its labels mean, and how it is judged.
 
-``embedded/*`` and ``glue/*`` are known here in full. A task without a slash is read from the user's own files: its
+``embedded/*`` and ``glue/*`` are known here in full. A task without a slash is read from the user's own data: its
 columns are named by the config, or guessed from names that are common, and never guessed where two would do.
 """
 
@@ -26,6 +26,7 @@ class Task:
     classes: tuple[str, ...] = ()  # the labels' names in the order of their ids; () where files hold the ids
     group: str = ""  # a column by which the rows are shared out
     skip: bool = False  # leave bad rows out
+    dataset: str = ""  # the hub dataset that is read where no folder is given
 
     @property
     def regression(self) -> bool:
@@ -38,7 +39,7 @@ class Task:
 
     @property
     def own(self) -> bool:
-        """Whether it is read from the user's own files."""
+        """Whether it is read from the user's own data, files or a hub dataset."""
         return "/" not in self.name
 
     @property
@@ -131,6 +132,7 @@ def declared(config: Config) -> Task:
 
     for key, value in (("text-columns", config.text_columns), ("label-column", config.label_column)):
         need(known.own, key, value, f"does not go with task = {known.name!r}, whose columns are known; leave it empty")
+    need(known.own, "dataset", config.dataset, f"does not go with task = {known.name!r}; leave it empty")
     need(not known.language, "label-column", config.label_column, f"does not go with {known.name}; leave it empty")
     need(by_class, "labels", config.labels, f"does not go with task = {known.name!r}; leave it empty")
     need(len(set(labels)) == len(labels) > 1, "labels", config.labels, "must be two or more different names")
@@ -153,6 +155,7 @@ def declared(config: Config) -> Task:
         num_labels=len(labels) or known.num_labels,
         group="" if config.partition == "iid" else config.partition_column,
         skip=config.bad_rows == "skip",
+        dataset=config.dataset,
     )
 
 

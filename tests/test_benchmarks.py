@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import memory, models, replica, server, step
+from fedkrso_app.plan import Storage
 
 
 def by_peer(rows):
@@ -50,7 +51,7 @@ def test_memory_counts_agree_with_the_hooks_and_fall_with_the_setting():
 
 
 def test_storage_counts_a_hand_computed_example():
-    with models.Storage() as storage:
+    with Storage() as storage:
         x = torch.zeros(100)  # 400 bytes
         y = x.view(10, 10) + 1  # another 400; the view is free
         del y

@@ -29,6 +29,7 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "card": {"config", "model", "results", "run", "strategies", "tasks"},
     "strategies": {"strategies", "core", "wire", "ledger", "train", "config"},
     "replica": {"core", "ledger", "strategies", "wire"},
+    "plan": {"config", "core", "data", "ledger", "model", "replica", "strategies", "wire"},
 }
 DOORS = {"cli", "server_app", "client_app", "compare", "report"}  # may import anything; nobody below imports them
 

@@ -21,7 +21,7 @@ from fedkrso_app.strategies import STRATEGIES
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for cached in (data.load, data.resolve, files.warn):
+    for cached in (data.load, data.resolve, data._hub, files.warn):
         cached.cache_clear()
 
 
@@ -124,6 +124,116 @@ def test_keys_that_do_not_fit_are_named(read, case):
     keys, message = KEYS[case]
     with pytest.raises(ConfigError, match=message):
         read(**({"task": "text-classification", "train": table(*TWENTY)} | keys))
+
+
+# --- a dataset of the hub: a folder stands in, which load_dataset reads as it reads a repository ---
+
+STARS = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["two", "one"])})
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """``hub(splits, task, **keys)``: a repository with these splits (rows by name), and its task, train, validation."""
+
+    def reading(splits, task="text-classification", features=None, configuration="", **keys):
+        folder = tmp_path / "repository"
+        (folder / configuration).mkdir(parents=True)
+        for split, rows in splits.items():
+            rows = datasets.Dataset.from_list(rows, features=features)
+            rows.to_parquet(folder / configuration / f"{split}.parquet")
+        if configuration:
+            card = f"---\nconfigs:\n- config_name: {configuration}\n  data_dir: {configuration}\n---\n"
+            (folder / "README.md").write_text(card + "\n")
+        name = f"{folder}:{configuration}" if configuration else str(folder)
+        keys = {key.replace("_", "-"): value for key, value in keys.items()}
+        config = parse(default_config() | {"task": task, "dataset": name} | keys)
+        found = data.resolve(config)
+        return found, *(data.load(found, config.data_dir, split) for split in ("train", "validation"))
+
+    return reading
+
+
+def rows_of(count, label=lambda i: i % 2, start=0):
+    return [{"text": f"text {i}", "label": label(i)} for i in range(start, start + count)]
+
+
+def test_a_dataset_is_read_by_the_names_of_its_classes_in_their_order(hub):
+    found, train, validation = hub({"train": rows_of(6), "validation": rows_of(2, start=6)}, features=STARS)
+    assert found.classes == ("two", "one") and found.num_labels == 2  # the alphabet would turn them round
+    assert train["label"][:] == [0, 1, 0, 1, 0, 1] and train["text"][:] == [f"text {i}" for i in range(6)]
+    assert validation["text"][:] == ["text 6", "text 7"]
+
+
+def test_the_users_order_of_labels_wins_over_the_datasets(hub):
+    found, train, _ = hub({"train": rows_of(6), "test": rows_of(2)}, features=STARS, labels="one,two")
+    assert found.classes == ("one", "two") and train["label"][:] == [1, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("configuration", ["", "small"])
+def test_a_dataset_without_declared_classes_is_read_as_files_are(hub, configuration):
+    rows = rows_of(6, lambda i: "pos" if i % 2 else "neg")
+    found, train, _ = hub({"train": rows, "validation": rows}, configuration=configuration)
+    assert found.classes == ("neg", "pos") and train["label"][:] == [0, 1] * 3
+
+
+def test_the_test_split_stands_in_for_a_missing_validation_split_and_the_log_says_so(hub, caplog):
+    _, train, validation = hub({"train": rows_of(6), "test": rows_of(2, start=6)})
+    assert len(train) == 6 and validation["text"][:] == ["text 6", "text 7"]
+    assert "no split 'validation': 'test' stands in" in caplog.text
+
+
+def test_with_neither_a_tenth_of_the_training_rows_stands_in(hub):
+    _, train, validation = hub({"train": rows_of(20)})
+    assert len(train) == 18 and len(validation) == 2
+    assert sorted([*train["text"], *validation["text"]]) == sorted(row["text"] for row in rows_of(20))
+
+
+def test_rows_that_a_dataset_keeps_the_label_of_are_named(hub):
+    with pytest.raises(ConfigError, match=r"\(test\): column 'label' has no value in 2 of 2 rows"):
+        hub({"train": rows_of(6), "test": rows_of(2, lambda i: -1)}, features=STARS)
+
+
+def test_a_language_model_reads_a_dataset_too(hub):
+    found, train, _ = hub({"train": rows_of(6), "validation": rows_of(2)}, "causal-lm")
+    assert found.columns == ("text",) and train.column_names == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"task": "causal-lm"}, "set data-dir to a folder with train.csv in it, or dataset to the name of one"),
+        ({"data-dir": "d", "dataset": "ag_news"}, "data-dir = 'd' and dataset = 'ag_news' are both set; leave one"),
+        ({"task": "glue/sst2", "dataset": "ag_news"}, "dataset = 'ag_news' does not go with task = 'glue/sst2'"),
+        ({"dataset": "/nowhere/at/all"}, r"'/nowhere/at/all' could not be loaded \(.*\); check the name"),
+    ],
+)
+def test_a_dataset_that_cannot_be_is_named_in_one_sentence(keys, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        data.resolve(parse(default_config() | {"task": "text-classification"} | keys))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_the_error_names_the_dataset_and_its_configuration(monkeypatch):
+    def offline(name, configuration):
+        assert (name, configuration) == ("nyu-mll/glue", "mrpc")
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ConfigError, match=r"'nyu-mll/glue:mrpc' could not be loaded \(no route to the hub\)"):
+        data.resolve(parse(default_config() | {"task": "text-pair", "dataset": "nyu-mll/glue:mrpc"}))
+
+
+def test_a_dataset_without_training_rows_says_what_it_has(hub):
+    with pytest.raises(ConfigError, match="has no split 'train', only test"):
+        hub({"test": rows_of(6)})
+
+
+def test_clients_share_a_dataset_out_and_the_model_bears_the_names_of_its_classes(hub, run_config, tmp_path):
+    hub({"train": rows_of(24), "validation": rows_of(4)}, features=STARS)
+    data_keys = {"task": "text-classification", "dataset": str(tmp_path / "repository"), "data-dir": ""}
+    run = play(run_config | data_keys | {"num-server-rounds": 1}, nodes=2)
+    assert run.metrics()[-1]["clients"] == 2
+    assert json.loads((run.model / "config.json").read_text())["id2label"] == {"0": "two", "1": "one"}
 
 
 # --- labels ---

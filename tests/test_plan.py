@@ -1,0 +1,195 @@
+"""What is planned is what happens: memory against the benchmark and a real step, bytes against whole runs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import default_config, play
+from flwr.app import ConfigRecord
+from transformers import AlbertConfig, RobertaConfig
+from typer.testing import CliRunner
+
+from benchmarks import memory, models
+from fedkrso_app import cli, model, plan
+from fedkrso_app.compare import settings
+from fedkrso_app.config import ConfigError, parse
+from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies.base import Shapes
+
+MIB = 2**20
+KINDS = ("weights", "gradients", "optimizer", "activations", "peak")
+SEEDS = ConfigRecord({"seeds": np.arange(3, dtype="<u8").tobytes()})
+
+
+def figures(config, folder, device):
+    """Bytes by setting of ``activation-memory`` for a RoBERTa in ``folder``, on a batch of full length."""
+    loaded = model.outline(str(folder), 2) if device == "meta" else model.load(str(folder), 2, 0)
+    with torch.device(device):
+        method = STRATEGIES[config.strategy].local(loaded.module, loaded.targets, loaded.head, config)
+        inputs = plan.batch(loaded, plan.data.task("glue/sst2"), config)
+        counted, refused = plan.client_memory(method, inputs, SEEDS)
+    assert not refused
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("strategy", "peer"), [("fedkrso", "fedkrso"), ("fedit", "lora"), ("fedsrd", "lora"), ("fedfft", "full")]
+)
+def test_the_memory_planned_is_the_benchmarks(strategy, peer, tmp_path):
+    """The benchmark builds its peers by itself; only the counting is shared."""
+    sizes = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+    RobertaConfig(**sizes, **models.SIZES["tiny"]).save_pretrained(tmp_path)
+    config = parse(default_config() | {"strategy": strategy, "batch-size": 4, "max-length": 16})
+    expected = {row["peer"]: row for row in memory.rows("tiny", rows=4, tokens=16)}
+    for setting, counted in figures(config, tmp_path, "meta").items():
+        name = peer if setting == "keep" else f"{peer}, {setting}"
+        row = expected.get(name, {})
+        assert {kind: getattr(counted, kind) / MIB for kind in row.keys() & KINDS} == pytest.approx(
+            {kind: row[kind] for kind in row.keys() & KINDS}, rel=1e-3
+        )
+        assert not row or counted.aside / MIB == pytest.approx(row["copy"])
+
+
+def test_the_memory_planned_of_roberta_base_is_that_of_the_docs(tmp_path):
+    RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1).save_pretrained(tmp_path)
+    config = parse(default_config() | {"fedkrso.interval": 50})  # one seed
+    expected = {"keep": (1227, 1281), "recompute": (433, 555), "checkpoint": (72, 224)}  # docs/performance.md
+    for setting, counted in figures(config, tmp_path, "meta").items():
+        assert (counted.activations / MIB, counted.peak / MIB) == pytest.approx(expected[setting], abs=0.7)
+        shared = (counted.weights, counted.gradients, counted.optimizer, counted.aside)
+        assert [value / MIB for value in shared] == pytest.approx([477, 3.5, 9.6, 326], rel=0.01)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_real_tensors_take_what_was_planned_without_any(strategy, config, run_config, model_folder):
+    config = parse(run_config | {"strategy": strategy})
+    planned, real = (figures(config, model_folder, device) for device in ("meta", "cpu"))
+    for setting in plan.SETTINGS:
+        for kind in (*KINDS, "aside", "total"):
+            assert getattr(planned[setting], kind) == pytest.approx(getattr(real[setting], kind), rel=0.02), kind
+
+
+def test_the_total_is_at_least_all_that_must_be_there_at_once(config, model_folder):
+    for counted in figures(config, model_folder, "meta").values():
+        assert counted.total >= counted.weights + counted.optimizer + counted.aside + counted.activations
+        assert counted.total <= counted.weights + counted.optimizer + counted.aside + counted.peak + counted.gradients
+
+
+def predicted(run_config, clients):
+    config = parse(run_config)
+    loaded = model.outline(config.model, 2)
+    with plan._server(config, Shapes.of(loaded.module, loaded.targets, loaded.head)) as strategy:
+        return plan.traffic(strategy, clients)
+
+
+CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one, nothing dropped on the way down
+    "fedkrso.num-seeds": 1,
+    "fedsrd.alpha": 0.9,
+    "fedsrd.max-sparsity": 0.9,
+    "fedsrd.download-sparsity": 0.0,
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"wire-dtype": "int8"}, {"wire-dtype": "int4"}, {"fedsrd.sparsify-head": True}])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_bytes_planned_are_those_of_a_run(strategy, more, run_config):
+    settings = run_config | CERTAIN | {"strategy": strategy} | more
+    rounds = [line for line in play(settings, nodes=2).metrics() if line["round"]]
+    costs = predicted(settings, 2)
+    up, down = (sum(line[key] for line in rounds) for key in ("uplink_bytes", "downlink_bytes"))
+    assert (6 * costs["up"], 6 * costs["down"]) == pytest.approx((up, down), rel=0.01)
+    assert costs["run"] == pytest.approx(up + down, rel=0.01)
+
+
+def test_the_bytes_planned_hold_the_entries_that_a_client_missed(run_config, monkeypatch):
+    settings = run_config | CERTAIN | {"fraction-train": 0.5, "num-server-rounds": 6, "local-steps": 1}
+    settings |= {"fedkrso.interval": 1}
+    lines = play(settings, nodes=4).metrics()
+    last = [max((line["round"] for line in lines if node in line["partitions"]), default=0) for node in range(4)]
+    heard = sum(max(0, round - 1) for round in last) / 4  # who is asked is drawn: take what was
+    monkeypatch.setattr(plan, "entries_heard", lambda share, rounds: heard)
+    down = sum(line["downlink_bytes"] for line in lines)
+    assert 6 * 2 * predicted(settings, 4)["down"] == pytest.approx(down, rel=0.01)
+    assert sum(line.get("catchup_bytes", 0) for line in lines) > 0.1 * down
+
+
+def test_expected_seeds_and_entries_are_the_means_of_draws():
+    rng = np.random.default_rng(0)
+    drawn = [len(set(rng.integers(10, size=5))) for _ in range(4000)]
+    assert plan.distinct_seeds(10, 5) == pytest.approx(np.mean(drawn), abs=5 * np.std(drawn) / 4000**0.5)
+    asked = rng.random((4000, 9)) < 0.3  # run × round: whether the client is asked
+    last = np.where(asked.any(1), 9 - asked[:, ::-1].argmax(1), 0)
+    heard = np.maximum(last - 1, 0)  # round t brings entries 1 to t - 1
+    assert plan.entries_heard(0.3, 9) == pytest.approx(heard.mean(), abs=5 * heard.std() / 4000**0.5)
+    assert plan.entries_heard(1.0, 9) == 8
+
+
+def test_an_outline_has_the_shapes_of_the_model_and_needs_its_config_alone(model_folder, tmp_path):
+    shutil.copy(model_folder / "config.json", tmp_path)
+    loaded, outline = model.load(str(model_folder), 3, 0), model.outline(str(tmp_path), 3)
+    assert all(parameter.is_meta for parameter in outline.module.parameters())
+    assert Shapes.of(outline.module, outline.targets, outline.head) == Shapes.of(
+        loaded.module, loaded.targets, loaded.head
+    )
+    assert list(outline.head) == list(loaded.head)
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, ["plan", *map(str, arguments)])
+
+
+def tiny(folder, *more):
+    keys = (f"model={folder}", "batch-size=2", "max-length=8", "lora.rank=2", "fedkrso.rank=2", *more)
+    return [part for key in keys for part in ("--set", key)]
+
+
+def test_the_command_prints_every_method_and_the_numbers_that_are_trained(model_folder):
+    facts = json.loads(call(*tiny(model_folder), "--clients", 4, "--json").stdout)
+    rows = {row["strategy"]: row for row in facts["rows"]}
+    assert list(rows) == list(STRATEGIES) and facts["sampled"] == 4
+    # By hand: two layers of four 16 × 16, 24 × 16 and 16 × 24; a head of 16 × 16 + 16 and 2 × 16 + 2.
+    outputs, inputs, head = 2 * (4 * 16 + 24 + 16), 2 * (4 * 16 + 16 + 24), 306
+    weights = 2 * (4 * 16 * 16 + 2 * 24 * 16)
+    assert (rows["fedkrso"]["trained"], rows["fedkrso"]["moved"]) == (2 * outputs + head, weights + head)
+    assert rows["ffa-lora"]["trained"] == rows["ffa-lora"]["moved"] == 2 * outputs + head
+    assert rows["fedit"]["trained"] == rows["fedsrd"]["trained"] == 2 * (outputs + inputs) + head
+    assert rows["fedfft"]["trained"] == rows["fedfft"]["parameters"]
+    table = call(*tiny(model_folder), "--strategies", "fedit,fedkrso")
+    assert table.exit_code == 0 and "fedit" in table.stdout and "expected figures: a client draws" in table.stdout
+
+
+def test_a_language_model_needs_no_data_and_a_classifier_its_labels(model_folder):
+    facts = plan.plan(settings(None, tiny(model_folder, "task=causal-lm")[1::2]), ["fedit"], 2)
+    logits = 2 * 8 * 45 * 4  # rows × tokens × vocabulary
+    assert facts["rows"][0]["memory"]["checkpoint"]["peak"] > logits
+    with pytest.raises(ConfigError, match="labels must be set"):
+        plan.plan(settings(None, tiny(model_folder, "task=text-classification")[1::2]), ["fedit"], 2)
+
+
+def test_a_step_so_slow_that_training_reports_it_is_counted_in_silence(config, model_folder, monkeypatch, caplog):
+    quick = figures(config, model_folder, "meta")
+    monkeypatch.setattr("fedkrso_app.train._PROGRESS_SECONDS", -1.0)
+    assert figures(config, model_folder, "meta") == quick and not caplog.text
+
+
+def test_accumulated_batches_keep_one_batch_for_backward(run_config, model_folder):
+    one, four = (figures(parse(run_config | {"gradient-accumulation": n}), model_folder, "meta") for n in (1, 4))
+    for setting in plan.SETTINGS:
+        assert four[setting].activations == pytest.approx(one[setting].activations, rel=1e-3)
+        assert one[setting].total <= four[setting].total <= 1.1 * one[setting].total
+
+
+def test_what_cannot_be_counted_leaves_the_bytes(model_folder):
+    answer = call(*tiny(model_folder, "compute-dtype=bfloat16"), "--strategies", "fedit", "--json")
+    (row,) = json.loads(answer.stdout)["rows"]
+    assert row["memory"] == {} and row["up"] > 0 and "compute-dtype='float32'" in row["refused"]["keep"]
+
+
+def test_what_a_model_cannot_do_is_said_beside_what_it_can(tmp_path):
+    sizes = {"embedding_size": 8, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    AlbertConfig(vocab_size=45, **sizes).save_pretrained(tmp_path)
+    answer = call(*tiny(tmp_path), "--strategies", "fedkrso")
+    assert answer.exit_code == 0 and "keep" in answer.stdout
+    assert "memory with 'recompute' is not counted: activation-memory = 'recompute' is not possible" in answer.stdout
