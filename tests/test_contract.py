@@ -60,6 +60,26 @@ def test_the_clients_model_equals_the_servers_and_is_given_back_unchanged(at_any
     assert len(seen) == 3 and all(len(states) == 1 for states in seen.values())
 
 
+def test_only_what_an_optimizer_trains_asks_for_gradients(settings, monkeypatch):
+    config, asked = parse(settings), set()
+    loaded = model.load(config.model, 2, 0)
+    method = STRATEGIES[config.strategy].local(loaded.module, loaded.targets, loaded.head, config)
+    forward = type(loaded.module).forward
+
+    def watch(self, *args, **kwargs):
+        asked.update(name for name, parameter in self.named_parameters() if parameter.requires_grad)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(loaded.module), "forward", watch)
+    batch = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "labels": torch.tensor([1])}
+    seeds = np.arange(3, dtype=np.uint64).tobytes()
+    method.train(iter([batch] * config.local_steps), ConfigRecord({"seeds": seeds}), np.random.default_rng(0))
+    trained = {id(parameter) for parameter in method.optimized()}
+    expected = {name for name, parameter in loaded.module.named_parameters() if id(parameter) in trained}
+    assert {name for name in asked if not name.endswith(".B")} == expected  # .B: where FedKRSO's gradients arrive
+    assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int4"])
 def test_partial_participation_catches_up_to_the_same_model(settings, dtype):
     seen = {}

@@ -89,19 +89,19 @@ class LocalMethod(ABC):
         """Train in place; return the arrays of the reply and the mean loss."""
 
     @abstractmethod
+    def optimized(self) -> list[nn.Parameter]:
+        """The parameters that an optimizer moves, which takes float32."""
+
     def trained(self) -> list[Tensor]:
         """The tensors that :meth:`train` changes."""
-
-    def optimized(self) -> list[Tensor]:
-        """Those of :meth:`trained` that an optimizer moves in place, which takes float32."""
-        return self.trained()
+        return [parameter.detach() for parameter in self.optimized()]
 
     def in_bfloat16(self, device: torch.device) -> "LocalMethod":
         """A copy to compute with on ``device``: bfloat16, but float32 where an optimizer works."""
         copied = copy.deepcopy(self)
-        exact = {tensor.data_ptr() for tensor in copied.optimized()}
+        exact = {id(parameter) for parameter in copied.optimized()}
         for parameter in copied.module.parameters():
-            if parameter.data_ptr() not in exact:
+            if id(parameter) not in exact:
                 parameter.data = parameter.data.to(torch.bfloat16)
         copied.module.to(device)
         return copied
@@ -121,12 +121,13 @@ class LoraLocal(LocalMethod):
     ) -> None:
         super().__init__(module, targets, head, config)
         self.layers = lora.attach(module, list(targets), config.lora.rank, config.lora.alpha, config.seed)
+        module.requires_grad_(False)  # the new factors too: training turns on those that it trains
         pairs = [lora.factors(layer) for layer in self.layers.values()]
         tensors = {"A": [A for A, _ in pairs], "B": [B for _, B in pairs], "head": list(head.values())}
         self.state: dict[str, list[nn.Parameter]] = {name: tensors[name] for name in (*self.factors, "head")}
 
-    def trained(self) -> list[Tensor]:
-        return [tensor.detach() for tensors in self.state.values() for tensor in tensors]
+    def optimized(self) -> list[nn.Parameter]:
+        return [parameter for parameters in self.state.values() for parameter in parameters]
 
     def plain_state(self) -> dict[str, Tensor]:
         return lora.merged_state(self.module, self.layers)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from flwr.app import ConfigRecord
-from torch import Tensor, nn
+from torch import nn
 
 from fedkrso_app.config import Config
 from fedkrso_app.core.flat import flatten, unflatten
@@ -34,8 +34,8 @@ class FedFFTLocal(LocalMethod):
         loss = train(self.module, batches, [adamw], self.config, rng)
         return {"parameters": flatten(self.parameters)}, loss
 
-    def trained(self) -> list[Tensor]:
-        return [parameter.detach() for parameter in self.parameters]
+    def optimized(self) -> list[nn.Parameter]:
+        return self.parameters
 
 
 class FedFFT(FedTune):

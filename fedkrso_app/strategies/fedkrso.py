@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ConfigRecord
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkrso_app.config import Config
 from fedkrso_app.core.flat import flatten, unflatten
@@ -88,11 +88,11 @@ class FedKRSOLocal(LocalMethod):
             "head": flatten(self.head.values()),
         }, loss
 
-    def optimized(self) -> list[Tensor]:
-        return [head.detach() for head in self.head.values()]
+    def optimized(self) -> list[nn.Parameter]:
+        return list(self.head.values())
 
     def trained(self) -> list[Tensor]:
-        return [matrix(layer) for layer in self.targets.values()] + self.optimized()
+        return [matrix(layer) for layer in self.targets.values()] + super().trained()
 
 
 class FedKRSO(FedTune):
