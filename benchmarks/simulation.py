@@ -1,0 +1,143 @@
+"""A simulated federation: what it takes beyond the training itself, beside the pattern in use elsewhere.
+
+    python -m benchmarks.simulation [--clients 100] [--rounds 5] [--steps 10] [--workers 2] [--json]
+
+FedKRSO and then the peer (benchmarks/peer.py), each through Flower's own engine with as many Ray workers as said, on
+the embedded model and task, evaluated on the server after each round. The clock runs from the first message that a
+worker handles, which is after Flower's and Python's start-up, to the end of the ServerApp. Per part, in seconds:
+
+work         by the clock, added up over all processes
+wall         its share of the run: a worker's time divided by the number of workers; of the server's parts only the
+             time in which workers wait for it. These add up to the whole run
+÷ steps      wall, to the limit: CPU seconds of all local steps (batches included) divided by the number of workers
+
+rebuild      the model at the version asked for: Replica.advance; with the peer, building it and loading the state
+train        the local steps
+pack         the reply's arrays to a record
+client, rest what else happens in a ClientApp: choosing rows, checking the message, copying W^t, the first message's set-up
+aggregate    checking, counting and averaging the replies, and packing what is sent
+evaluate     the model on the validation rows
+transport    all that is left: Flower, Ray, queues, and waiting for the last client of a round
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine import Interval, simulate
+from benchmarks.models import show
+from fedkrso_app import embedded
+from fedkrso_app.compare import Settings, settings
+
+_PACK = {"fedkrso_app.strategies.fedkrso:FedKRSO.encode_reply": "pack", "fedkrso_app.client_app:wire.pack": "pack"}
+APPS: dict[str, Any] = {
+    "fedkrso": {
+        "client": "fedkrso_app.client_app:app",
+        "server": "fedkrso_app.server_app:app",
+        "client_parts": {
+            "fedkrso_app.replica:Replica.advance": "rebuild",
+            "fedkrso_app.strategies.fedkrso:train": "train",
+            **_PACK,
+        },
+        "server_parts": {
+            "fedkrso_app.strategies.base:FedTune._ask": "aggregate",
+            "fedkrso_app.strategies.base:FedTune._accept": "aggregate",
+            "fedkrso_app.strategies.base:FedTune._close": "aggregate",
+            "fedkrso_app.metrics:tally": "evaluate",
+        },
+    },
+    "peer": {
+        "client": "benchmarks.peer:client",
+        "server": "benchmarks.peer:server",
+        "client_parts": {
+            "benchmarks.peer:restore": "rebuild",
+            "benchmarks.peer:fit": "train",
+            "benchmarks.peer:pack": "pack",
+        },
+        "server_parts": {
+            "flwr.serverapp.strategy:FedAvg.configure_train": "aggregate",
+            "flwr.serverapp.strategy:FedAvg.aggregate_train": "aggregate",
+            "fedkrso_app.metrics:tally": "evaluate",
+        },
+    },
+}
+IN_CLIENT, IN_SERVER = ("rebuild", "train", "pack"), ("aggregate", "evaluate")
+
+
+def rows(config: Settings, clients: int, workers: int, apps: Sequence[str] = tuple(APPS)) -> list[dict[str, Any]]:
+    """The table of each app, and last in each the whole run with its ratio to the first app's."""
+    result: list[dict[str, Any]] = []
+    for app in apps:
+        with tempfile.TemporaryDirectory() as folder:
+            clocks = Path(folder) / "clocks"
+            clocks.mkdir()
+            here = config | {"output-dir": folder, "run-name": app}
+            with ProcessPoolExecutor(1, get_context("spawn")) as fresh:  # no run meets what another has left behind
+                seen = fresh.submit(
+                    simulate, **APPS[app], settings=here, clients=clients, workers=workers, folder=clocks
+                ).result()
+        trained = sum(interval["part"] == "train" for interval in seen)
+        if trained != clients * config["num-server-rounds"]:
+            raise RuntimeError(f"{app}: {trained} of {clients * config['num-server-rounds']} clients trained")
+        result += [{"app": app, **row} for row in account(seen, workers)]
+    walls = {row["app"]: row["wall"] for row in result if row["part"] == "all"}
+    return [row | {f"÷ {apps[0]}": walls[row["app"]] / walls[apps[0]] if row["part"] == "all" else ""} for row in result]
+
+
+def account(seen: Sequence[Interval], workers: int) -> list[dict[str, Any]]:
+    """Where the time of a run went. Parts of one kind of process must not contain each other."""
+    server = next(interval["process"] for interval in seen if interval["part"] == "server")
+    handled = [interval for interval in seen if interval["part"] == "client"]
+    began, ended = min(interval["start"] for interval in handled), max(interval["end"] for interval in seen)
+
+    def spent(part: str, on_server: bool) -> float:
+        return sum(length(i) for i in seen if i["part"] == part and (i["process"] == server) == on_server)
+
+    def waiting(part: str) -> float:
+        """Seconds of workers that do nothing while the server does ``part``."""
+        mine = [i for i in seen if i["part"] == part and i["process"] == server and i["end"] > began]
+        return sum(workers * (i["end"] - max(began, i["start"])) - sum(overlap(i, h) for h in handled) for i in mine)
+
+    steps = sum(i["cpu"] for i in seen if i["part"] == "train") / workers
+    work = {part: spent(part, False) for part in IN_CLIENT}
+    work["client, rest"] = sum(length(i) for i in handled) - sum(work.values())
+    wall = {part: seconds / workers for part, seconds in work.items()}
+    for part in IN_SERVER:
+        work[part], wall[part] = spent(part, True), waiting(part) / workers
+    wall["transport"] = ended - began - sum(wall.values())
+    wall["all"] = ended - began
+    return [
+        {"part": part, "work": work.get(part, ""), "wall": seconds, "÷ steps": seconds / steps}
+        for part, seconds in wall.items()
+    ]
+
+
+def length(interval: Interval) -> float:
+    return interval["end"] - interval["start"]
+
+
+def overlap(one: Interval, other: Interval) -> float:
+    """Seconds that two intervals share."""
+    return max(0.0, min(one["end"], other["end"]) - max(one["start"], other["start"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="local steps of one client in one round")
+    parser.add_argument("--workers", type=int, default=2, help="Ray workers, of one core each")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    a = parser.parse_args()
+    embedded.model_path()  # made now if it is not there yet
+    config = settings(None, []) | {"num-server-rounds": a.rounds, "local-steps": a.steps}
+    title = f"{a.clients} clients, {a.rounds} rounds of {a.steps} steps, {a.workers} workers"
+    show(title, rows(config, a.clients, a.workers), a.json)
+
+
+if __name__ == "__main__":
+    main()
