@@ -280,6 +280,14 @@ def test_iid_parts_have_equal_sizes_and_a_mix_of_a_sorted_file():
     assert abs(ones - 0.5).max() < 0.2  # four standard deviations of a fair draw; unshuffled it would be 0.5
 
 
+def test_iid_parts_are_those_of_flowers_own_partitioner():
+    order = np.random.default_rng(3).permutation(97)
+    theirs = IidPartitioner(10)
+    theirs.dataset = Dataset.from_dict({"row": order})
+    ours = data.partition(sentences(97), SST2, 10, "iid", 0.5, seed=3)
+    assert [part.tolist() for part in ours] == [sorted(theirs.load_partition(i)["row"]) for i in range(10)]
+
+
 def test_a_small_alpha_is_uneven_in_labels_and_a_large_one_even():
     def spread(alpha):
         """The standard deviation over clients of their share of label 1, in the mean of five seeds."""
