@@ -18,12 +18,13 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-Interval = dict[str, Any]  # part, process, start, end (of the machine's monotonic clock), cpu (seconds of the process)
+# part, process, start and end (of the machine's monotonic clock), CPU seconds of the process and of the thread
+Interval = dict[str, Any]
 
 
 class Timed:
-    """An app, "module:attribute", with clocks around the functions ``parts`` ("module:dotted name" -> the part that they
-    belong to); they write to ``folder``. Travels to the workers by name, so that each process sets its clocks once."""
+    """An app, "module:attribute", with clocks around the functions ``parts`` ("module:dotted name" -> the part that it
+    belongs to); they write to ``folder``. Travels to the workers by name, so that each process sets its clocks once."""
 
     def __init__(self, app: str, parts: Mapping[str, str], folder: Path, settings: Mapping[str, Any]) -> None:
         self.app, self.parts, self.folder, self.settings = app, dict(parts), folder, dict(settings)
@@ -52,12 +53,18 @@ def _set_clock(function: str, part: str, folder: Path) -> None:
 def _timed(call: Any, part: str, folder: Path) -> Any:
     @functools.wraps(call)
     def clocked(*args: Any, **kwargs: Any) -> Any:
-        start, cpu = time.monotonic(), time.process_time()
+        start, cpu, thread = time.monotonic(), time.process_time(), time.thread_time()
         try:
             return call(*args, **kwargs)
         finally:
-            end = time.monotonic()
-            seen = {"part": part, "process": os.getpid(), "start": start, "end": end, "cpu": time.process_time() - cpu}
+            seen = {
+                "part": part,
+                "process": os.getpid(),
+                "start": start,
+                "end": time.monotonic(),
+                "cpu": time.process_time() - cpu,
+                "thread": time.thread_time() - thread,
+            }
             with open(folder / f"{os.getpid()}.jsonl", "a") as file:
                 file.write(json.dumps(seen) + "\n")
 

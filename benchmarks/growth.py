@@ -2,12 +2,12 @@
 
     python -m benchmarks.growth [--size base] [--repeats 3] [--output growth.png] [--json]
 
-FedKRSO on RoBERTa shapes; r = 4, K = 10, J = 10, 100 local steps, ten clients, 8 × 64 tokens where nothing else is said.
+FedKRSO on RoBERTa shapes; r = 4, K = 10, J = 10, 100 local steps, ten clients, 8 × 64 tokens unless said otherwise.
 
 step         CPU seconds of one thread over the rank and over the rows of the batch. Formula: multiplications and
-             additions, scaled to the point at r = 4 or at 8 rows. A token costs 4·m·n in every target layer (forward and
-             gradient of the input), 2·r·(m + n) for the projections and, in every block, 12·t·d for attention; a step
-             costs 2·r·m·n a layer for W ← W + B P.
+             additions, scaled to the point at r = 4 or at 8 rows. A token costs 4·m·n in every target layer (forward
+             and gradient of the input), 2·r·(m + n) for the projections and, in every block, 12·t·d for attention; a
+             step costs 2·r·m·n a layer for W ← W + B P.
 up, down     bytes of one client and round over K and over J, measured on real records, mean over clients and rounds.
              Formula: 4·(s·Q + h), where s is the expected number of distinct seeds among those drawn with replacement:
              K·(1 − (1 − 1/K)^I) with I the intervals of one client for the way up, of all clients for the way down.
@@ -185,7 +185,7 @@ def draw(rows: Sequence[Row], title: str, file: Path) -> None:
         if over in ("J", "replies"):
             axes.set_xscale("log")
         axes.set(xlabel=over, ylabel=costs[0].rpartition(", ")[2])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.legend(fontsize=8)
     figure.savefig(file, dpi=100)
 

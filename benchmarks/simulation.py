@@ -6,7 +6,7 @@ FedKRSO and then the peer (benchmarks/peer.py), each through Flower's own engine
 the embedded model and task, evaluated on the server after each round. The clock runs from the first message that a
 worker handles, which is after Flower's and Python's start-up, to the end of the ServerApp. Per part, in seconds:
 
-work         by the clock, added up over all processes
+CPU          added up over all processes; what others do on the machine hardly changes it
 wall         its share of the run: a worker's time divided by the number of workers; of the server's parts only the
              time in which workers wait for it. These add up to the whole run
 ÷ steps      wall, to the limit: CPU seconds of all local steps (batches included) divided by the number of workers
@@ -14,7 +14,7 @@ wall         its share of the run: a worker's time divided by the number of work
 rebuild      the model at the version asked for: Replica.advance; with the peer, building it and loading the state
 train        the local steps
 pack         the reply's arrays to a record
-client, rest what else happens in a ClientApp: choosing rows, checking the message, copying W^t, the first message's set-up
+client, rest what else happens in a ClientApp: choosing rows, checking the message, copying W^t, setting up at first
 aggregate    checking, counting and averaging the replies, and packing what is sent
 evaluate     the model on the validation rows
 transport    all that is left: Flower, Ray, queues, and waiting for the last client of a round
@@ -85,39 +85,40 @@ def rows(config: Settings, clients: int, workers: int, apps: Sequence[str] = tup
             raise RuntimeError(f"{app}: {trained} of {clients * config['num-server-rounds']} clients trained")
         result += [{"app": app, **row} for row in account(seen, workers)]
     walls = {row["app"]: row["wall"] for row in result if row["part"] == "all"}
-    return [row | {f"÷ {apps[0]}": walls[row["app"]] / walls[apps[0]] if row["part"] == "all" else ""} for row in result]
+    return [
+        row | {f"÷ {apps[0]}": walls[row["app"]] / walls[apps[0]] if row["part"] == "all" else ""} for row in result
+    ]
 
 
 def account(seen: Sequence[Interval], workers: int) -> list[dict[str, Any]]:
     """Where the time of a run went. Parts of one kind of process must not contain each other."""
+    seen = [interval | {"seconds": interval["end"] - interval["start"]} for interval in seen]
     server = next(interval["process"] for interval in seen if interval["part"] == "server")
     handled = [interval for interval in seen if interval["part"] == "client"]
     began, ended = min(interval["start"] for interval in handled), max(interval["end"] for interval in seen)
 
-    def spent(part: str, on_server: bool) -> float:
-        return sum(length(i) for i in seen if i["part"] == part and (i["process"] == server) == on_server)
+    def total(part: str, kind: str) -> float:
+        """Of the workers' intervals, or of the server's where the part is one of the server's."""
+        return sum(i[kind] for i in seen if i["part"] == part and (i["process"] == server) == (part in IN_SERVER))
 
     def waiting(part: str) -> float:
         """Seconds of workers that do nothing while the server does ``part``."""
         mine = [i for i in seen if i["part"] == part and i["process"] == server and i["end"] > began]
         return sum(workers * (i["end"] - max(began, i["start"])) - sum(overlap(i, h) for h in handled) for i in mine)
 
-    steps = sum(i["cpu"] for i in seen if i["part"] == "train") / workers
-    work = {part: spent(part, False) for part in IN_CLIENT}
-    work["client, rest"] = sum(length(i) for i in handled) - sum(work.values())
-    wall = {part: seconds / workers for part, seconds in work.items()}
-    for part in IN_SERVER:
-        work[part], wall[part] = spent(part, True), waiting(part) / workers
+    # On the server Flower's own threads work beside the averaging, and torch's work on the evaluation.
+    cpu = {part: total(part, "thread" if part == "aggregate" else "cpu") for part in IN_CLIENT + IN_SERVER}
+    cpu["client, rest"] = sum(i["cpu"] for i in handled) - sum(cpu[part] for part in IN_CLIENT)
+    limit = cpu["train"] / workers
+    wall = {part: total(part, "seconds") / workers for part in IN_CLIENT}
+    wall["client, rest"] = sum(i["seconds"] for i in handled) / workers - sum(wall.values())
+    wall |= {part: waiting(part) / workers for part in IN_SERVER}
     wall["transport"] = ended - began - sum(wall.values())
     wall["all"] = ended - began
     return [
-        {"part": part, "work": work.get(part, ""), "wall": seconds, "÷ steps": seconds / steps}
+        {"part": part, "CPU": cpu.get(part, ""), "wall": seconds, "÷ steps": seconds / limit}
         for part, seconds in wall.items()
     ]
-
-
-def length(interval: Interval) -> float:
-    return interval["end"] - interval["start"]
 
 
 def overlap(one: Interval, other: Interval) -> float:

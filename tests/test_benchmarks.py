@@ -1,11 +1,15 @@
 """Each benchmark on a tiny model: it runs, counts right, and compares the same work. No time is asserted."""
 
+import itertools
 import json
 
 import pytest
 import torch
+from conftest import play
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from benchmarks import memory, models, replica, server, step
+from benchmarks import growth, memory, models, peer, replica, server, simulation, step
+from fedkrso_app.config import parse
 from fedkrso_app.plan import Storage
 
 
@@ -70,6 +74,71 @@ def test_a_missed_round_costs_one_product_a_layer_over_all_seeds():
 def test_the_servers_memory_does_not_grow_with_the_replies():
     few, many = server.rows("tiny", [4, 40])
     assert many["peak MiB"] < few["peak MiB"] + 0.2  # the other 36 replies weigh 3.3 MiB
+
+
+def test_the_share_of_distinct_seeds_is_that_of_all_possible_draws():
+    draws = list(itertools.product(range(3), repeat=4))
+    assert growth.distinct(3, 4) == pytest.approx(sum(len(set(draw)) for draw in draws) / len(draws))
+
+
+def test_measured_bytes_grow_as_the_formula_says_and_every_panel_is_drawn(tmp_path):
+    rows = growth.rows("tiny", repeats=1)
+    for row in rows:
+        if row["over"] in ("K", "J"):  # headers, a few kB, are not in the formula; draws are random
+            assert row["measured"] == pytest.approx(row["formula"], rel=0.1, abs=0.003)
+    peaks = [row["measured"] for row in rows if row["over"] == "replies"]
+    assert peaks[-1] < peaks[0] + 0.5  # 99 more replies weigh 9 MiB
+    growth.draw(rows, "title", tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_time_of_a_simulation_is_shared_out_without_gap_or_overlap():
+    def interval(part, process, start, end):
+        return {"part": part, "process": process, "start": start, "end": end, "cpu": (end - start) / 2, "thread": 0.5}
+
+    seen = [
+        interval("server", 1, 0, 20),
+        interval("client", 2, 2, 10),
+        interval("rebuild", 2, 2, 3),
+        interval("train", 2, 3, 9),
+        interval("client", 3, 4, 12),
+        interval("train", 3, 5, 11),
+        interval("aggregate", 1, 9, 13),  # worker 2 waits from 10, worker 3 from 12: four seconds of two workers
+        interval("evaluate", 1, 13, 17),  # both wait
+        interval("evaluate", 1, 0, 1),  # before any worker was there
+    ]
+    rows = {row["part"]: row for row in simulation.account(seen, workers=2)}
+    walls = {part: row["wall"] for part, row in rows.items()}
+    assert walls.pop("all") == 18 == sum(walls.values())
+    expected = {"rebuild": 0.5, "train": 6, "pack": 0, "client, rest": 1.5, "aggregate": 2, "evaluate": 4}
+    assert walls == expected | {"transport": 4}
+    assert rows["all"]["÷ steps"] == 18 / 3 and rows["aggregate"]["CPU"] == 0.5 and rows["evaluate"]["CPU"] == 2.5
+
+
+def test_the_peer_trains_the_same_model_on_the_same_batches(run_config):
+    """The loss before the first update tells; FedFFT trains every parameter as well."""
+    settings = run_config | {"strategy": "fedfft", "local-steps": 1, "fedkrso.interval": 1, "num-server-rounds": 1}
+    start, losses = peer.pack(peer.build(parse(settings)).module), []
+    for partition in range(2):
+        node = {"partition-id": partition, "num-partitions": 2}
+        content = RecordDict({"arrays": start, "config": ConfigRecord({"server-round": 1})})
+        reply = peer.client(Message(content, partition, "train"), Context(1, partition, node, RecordDict(), settings))
+        losses.append(reply.content.metric_records["metrics"]["train-loss"])
+        record = reply.content.array_records["arrays"]
+        assert list(record) == list(start) and record.object_id != start.object_id  # the whole state, moved
+    assert isinstance(start, ArrayRecord)
+    assert play(settings, nodes=2).metrics()[-1]["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_simulation_is_clocked_in_all_its_processes(run_config, monkeypatch):
+    monkeypatch.delenv("TMPDIR")  # Ray's sockets must have short paths
+    monkeypatch.setattr("tempfile.tempdir", None)
+    rows = simulation.rows(run_config | {"num-server-rounds": 1}, clients=2, workers=1)
+    for app in simulation.APPS:
+        parts = {row["part"]: row["wall"] for row in rows if row["app"] == app}
+        assert all(parts[part] > 0 for part in parts)  # a function that was renamed would leave its part at zero
+        assert parts["all"] == pytest.approx(sum(parts.values()) - parts["all"])
 
 
 def test_json_and_table_print_the_same_rows(capsys):

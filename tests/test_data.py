@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from flwr_datasets.partitioner import IidPartitioner
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -283,7 +284,7 @@ def test_iid_parts_have_equal_sizes_and_a_mix_of_a_sorted_file():
 def test_iid_parts_are_those_of_flowers_own_partitioner():
     order = np.random.default_rng(3).permutation(97)
     theirs = IidPartitioner(10)
-    theirs.dataset = Dataset.from_dict({"row": order})
+    theirs.dataset = datasets.Dataset.from_dict({"row": order})
     ours = data.partition(sentences(97), SST2, 10, "iid", 0.5, seed=3)
     assert [part.tolist() for part in ours] == [sorted(theirs.load_partition(i)["row"]) for i in range(10)]
 
