@@ -1,6 +1,6 @@
 """The pattern in use elsewhere: a plain Flower FedAvg app that builds its model inside every ``train`` and sends the
-whole state both ways. It has this app's model, data, batches, steps and evaluation, and torch's AdamW on every
-parameter. Rows, shares and tokenizer are kept between messages, as the templates do; the model is not.
+whole state both ways. Model, shares, batches, number of steps and evaluation are those of this app's FedFFT; torch's
+AdamW trains every parameter. Rows and shares are kept between messages, as in Flower's templates; the model is not.
 """
 
 import functools
@@ -65,6 +65,7 @@ def train(message: Message, context: Context) -> Message:
     round = int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
     rng = stream(config.seed, "client", round, partition)
     batches = data.batches(rows, task, loaded.tokenizer, config.batch_size, config.max_length, rng)
+    torch.manual_seed(int(rng.integers(2**63)))  # where FedFFT does, so that the batches are FedFFT's
     loss = fit(loaded.module, batches, config)
     figures = MetricRecord({"num-examples": len(rows), "train-loss": loss})
     return Message(RecordDict({"arrays": pack(loaded.module), "metrics": figures}), reply_to=message)
