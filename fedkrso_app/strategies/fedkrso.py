@@ -9,7 +9,6 @@
 B already contains -η; eq. 13 of the paper multiplies by η once more.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from flwr.app import ConfigRecord
 from torch import Tensor, nn
 
 from fedkrso_app.config import Config
+from fedkrso_app.core.ahead import ahead
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import projections, stream
 from fedkrso_app.core.rso import RSO
@@ -64,9 +64,8 @@ class FedKRSOLocal(LocalMethod):
             return torch.from_numpy(projections(seeds, name, r, weights[name].shape[1], kind))
 
         blocks = B.split([W.shape[0] * r for W in weights.values()], dim=1)
-        with ThreadPoolExecutor(1) as ahead:  # draws for the next layers while this one is folded
-            for W, block, P in zip(weights.values(), blocks, ahead.map(draw, weights), strict=True):
-                fold(W, block.reshape(len(seeds), -1, r).to(W), P.to(W))
+        for W, block, P in zip(weights.values(), blocks, ahead(draw, weights), strict=True):
+            fold(W, block.reshape(len(seeds), -1, r).to(W), P.to(W))
 
     def train(self, batches: Batches, instructions: ConfigRecord, rng: np.random.Generator) -> tuple[dict, float]:
         pool = np.frombuffer(instructions["seeds"], dtype="<u8")  # type: ignore[arg-type]
