@@ -100,7 +100,7 @@ def _table(rows: Mapping[str, str]) -> str:
 
 def _shown(key: str, value: Any) -> Any:
     """A setting without the user's folders."""
-    path = key in ("data-dir", "output-dir", "resume") or (key == "model" and is_local(value))
+    path = key in ("data-dir", "output-dir", "resume") or (key in ("model", "dataset") and is_local(value))
     return Path(value).name if path else value
 
 
@@ -108,7 +108,9 @@ def _data(config: Config, task: Task) -> str:
     if task.name.startswith("embedded/"):
         return "the synthetic corpus that comes with FedKRSO"
     where = f"files in a folder `{_shown('data-dir', config.data_dir)}`" if config.data_dir else f"{_HUB} on the hub"
-    if task.own and not config.data_dir:
+    if config.dataset and not config.data_dir:
+        where = f"`{_shown('dataset', config.dataset)}`"
+    elif task.own and not config.data_dir:
         return "each client's own files"
     return f"{where}; a client with a data-dir of its own used the files in that"
 
