@@ -90,7 +90,7 @@ def test_without_sparsification_and_with_one_client_a_B_round_takes_over_the_cli
     def train_B_only(self, batches, instructions, rng):
         A = [tensor.detach().clone() for tensor in self.state["A"]]
         for tensor in self.state["A"]:
-            tensor.register_hook(torch.zeros_like)
+            tensor.requires_grad_(True).register_hook(torch.zeros_like)
         arrays, loss = train(self, batches, instructions, rng)
         assert all(torch.equal(a, b) for a, b in zip(A, self.state["A"], strict=True))
         ends.append(flatten(self.state["B"]))
