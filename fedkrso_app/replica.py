@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedkrso_app import wire
-from fedkrso_app.core.ahead import ahead
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.ledger import Entry, Ledger, LedgerError
 from fedkrso_app.strategies.base import LocalMethod
@@ -172,11 +171,10 @@ class Replica:
             version, values = self.store.weights(self.version, to)
             if values is not None:
                 self.restore(version, values)
-        first = self.version + 1 if self.incremental else max(to, self.version + 1)
-        for entry in ahead(self.entries.read, range(first, to + 1)):
-            if entry.arrays:
-                self.method.apply(wire.decode(entry.arrays))
-            self.version = entry.version
+        for version in range(self.version + 1 if self.incremental else max(to, self.version + 1), to + 1):
+            if arrays := self.entries.read(version).arrays:
+                self.method.apply(wire.decode(arrays))
+            self.version = version
 
     def computing(self) -> LocalMethod:
         """The model to compute with: this one; or, in bfloat16, a copy of it on the device, brought up to date."""

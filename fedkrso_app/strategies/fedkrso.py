@@ -17,7 +17,6 @@ from flwr.app import ConfigRecord
 from torch import Tensor, nn
 
 from fedkrso_app.config import Config
-from fedkrso_app.core.ahead import ahead
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import projections, stream
 from fedkrso_app.core.rso import RSO
@@ -50,22 +49,17 @@ class FedKRSOLocal(LocalMethod):
         }
 
     def apply(self, arrays: Arrays) -> None:
-        if len(arrays["seeds"]):
-            self._fold(arrays["seeds"].tolist(), torch.from_numpy(np.array(arrays["accumulators"])))
+        """W^t = W^{t-1} + Σ_k B_k^t P_k^{t-1}: one product per layer over all seeds, k ascending."""
+        seeds, r, kind = arrays["seeds"].tolist(), self.config.fedkrso.rank, self.config.fedkrso.projection
+        B, start = torch.from_numpy(np.array(arrays["accumulators"])), 0
+        for name, layer in self.targets.items() if seeds else ():
+            W = matrix(layer)
+            m, n = W.shape
+            P = torch.from_numpy(projections(seeds, name, r, n, kind))
+            fold(W, B[:, start : start + m * r].reshape(-1, m, r).to(W), P.to(W))
+            start += m * r
         if "head" in arrays:
             unflatten(arrays["head"], self.head.values())
-
-    def _fold(self, seeds: list[int], B: Tensor) -> None:
-        """W^t = W^{t-1} + Σ_k B_k^t P_k^{t-1}: one product per layer over all seeds, k ascending."""
-        r, kind = self.config.fedkrso.rank, self.config.fedkrso.projection
-        weights = {name: matrix(layer) for name, layer in self.targets.items()}
-
-        def draw(name: str) -> Tensor:
-            return torch.from_numpy(projections(seeds, name, r, weights[name].shape[1], kind))
-
-        blocks = B.split([W.shape[0] * r for W in weights.values()], dim=1)
-        for W, block, P in zip(weights.values(), blocks, ahead(draw, weights), strict=True):
-            fold(W, block.reshape(len(seeds), -1, r).to(W), P.to(W))
 
     def train(self, batches: Batches, instructions: ConfigRecord, rng: np.random.Generator) -> tuple[dict, float]:
         pool = np.frombuffer(instructions["seeds"], dtype="<u8")  # type: ignore[arg-type]
