@@ -44,7 +44,7 @@ def explained() -> Iterator[None]:
     """What the user can mend ends with exit code 2 and one sentence."""
     try:
         yield
-    except (ConfigError, LedgerError) as error:
+    except (ConfigError, LedgerError, OSError) as error:  # the last: a full disk, a folder that cannot be written to
         err.print(f"Error: {error}", **_PLAIN)
         raise typer.Exit(2) from None
 
@@ -182,9 +182,8 @@ def export(
             at[ledger.read(versions[-1]).record["round"]] = versions[-1]  # its line may not have been written
         if not at or (round is not None and round not in at):
             listed = ", ".join(map(str, sorted(at))) or "none"
-            raise LedgerError(
-                f"round {round} cannot be exported from {run}; the ledger leads to these rounds: {listed}."
-            )
+            asked = "no round" if round is None else f"round {round}"
+            raise LedgerError(f"{asked} can be exported from {run}; the ledger leads to these rounds: {listed}.")
         round = max(at) if round is None else round
         version = at[round]
         loaded, state = _replay(opened, ledger, version)
@@ -222,10 +221,8 @@ def ledger(
         if verify:
             from fedkrso_app import model
 
-            try:
-                expected = json.loads((run / "result.json").read_text())["digest"]
-            except (OSError, ValueError, KeyError):
-                raise LedgerError(f"{run} has no result.json with a digest to compare with: {opened.status}.") from None
+            if not (expected := opened.digest):
+                raise LedgerError(f"{run} has no result.json with a digest to compare with: {opened.status}.")
             facts["digest"] = model.state_digest(_replay(opened, entries, entries.version)[1])
             facts["verified"] = facts["digest"] == expected
     if as_json:
@@ -245,9 +242,9 @@ def _open(folder: Path) -> "tuple[Run, Ledger]":
 
     run = Run(folder)
     _ = run.config  # says so where the folder is no run
-    if not run.ledger.is_dir():
-        raise LedgerError(f"{folder} has no ledger.")
-    return run, Ledger(run.ledger)
+    if not (entries := Ledger(run.ledger)).versions():
+        raise LedgerError(f"{folder} has no ledger, or an empty one.")
+    return run, entries
 
 
 def _replay(run: "Run", entries: Ledger, to: int) -> tuple[Any, Any]:

@@ -133,6 +133,11 @@ def join(message: Message, context: Context) -> Message:
         answer.update({"partition-id": partition, "num-partitions": partitions})
         place = here(context, str(asked["run"]))
         place.share("train", partition)
+        if place.config.evaluate == "clients":
+            try:
+                place.share("validation", partition)
+            except ConfigError as error:
+                raise ConfigError(f"evaluate = 'clients' reads validation rows here, and {error}") from None
         if asked["probe"] != probe():
             raise ConfigError(
                 f"numpy draws other projections than the server's ({probe()}); install the server's numpy."

@@ -68,7 +68,9 @@ def read(files: Sequence[Path], skip: bool) -> datasets.Dataset:
     except Exception as error:  # each format's reader raises errors of its own
         broken = _broken(files)
         if not broken:
-            reason = error.__cause__ or error if any(file.stat().st_size for file in files) else "it is empty"
+            reason = str(error.__cause__ or error)
+            if re.search("to no data|No columns", reason) or not any(file.stat().st_size for file in files):
+                raise ConfigError(f"{names}: there are no rows; put some in, or remove the file.") from error
             raise ConfigError(f"{names}: could not be read as {kind} ({reason}).") from error
     if not skip:
         more = f" (and {len(broken) - 1} more lines)" if len(broken) > 1 else ""
@@ -104,10 +106,14 @@ def place(files: Sequence[Path], row: int) -> str:
 def records(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line, row) of a csv or jsonl file: the row by column, or a text that says what is wrong with the line.
 
-    Lines count from 1, and a csv header is one. Raises :class:`ConfigError` for text that is not UTF-8.
+    Lines count from 1, and a csv header is one. Raises :class:`ConfigError` for text that is not UTF-8, and for csv
+    without commas.
     """
     text = _text(file)
     if file.suffix == ".csv":
+        header = text.lstrip().partition("\n")[0]
+        if "," not in header and (other := re.search("[;\t]", header)):
+            raise ConfigError(f"{file}: {other[0]!r} stands between its columns; save the file with commas.")
         yield from _csv_records(list(io.StringIO(text, newline="")))
         return
     for line, part in enumerate(text.split("\n"), 1):

@@ -43,9 +43,12 @@ class Run:
         """config.json as a dictionary; raises ConfigError where there is none."""
         file = self.path / "config.json"
         try:
-            return json.loads(file.read_text())
+            info = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path} is not a run's folder: {file} cannot be read ({error}).") from None
+        if not isinstance(info, dict) or "config" not in info:
+            raise ConfigError(f"{self.path} is not a run's folder: {file} does not hold the settings of one.")
+        return info
 
     @property
     def config(self) -> Config:
@@ -87,6 +90,14 @@ class Run:
         """Say that the run ended well; ``digest`` is the SHA-256 of the final weights, if the server has made them."""
         _write(self.path / "result.json", json.dumps({**self.metrics()[-1], "digest": digest}, indent=2) + "\n")
         self.set_status("completed")
+
+    @property
+    def digest(self) -> str:
+        """What result.json says of the final weights; "" where the run has not ended or the server made none."""
+        try:
+            return json.loads((self.path / "result.json").read_text())["digest"] or ""
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that was cut short is left out."""
@@ -132,7 +143,11 @@ def create(config: Config, model_digest: str) -> Run:
         "libraries": libraries,
         "model_digest": model_digest,
     }
-    _write(path / "config.json", json.dumps(info, indent=2) + "\n")
+    try:
+        _write(path / "config.json", json.dumps(info, indent=2) + "\n")
+    except OSError as error:
+        path.rmdir()  # or the name would be taken by a folder that no run can go on with
+        raise ConfigError(f"output-dir = {config.output_dir!r}: nothing can be written ({error.strerror}).") from None
     return Run(path)
 
 
@@ -170,7 +185,7 @@ def line(figures: dict[str, Any], config: Config, metric: str) -> str:
 def closing_table(run: Run, metric: str) -> str:
     """What the run came to, as text."""
     rounds = [figures for figures in run.metrics() if figures["round"]]
-    config, result = run.config, json.loads((run.path / "result.json").read_text())
+    config = run.config
     asked = sum(figures["clients"] + figures["refused"] + figures["failed"] for figures in rounds)
     table = Table(title=f"{config.strategy} on {config.task}, {len(rounds)} rounds", show_header=False)
     scores = [figures["metric"] for figures in run.metrics() if "metric" in figures]
@@ -191,9 +206,9 @@ def closing_table(run: Run, metric: str) -> str:
     for key in ("refused", "failed"):
         table.add_row(f"replies {key}", str(sum(figures[key] for figures in rounds)))
     table.add_row("seconds", f"{sum(figures['seconds'] for figures in rounds):.1f} in all rounds")
-    if result["digest"]:
+    if run.digest:
         table.add_row("model", str(run.model))
-        table.add_row("SHA-256 of the weights", result["digest"])
+        table.add_row("SHA-256 of the weights", run.digest)
     else:
         table.add_row("model", f"not built here; `fedkrso export {run.path} DIR` makes it from the ledger")
     console = Console(width=110, file=io.StringIO())
@@ -204,5 +219,8 @@ def closing_table(run: Run, metric: str) -> str:
 def _write(file: Path, text: str) -> None:
     """Replace a small file whole or not at all."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """Both apps on an in-process grid: what a run leaves, determinism, resume, and replies that fail or do not fit."""
 
+import errno
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fedkrso_app import client_app, model, server_app
 from fedkrso_app.config import ConfigError
 from fedkrso_app.ledger import Ledger
+from fedkrso_app.run import Run
 
 
 def test_a_run_leaves_what_a_user_expects(run_config, node_files):
@@ -135,6 +138,35 @@ def test_a_rank_as_wide_as_a_layer_is_refused_before_there_is_a_folder(run_confi
 def test_a_missing_input_fails_before_round_one_with_one_sentence(run_config, changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         play(run_config | changes)
+
+
+def test_a_full_disk_leaves_no_folder_that_takes_the_name_of_the_next_run(run_config, monkeypatch):
+    def full(self, text):
+        self.touch()  # as much as still fitted
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(ConfigError, match=r"output-dir = .*: nothing can be written \(No space left on device\)"):
+            play(run_config)
+    assert play(run_config | {"num-server-rounds": 1}).status == "completed"
+
+
+def test_a_file_that_a_full_disk_cut_short_is_as_it_was(tmp_path, monkeypatch):
+    folder = Run(tmp_path)
+    folder.set_status("running")
+    write = Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda self, text: write(self, text[:3]) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        folder.set_status("completed")
+    assert folder.status == "running" and [path.name for path in tmp_path.iterdir()] == ["status"]
+
+
+def test_clients_without_validation_rows_to_judge_on_are_found_before_round_one(run_config):
+    """40 validation rows: enough for the server, too few for 41 clients."""
+    with pytest.raises(ConfigError, match=r"evaluate = 'clients' reads validation rows .* = 41 must be 1 to 40"):
+        play(run_config | {"evaluate": "clients"}, nodes=41)
+    assert play(run_config | {"run-name": "b", "num-server-rounds": 1}, nodes=41, run_id=2).status == "completed"
 
 
 def test_more_clients_than_rows_fail_with_the_reason_of_the_clients(run_config, monkeypatch):

@@ -207,6 +207,28 @@ def test_an_unfinished_run_has_nothing_to_verify_against(run):
     assert answer.exit_code == 2 and "no result.json" in answer.stderr
 
 
+def test_a_run_whose_server_made_no_model_is_not_taken_for_one_that_was_changed(run_config):
+    run = play(run_config | {"evaluate": "off", "num-server-rounds": 1}, nodes=2)
+    answer = call("ledger", run.path, "--verify")
+    assert answer.exit_code == 2 and "no result.json with a digest to compare with: completed" in answer.stderr
+
+
+@pytest.mark.parametrize("options", [["ledger", "--verify"], ["ledger", "--layers"], ["export", "x"]])
+def test_an_empty_ledger_is_named(run, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in run.ledger.iterdir():
+        file.unlink()
+    answer = call(options[0], run.path, *options[1:])
+    assert answer.exit_code == 2 and answer.stderr == f"Error: {run.path} has no ledger, or an empty one.\n"
+
+
+@pytest.mark.parametrize("options", [["export", "/dev/null/x"], ["report", "--output", "/dev/null/x"]])
+def test_a_place_that_cannot_be_written_to_is_named_in_one_sentence(run, options):
+    answer = call(options[0], run.path, *options[1:])
+    assert answer.exit_code == 2
+    assert answer.stderr.strip() == "Error: [Errno 20] Not a directory: '/dev/null/x'"
+
+
 def test_another_base_model_is_refused(run, tmp_path):
     info = run.info
     changed = shutil.copytree(info["config"]["model"], tmp_path / "changed")
@@ -222,6 +244,10 @@ def test_another_base_model_is_refused(run, tmp_path):
 def test_what_is_no_run_is_said_in_one_sentence(command, tmp_path):
     answer = call(command[0], tmp_path, *command[1:])
     assert answer.exit_code == 2 and str(tmp_path) in answer.stderr and answer.stderr.count("\n") == 1
+    for content in ("{}", "[]", "1", "{"):
+        (tmp_path / "config.json").write_text(content)
+        answer = call(command[0], tmp_path, *command[1:])
+        assert answer.exit_code == 2 and "config.json" in answer.stderr and answer.stderr.count("\n") == 1
 
 
 def test_report_writes_into_the_folder_it_was_given(run):

@@ -385,9 +385,17 @@ def test_a_byte_order_mark_and_odd_line_breaks_are_no_harm(read, name, content):
 
 
 @pytest.mark.parametrize("content", ["", "text,label\n", "\n"])
-def test_an_empty_file_is_named(read, content):
-    with pytest.raises(ConfigError, match=r"train\.csv"):
-        read("text-classification", content)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_an_empty_file_is_named(read, content, split):
+    with pytest.raises(ConfigError, match=rf"{split}\.csv: there are no rows; put some in, or remove the file\.$"):
+        read("text-classification", **({"train": table(*TWENTY)} | {split: content}))
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_file_without_commas_is_named_whatever_its_texts_hold(read, mark):
+    rows = table(*TWENTY).replace(",", mark).replace("text 3", "text, 3")
+    with pytest.raises(ConfigError, match=r"train\.csv: .* stands between its columns; save the file with commas\.$"):
+        read("text-classification", rows, bad_rows="skip")
 
 
 @pytest.mark.parametrize("given", ["x", ""])
