@@ -27,12 +27,12 @@ def write(run: Run, task: Task, round: int, folder: Path) -> None:
     line = next((line for line in lines if line["round"] == round), {})  # a killed run may not have written it
     name, method = run.path.resolve().name, STRATEGIES[config.strategy]
     kind, auto = ("text-generation", "CausalLM") if task.language else ("text-classification", "SequenceClassification")
-    from_hub = task.name.startswith("glue/") and not config.data_dir
+    hub, configuration = _hub_dataset(config, task)
     result = EvalResult(
         task_type=kind,
-        dataset_type=_HUB if from_hub else task.name,
+        dataset_type=hub or task.name,
         dataset_name=task.name,
-        dataset_config=task.name.removeprefix("glue/") if from_hub else None,
+        dataset_config=configuration or None,
         dataset_split="train" if config.holdout else None if task.own else task.validation,
         metric_type=task.metric,
         metric_value=line.get("metric"),
@@ -40,7 +40,7 @@ def write(run: Run, task: Task, round: int, folder: Path) -> None:
     hub_model = config.model != "embedded" and not is_local(config.model)
     metadata = ModelCardData(
         base_model=config.model if hub_model else None,
-        datasets=[_HUB] if from_hub else None,
+        datasets=[hub] if hub else None,
         library_name="transformers",
         pipeline_tag=kind,
         tags=["federated-learning", "flower", config.strategy],
@@ -100,18 +100,28 @@ def _table(rows: Mapping[str, str]) -> str:
 
 def _shown(key: str, value: Any) -> Any:
     """A setting without the user's folders."""
-    path = key in ("data-dir", "output-dir", "resume") or (key in ("model", "dataset") and is_local(value))
+    path = key in ("data-dir", "output-dir", "resume")
+    path = path or (key in ("model", "dataset") and is_local(value.partition(":")[0]))
     return Path(value).name if path else value
+
+
+def _hub_dataset(config: Config, task: Task) -> tuple[str, str]:
+    """The hub dataset that is read and its configuration; ("", "") where the rows come from elsewhere."""
+    if config.data_dir or task.name.startswith("embedded/"):
+        return "", ""
+    if not task.own:
+        return _HUB, task.name.removeprefix("glue/")
+    name, _, configuration = config.dataset.partition(":")
+    return (name, configuration) if name and not is_local(name) else ("", "")
 
 
 def _data(config: Config, task: Task) -> str:
     if task.name.startswith("embedded/"):
         return "the synthetic corpus that comes with FedKRSO"
-    where = f"files in a folder `{_shown('data-dir', config.data_dir)}`" if config.data_dir else f"{_HUB} on the hub"
-    if config.dataset and not config.data_dir:
-        where = f"`{_shown('dataset', config.dataset)}`"
-    elif task.own and not config.data_dir:
+    if task.own and not (config.data_dir or config.dataset):
         return "each client's own files"
+    folder, hub = _shown("data-dir", config.data_dir or config.dataset), " ".join(_hub_dataset(config, task)).strip()
+    where = f"{hub} on the hub" if hub else f"files in a folder `{folder}`"
     return f"{where}; a client with a data-dir of its own used the files in that"
 
 
@@ -133,6 +143,8 @@ def _measured(line: Mapping[str, Any], config: Config, task: Task) -> dict[str, 
     rows = f"the split {task.validation}"
     if config.holdout:
         rows = f"{config.holdout:g} of the training rows, which were held back"
+    elif task.own and task.dataset and not config.data_dir:
+        rows = "the split validation, else test, or where there was neither a tenth of the training rows, held back"
     elif task.own:
         rows = "the validation file or, where there was none, a tenth of the training rows, which were held back"
     who = {"server": "by the server", "clients": "by the clients, each on its share"}[config.evaluate]

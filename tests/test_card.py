@@ -102,6 +102,29 @@ def test_a_hub_model_and_a_hub_dataset_are_linked_and_bars_do_not_break_the_tabl
     assert facts["labels"] == "a&#124;b&lt;i&gt;"
 
 
+@pytest.mark.parametrize(
+    ("dataset", "linked", "configuration", "said"),
+    [
+        ("someone/reviews", "someone/reviews", None, "someone/reviews on the hub"),
+        ("someone/reviews:small", "someone/reviews", "small", "someone/reviews small on the hub"),
+        ("{}/reviews", None, None, "files in a folder `reviews`"),
+    ],
+)
+def test_a_dataset_of_the_users_choice_is_linked_or_told_without_its_folder(
+    run, run_config, tmp_path, dataset, linked, configuration, said
+):
+    dataset = dataset.format(tmp_path)
+    changed = run_config | {"data-dir": "", "dataset": dataset, "task": "text-classification"}
+    (run.path / "config.json").write_text(json.dumps(run.info | {"config": changed}))
+    card.write(run, tasks.declared(run.config), 3, tmp_path)
+    loaded, facts = read(tmp_path)
+    assert loaded.data.datasets == ([linked] if linked else None)
+    assert loaded.data.eval_results[0].dataset_type == (linked or "text-classification")
+    assert loaded.data.eval_results[0].dataset_config == configuration
+    assert facts["Data"].startswith(said) and "test" in facts["Accuracy"]
+    assert facts["dataset"] == (dataset if linked else "reviews") and str(tmp_path) not in loaded.content
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_paper_of_a_method_is_the_one_that_its_file_cites(name):
     strategy = STRATEGIES[name]
