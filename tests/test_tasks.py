@@ -6,8 +6,7 @@ import math
 import datasets
 import numpy as np
 import pytest
-import torch
-from conftest import WORDS, InProcessGrid, default_config, digest, play
+from conftest import WORDS, InProcessGrid, default_config, play
 from flwr.app import Context, RecordDict
 from test_families import assert_same, build, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -551,24 +550,23 @@ def test_every_method_trains_a_language_model_without_a_head(strategy, model_fol
 
 @pytest.mark.parametrize(("family", "template"), [("gpt2", False), ("llama", True)])
 def test_a_small_decoder_learns_to_answer(family, template, model_folder, run_config, tmp_path):
-    """The answer is the word after the one asked for; at the start every word is as likely."""
+    """The answer is the word after the one asked for, of 40; the model that comes out gives the logits of the run's."""
     folder = build(tmp_path / "m", model_folder, family, True, initializer_range=0.5)
     if template:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.chat_template = TEMPLATE
         tokenizer.save_pretrained(folder)
     (tmp_path / "d").mkdir()
-    rows = [{"question": WORDS[i % 8], "answer": WORDS[(i + 1) % 8], "user": i % 4} for i in range(64)]
+    rows = [{"question": WORDS[i % 8], "answer": WORDS[(i + 1) % 8], "user": i // 16} for i in range(64)]
     for split, part in (("train", rows), ("validation", rows[:8])):
         (tmp_path / "d" / f"{split}.jsonl").write_text(jsonl(*part))
     keys = {
         "task": "instruction", "data-dir": str(tmp_path / "d"), "model": str(folder), "partition": "natural",
-        "partition-column": "user", "num-server-rounds": 3, "local-steps": 20, "strategy": "fedkrso",
+        "partition-column": "user", "num-server-rounds": 5, "local-steps": 20, "strategy": "fedkrso",
         "fedkrso.rank": 8, "fedkrso.interval": 10, "fedkrso.learning-rate": 0.05,
     }  # fmt: skip
     run = play(run_config | keys)
-    losses = [line["eval_loss"] for line in run.metrics()]
-    assert losses[-1] < losses[0] - 1.0
-    assert 0 <= run.metrics()[0]["metric"] <= run.metrics()[-1]["metric"] <= 1
-    plain = assert_same(run, AutoModelForCausalLM)
-    assert digest(run) and torch.isfinite(plain(input_ids=torch.tensor([[0, 5]])).logits).all()
+    figures = [(line["metric"], line["perplexity"]) for line in run.metrics()]
+    assert figures[0][0] <= 1 / 8 and figures[-1][0] >= 7 / 8  # exact match, of 8 questions
+    assert figures[-1][1] < figures[1][1] / 1.2 < figures[0][1] / 10  # perplexity, also after the first round
+    assert_same(run, AutoModelForCausalLM)
