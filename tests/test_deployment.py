@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, digest, play
-from datasets import Dataset
 
 from fedkrso_app.run import Run
 
@@ -49,24 +48,13 @@ def programs(version, folder) -> Path:
     return folder / "bin"
 
 
-@pytest.fixture
-def own_files(tmp_path, data_folder) -> list[Path]:
-    """A folder for each node with rows of its own; unequal shares."""
-    rows = Dataset.from_parquet(str(data_folder / "sst2" / "train.parquet"), cache_dir=str(tmp_path / "hf"))
-    folders = [tmp_path / "device" / str(i) for i in range(NODES)]
-    for i, folder in enumerate(folders):
-        folder.mkdir(parents=True)
-        rows.select(range(i * 40, i * 40 + 30 + 5 * i)).to_json(folder / "train.jsonl")
-    return folders
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.skipif(
     not (shutil.which("openssl") and shutil.which("ssh-keygen")), reason="openssl and ssh-keygen needed"
 )
-def test_three_devices_give_the_bits_of_one_process(version, run_config, own_files, tmp_path):
-    settings = run_config | {"num-server-rounds": 2, "run-name": "devices"}
+def test_three_devices_with_a_file_each_give_the_bits_of_one_process_with_the_whole(version, sites, tmp_path):
+    settings, own_files = sites[0] | {"run-name": "devices"}, sites[1]
     file = tmp_path / "settings.toml"
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
     bin = programs(version, tmp_path / "venv")
@@ -112,12 +100,7 @@ def test_three_devices_give_the_bits_of_one_process(version, run_config, own_fil
     assert run.path.is_dir() and run.status == "completed", said
     assert [line["clients"] for line in run.metrics()[1:]] == [NODES, NODES]
     assert not [path for i in range(NODES) for path in (tmp_path / f"cache-{i}").glob("nodes/*/*")]
-
-    def own(grid):
-        for i, folder in enumerate(own_files):
-            grid.contexts[100 + i].node_config["data-dir"] = str(folder)
-
-    assert digest(run) == digest(play(settings | {"run-name": "process"}, nodes=NODES, prepare=own))
+    assert digest(run) == digest(play(settings | {"run-name": "process"}, nodes=NODES))
 
 
 def answers(port):
