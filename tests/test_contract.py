@@ -1,5 +1,7 @@
 """The contract: laws that hold for every method in the table."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,32 @@ def test_in_bfloat16_the_host_keeps_float32_and_the_loss_falls_as_it_does_there(
     assert {value.dtype for value in state.values()} <= {torch.float32, torch.int64}
     moved = torch.cat([value.flatten() for key, value in state.items() if "encoder" in key or "classifier" in key])
     assert not torch.equal(moved, moved.bfloat16().float())
+
+
+def test_in_bfloat16_fresh_processes_that_missed_rounds_give_the_bits_of_one_that_did_not(settings):
+    settings = settings | {"compute-dtype": "bfloat16", "fraction-train": 0.5, "num-server-rounds": 4, "local-steps": 2}
+    settings |= {"wire-dtype": "int8", "activation-memory": "recompute", "gradient-accumulation": 2}
+    settings |= {"max-grad-norm": 0.5, "batch-size": 64}  # more than the 40 rows of a client
+    warm = play(settings)
+    assert [(line["clients"], line["failed"]) for line in warm.metrics()[1:]] == [(2, 0)] * 4
+    fresh = play(settings | {"run-name": "fresh"}, devices=True, run_id=2)
+    assert digest(fresh) == digest(warm) == replayed(warm)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_gradient_that_ends_in_nan_after_the_last_loss_is_no_reply_that_counts(settings, dtype, monkeypatch):
+    clip, steps = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def spoil(parameters, norm):
+        if next(steps) % settings["local-steps"] == 0:
+            parameters[0].grad.view(-1)[0] = torch.nan
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
+    run = play(settings | {"max-grad-norm": 1.0, "wire-dtype": dtype, "num-server-rounds": 1}, nodes=2)
+    start, end = run.metrics()
+    assert (end["clients"], end["refused"] + end["failed"], end["version"]) == (0, 2, 0)
+    assert end["metric"] == start["metric"]
 
 
 def test_same_seed_same_bits_whatever_the_order_of_arrival(settings):

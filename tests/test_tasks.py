@@ -532,14 +532,16 @@ def test_a_text_far_beyond_what_the_model_can_read_is_cut(task, model_folder, ru
     assert play(run_config | keys, nodes=2).metrics()[-1]["clients"] == 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_method_trains_a_language_model_without_a_head(strategy, model_folder, run_config, tmp_path):
+def test_every_method_trains_a_language_model_without_a_head(strategy, dtype, model_folder, run_config, tmp_path):
     folder = build(tmp_path / "m", model_folder, "gpt2", True)
     keys = {
         "task": "causal-lm",
         "data-dir": str(write_texts(tmp_path / "d")),
         "model": str(folder),
         "strategy": strategy,
+        "compute-dtype": dtype,
     }
     run = play(run_config | keys | {"num-server-rounds": 1}, nodes=2)
     before, after = run.metrics()
