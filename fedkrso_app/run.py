@@ -203,6 +203,8 @@ def closing_table(run: Run, metric: str) -> str:
     table.add_row(
         "both, paper's formula", f"{paper / 1e6:.2f} MB in all, {paper / 1e6 / max(asked, 1):.3f} MB a client and round"
     )
+    if idle := len(rounds) - run.metrics()[-1]["version"]:
+        table.add_row("rounds without an update", f"{idle}: too few good replies, see the warnings above")
     for key in ("refused", "failed"):
         table.add_row(f"replies {key}", str(sum(figures[key] for figures in rounds)))
     table.add_row("seconds", f"{sum(figures['seconds'] for figures in rounds):.1f} in all rounds")

@@ -1,6 +1,7 @@
 """Both apps on an in-process grid: what a run leaves, determinism, resume, and replies that fail or do not fit."""
 
 import errno
+import re
 import shutil
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_below_min_replies_nothing_is_published_and_the_run_goes_on(run_config, 
     run = play(run_config | {"min-replies": 2, "round-timeout": 0.3}, tamper=only_in_round_two)
     assert [line["version"] for line in run.metrics()] == [0, 0, 1, 1]
     assert caplog.text.count("nothing is published") == 2
+    assert re.search(r"rounds without an update +│ 2: too few good replies", caplog.text)
     assert replayed(run) == digest(run)
 
 
