@@ -17,7 +17,7 @@ from fedkrso_app.replica import Replica
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes, no_figures
 from fedkrso_app.streaming import StreamingGrid
-from fedkrso_app.train import precision
+from fedkrso_app.train import TrainingError, precision
 
 logger = logging.getLogger("flwr")
 app = ServerApp()
@@ -51,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
         with tracking.started(config, folder, task.metric) as track:
             play(config, task, loaded, shapes, folder, StreamingGrid(grid), track)
     except BaseException as error:
-        reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, ConfigError | TrainingError) else f"{type(error).__name__}: {error}"
         with suppress(OSError):  # on a full disk the words below are all there is
             folder.set_status(f"failed: {reason}")
         logger.error("The run failed: %s", reason)
@@ -128,6 +128,8 @@ def play(
     rounds = max(0, config.num_server_rounds - strategy.first_round + 1)
     with ours_only(logger):
         strategy.start(grid, ArrayRecord(), rounds, config.round_timeout)  # type: ignore[arg-type]
+    if rounds and ledger.version == newest["version"]:
+        raise TrainingError(f"none of {rounds} rounds published anything; the warnings above say why")
     strategy.nodes.dismiss(grid)
     digest = None
     if replica:

@@ -15,6 +15,7 @@ from fedkrso_app import client_app, model, server_app
 from fedkrso_app.config import ConfigError
 from fedkrso_app.ledger import Ledger
 from fedkrso_app.run import Run
+from fedkrso_app.train import TrainingError
 
 
 def test_a_run_leaves_what_a_user_expects(run_config, node_files):
@@ -65,6 +66,15 @@ def test_below_min_replies_nothing_is_published_and_the_run_goes_on(run_config, 
     assert caplog.text.count("nothing is published") == 2
     assert re.search(r"rounds without an update +│ 2: too few good replies", caplog.text)
     assert replayed(run) == digest(run)
+
+
+def test_a_run_whose_every_round_fails_has_failed_and_can_go_on(run_config):
+    with pytest.raises(TrainingError, match="none of 3 rounds published anything"):
+        play(run_config | {"round-timeout": 0.3}, tamper=lambda partition, message, reply: None)
+    run = Run(Path(run_config["output-dir"]) / "run")
+    assert run.status.startswith("failed: none of 3 rounds") and not (run.path / "result.json").exists()
+    play(run_config | {"resume": str(run.path)}, run_id=2)
+    assert run.status == "completed" and run.metrics()[-1]["version"] == 3
 
 
 def test_a_node_that_lost_its_entries_is_resynchronised_and_costs_one_share(run_config, node_files):
