@@ -1,6 +1,7 @@
 """The contract: laws that hold for every method in the table."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fedkrso_app.ledger import Ledger
 from fedkrso_app.run import Run
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.train import TrainingError
 
 
 @pytest.fixture(params=STRATEGIES)
@@ -132,8 +134,9 @@ def test_a_gradient_that_ends_in_nan_after_the_last_loss_is_no_reply_that_counts
         return clip(parameters, norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
-    run = play(settings | {"max-grad-norm": 1.0, "wire-dtype": dtype, "num-server-rounds": 1}, nodes=2)
-    start, end = run.metrics()
+    with pytest.raises(TrainingError, match="none of 1 rounds published anything"):
+        play(settings | {"max-grad-norm": 1.0, "wire-dtype": dtype, "num-server-rounds": 1}, nodes=2)
+    start, end = Run(Path(settings["output-dir"]) / "run").metrics()
     assert (end["clients"], end["refused"] + end["failed"], end["version"]) == (0, 2, 0)
     assert end["metric"] == start["metric"]
 
