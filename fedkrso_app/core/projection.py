@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 RNG_ID = "philox4x64-10/box-muller/1"
 KINDS = ("gaussian", "rademacher", "orthonormal")
@@ -45,17 +46,16 @@ def projections(seeds: Sequence[int], name: str, r: int, n: int, kind: str = "ga
     Raises ValueError for another kind, or for r > n with ``orthonormal``.
     """
     key = layer_key(name)
-    streams = [philox(seed, key) for seed in seeds]
     if kind == "gaussian":
-        return (_gaussian(streams, r * n) / math.sqrt(r)).astype(np.float32).reshape(-1, r, n)
+        return _gaussian(seeds, key, r * n).div_(math.sqrt(r)).float().numpy().reshape(-1, r, n)
     if kind == "rademacher":
-        words = np.stack([stream.random_raw(-(-r * n // 64)) for stream in streams]).astype("<u8")
+        words = np.stack([philox(seed, key).random_raw(-(-r * n // 64)) for seed in seeds]).astype("<u8")
         signs = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, : r * n].astype(np.float32)
         return ((2 * signs - 1) / np.float32(math.sqrt(r))).reshape(-1, r, n)
     if kind == "orthonormal":
         if r > n:
             raise ValueError(f"{r} orthonormal rows do not fit into {n} dimensions")
-        q, upper = np.linalg.qr(_gaussian(streams, r * n).reshape(-1, n, r))
+        q, upper = np.linalg.qr(_gaussian(seeds, key, r * n).numpy().reshape(-1, n, r))
         q *= np.sign(np.diagonal(upper, axis1=1, axis2=2))[
             :, None
         ]  # makes the factorisation unique and q Haar distributed
@@ -75,16 +75,19 @@ def probe() -> str:
     return f"{RNG_ID}: {raw}: {gaussian}"
 
 
-def _gaussian(streams: Sequence[np.random.Philox], count: int) -> np.ndarray:
-    """Box–Muller in float64: all cosines, then all sines of a stream. len(streams) × count.
+def _gaussian(seeds: Sequence[int], key: int, count: int) -> Tensor:
+    """Box–Muller in float64: all cosines, then all sines of a stream (seed, key). len(seeds) × count.
 
     The functions are torch's, several times as fast as numpy's. Whose they are may change the last bit of a float64
     here and there, of which the float32 that becomes of it keeps nothing but about once in 10^11 values.
     """
     half = -(-count // 2)
-    words = np.empty((len(streams), 2 * half))
-    for row, stream in zip(words, streams, strict=True):
-        np.random.Generator(stream).random(out=row)  # (raw >> 11) · 2^-53
+    words = np.empty((len(seeds), 2 * half))
+    for row, seed in zip(words, seeds, strict=True):
+        np.random.Generator(philox(seed, key)).random(out=row)  # (raw >> 11) · 2^-53
     u1, u2 = torch.from_numpy(words).split(half, dim=1)
-    radius, angle = (u1 + 2.0**-54).log_().mul_(-2.0).sqrt_(), u2 * (2.0 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1).numpy()[:, :count]
+    radius, angle = u1.add_(2.0**-54).log_().mul_(-2.0).sqrt_(), u2.mul_(2.0 * math.pi)
+    values = torch.empty(len(seeds), 2 * half, dtype=torch.float64)
+    torch.cos(angle, out=values[:, :half]).mul_(radius)
+    torch.sin(angle, out=values[:, half:]).mul_(radius)
+    return values[:, :count]

@@ -51,7 +51,7 @@ class FedKRSOLocal(LocalMethod):
     def apply(self, arrays: Arrays) -> None:
         """W^t = W^{t-1} + Σ_k B_k^t P_k^{t-1}: one product per layer over all seeds, k ascending."""
         seeds, r, kind = arrays["seeds"].tolist(), self.config.fedkrso.rank, self.config.fedkrso.projection
-        B, start = torch.from_numpy(np.array(arrays["accumulators"])), 0
+        B, start = torch.from_numpy(np.require(arrays["accumulators"], requirements="W")), 0
         for name, layer in self.targets.items() if seeds else ():
             W = matrix(layer)
             m, n = W.shape
