@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from fedkrso_app.core.projection import KINDS, _gaussian, layer_key, philox, probe, projection, projections
 
@@ -59,6 +60,13 @@ def test_mean_of_PtP_is_the_identity(kind):
     n, draws = 6, 4000
     mean = sum(P.T @ P for P in (projection(s, "x", 2, n, kind) for s in range(draws))) / draws
     np.testing.assert_allclose(mean, np.eye(n), atol=6 * np.sqrt(2 / draws))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_drawn_on_the_cpu_whatever_the_default_device(kind):
+    with torch.device("meta"):
+        there = projection(3, "x", 2, 8, kind)
+    assert there.tobytes() == projection(3, "x", 2, 8, kind).tobytes()
 
 
 def test_orthonormal_rows_meet_assumption_4_exactly():

@@ -85,9 +85,10 @@ def _gaussian(seeds: Sequence[int], key: int, count: int) -> Tensor:
     words = np.empty((len(seeds), 2 * half))
     for row, seed in zip(words, seeds, strict=True):
         np.random.Generator(philox(seed, key)).random(out=row)  # (raw >> 11) · 2^-53
-    u1, u2 = torch.from_numpy(words).split(half, dim=1)
+    uniform = torch.from_numpy(words)
+    u1, u2 = uniform.split(half, dim=1)
     radius, angle = u1.add_(2.0**-54).log_().mul_(-2.0).sqrt_(), u2.mul_(2.0 * math.pi)
-    values = torch.empty(len(seeds), 2 * half, dtype=torch.float64)
+    values = torch.empty_like(uniform)  # on the CPU, whatever torch's default device is
     torch.cos(angle, out=values[:, :half]).mul_(radius)
     torch.sin(angle, out=values[:, half:]).mul_(radius)
     return values[:, :count]
