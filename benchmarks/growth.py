@@ -34,6 +34,7 @@ from fedkrso_app.core.projection import stream
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import SubspaceLinear
 from fedkrso_app.model import find_targets
+from fedkrso_app.plan import distinct_seeds
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.train import head_optimizer
 
@@ -100,11 +101,6 @@ def steps(size: str, shapes: Shapes, repeats: int) -> list[Row]:
     ]
 
 
-def distinct(K: int, draws: int) -> float:
-    """The expected number of distinct values among ``draws`` from K, with replacement."""
-    return K * (1 - (1 - 1 / K) ** draws)
-
-
 def drawn(config: Config, round: int, client: int) -> set[int]:
     """Which of the K seeds one client draws in a round."""
     intervals = -(-config.local_steps // config.fedkrso.interval)
@@ -130,7 +126,7 @@ def traffic(shapes: Shapes) -> list[Row]:
         }
         for way, draws in (("up", intervals), ("down", CLIENTS * intervals)):
             bytes = statistics.fmean(measured(count)[way] for count in counts[way])
-            formula = 4 * (distinct(K, draws) * shapes.outputs(config.fedkrso.rank) + shapes.head)
+            formula = 4 * (distinct_seeds(K, draws) * shapes.outputs(config.fedkrso.rank) + shapes.head)
             point = {"cost": f"{way}, MB", "over": over, "at": at}
             result.append({**point, "measured": bytes / 1e6, "formula": formula / 1e6})
     return result

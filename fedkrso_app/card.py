@@ -15,9 +15,7 @@ from fedkrso_app.model import is_local
 from fedkrso_app.results import asked_in, text
 from fedkrso_app.run import Run
 from fedkrso_app.strategies import STRATEGIES
-from fedkrso_app.tasks import Task
-
-_HUB = "nyu-mll/glue"  # where data.py has glue/* from, without a data-dir
+from fedkrso_app.tasks import GLUE, Task
 
 
 def write(run: Run, task: Task, round: int, folder: Path) -> None:
@@ -110,7 +108,7 @@ def _hub_dataset(config: Config, task: Task) -> tuple[str, str]:
     if config.data_dir or task.name.startswith("embedded/"):
         return "", ""
     if not task.own:
-        return _HUB, task.name.removeprefix("glue/")
+        return GLUE, task.name.removeprefix("glue/")
     name, _, configuration = config.dataset.partition(":")
     return (name, configuration) if name and not is_local(name) else ("", "")
 

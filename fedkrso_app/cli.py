@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fedkrso_app.config import ConfigError
+from fedkrso_app.config import ConfigError, names
 from fedkrso_app.ledger import Entry, Ledger, LedgerError
 
 if TYPE_CHECKING:  # imported inside the commands instead, since torch takes seconds and --help should not
@@ -82,9 +82,7 @@ def compare(
 
         base = c.settings(config, set_ or [])
         folder = output or Path(str(base["output-dir"])) / f"compare-{base['task']}".replace("/", "-")
-        plan = c.Plan(
-            base, _names(strategies), _names(partitions or base["partition"]), _numbers(seeds), folder, clients
-        )
+        plan = c.Plan(base, names(strategies), names(partitions or base["partition"]), _numbers(seeds), folder, clients)
         choices: list[dict[str, Any]] = []
         try:
             if sweep:
@@ -125,7 +123,7 @@ def plan(
 
         settings = c.settings(config, set_ or [])
         with err.status("Counting"):
-            facts = p.plan(settings, _names(strategies) or list(c.STRATEGIES), clients)
+            facts = p.plan(settings, names(strategies) or list(c.STRATEGIES), clients)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -456,12 +454,8 @@ def _sweep_table(choices: Sequence[Mapping[str, Any]], last: int, holdout: float
     return table
 
 
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
 def _numbers(text: str) -> list[int]:
     try:
-        return [int(name) for name in _names(text)]
+        return [int(name) for name in names(text)]
     except ValueError:
         raise ConfigError(f"--seeds {text!r} are not whole numbers separated by commas, such as 0,1,2.") from None

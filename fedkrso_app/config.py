@@ -131,6 +131,11 @@ def resolved_path(path: str) -> Path:
     return Path(path).expanduser().resolve()
 
 
+def names(text: str) -> list[str]:
+    """The names in a text that separates them by commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def _key(field: str) -> str:
     return field.replace("_", "-")
 

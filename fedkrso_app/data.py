@@ -20,7 +20,7 @@ import torch
 from fedkrso_app import files, language
 from fedkrso_app.config import Config, ConfigError, resolved_path
 from fedkrso_app.partition import partition
-from fedkrso_app.tasks import TEXTS, Task, declared, sorted_names, task, with_columns
+from fedkrso_app.tasks import GLUE, TEXTS, Task, declared, sorted_names, task, with_columns
 
 __all__ = ["Task", "batches", "declared", "evaluation_batches", "load", "partition", "resolve", "task"]
 
@@ -112,11 +112,11 @@ def _whole(task: Task, data_dir: str, split: str) -> datasets.Dataset:
         source, rows, here = _read(task, data_dir, split)
         return _checked(rows, task, source, here)
     try:
-        loaded = datasets.load_dataset("nyu-mll/glue", name, split=split)
+        loaded = datasets.load_dataset(GLUE, name, split=split)
     except Exception as error:  # the hub, HTTP and datasets libraries each raise errors of their own
         mend = f"set data-dir to a folder with {name}/{split}.parquet, or take task='embedded/entailment'"
         raise ConfigError(f"{task.name} could not be loaded from the hub ({error}); {mend}.") from error
-    return _checked(loaded, task, f"nyu-mll/glue, {name}, on the hub")
+    return _checked(loaded, task, f"{GLUE}, {name}, on the hub")
 
 
 def _read(task: Task, data_dir: str, split: str) -> tuple[str, datasets.Dataset, list[Path]]:

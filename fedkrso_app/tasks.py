@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from fedkrso_app.config import Config, ConfigError
 
+GLUE = "nyu-mll/glue"  # the hub dataset that glue/* are read from without a data-dir
 TEXTS = ("string", "large_string")  # starts of Arrow types
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
-from fedkrso_app.config import Config, ConfigError
+from fedkrso_app.config import Config, ConfigError, names
 from fedkrso_app.run import Run
 
 logger = logging.getLogger("flwr")
@@ -17,7 +17,7 @@ logger = logging.getLogger("flwr")
 
 def check(trackers: str) -> None:
     """Raise ConfigError if one of ``trackers``, separated by commas, is unknown or its library is not installed."""
-    for name in _names(trackers):
+    for name in names(trackers):
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ConfigError(f"tracker = {name!r} is not one of {', '.join(LOGGER_TYPE_TO_CLASS)}.")
         if name not in map(str, get_available_trackers()):
@@ -43,7 +43,7 @@ def started(config: Config, run: Run, metric: str) -> Iterator[Callable[[Mapping
 
     with ExitStack() as stack:
         trackers: list[GeneralTracker] = []
-        for name in _names(config.tracker):
+        for name in names(config.tracker):
             PartialState(cpu=True)  # the trackers' own log messages ask it which process this is: the only one
             kind = LOGGER_TYPE_TO_CLASS[name]
             folder = run.path / "tracking"
@@ -76,10 +76,6 @@ def numbers(figures: Mapping[str, Any], metric: str) -> dict[str, float]:
     for partition, client in figures.get("per_client", {}).items():
         values |= {f"client/{partition}/{key}": value for key, value in client.items()}
     return values
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _sentence(error: Exception) -> str:

@@ -78,7 +78,7 @@ def test_the_servers_memory_does_not_grow_with_the_replies():
 
 def test_the_share_of_distinct_seeds_is_that_of_all_possible_draws():
     draws = list(itertools.product(range(3), repeat=4))
-    assert growth.distinct(3, 4) == pytest.approx(sum(len(set(draw)) for draw in draws) / len(draws))
+    assert growth.distinct_seeds(3, 4) == pytest.approx(sum(len(set(draw)) for draw in draws) / len(draws))
 
 
 def test_measured_bytes_grow_as_the_formula_says_and_every_panel_is_drawn(tmp_path):

@@ -56,9 +56,8 @@ def projections(seeds: Sequence[int], name: str, r: int, n: int, kind: str = "ga
         if r > n:
             raise ValueError(f"{r} orthonormal rows do not fit into {n} dimensions")
         q, upper = np.linalg.qr(_gaussian(seeds, key, r * n).numpy().reshape(-1, n, r))
-        q *= np.sign(np.diagonal(upper, axis1=1, axis2=2))[
-            :, None
-        ]  # makes the factorisation unique and q Haar distributed
+        # Makes the factorisation unique and q Haar distributed.
+        q *= np.sign(np.diagonal(upper, axis1=1, axis2=2))[:, None]
         return np.ascontiguousarray(math.sqrt(n / r) * q.transpose(0, 2, 1)).astype(np.float32)
     raise ValueError(f"unknown projection {kind!r}; known: {', '.join(KINDS)}")
 
