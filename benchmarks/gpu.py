@@ -27,7 +27,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.models import PEERS, Peer, batch, classifier, show
-from fedkrso_app.train import activation_memory
 
 SEEDS = 10
 MIB = 2**20
@@ -90,11 +89,11 @@ def measure(peer: Peer, inputs: dict[str, Any], repeats: int) -> dict[str, float
         torch.cuda.synchronize()
         opening = time.perf_counter() - started
     before = allocated()
-    with peer.precision, activation_memory(peer.module, peer.memory):
+    with peer.precision, peer.keeping():
         hidden = peer.module.base_model(input_ids=inputs["input_ids"]).last_hidden_state
     blocks = allocated() - before
     del hidden
-    with peer.precision, activation_memory(peer.module, peer.memory):
+    with peer.precision, peer.keeping():
         loss = peer.module(**inputs).loss
     kept = allocated() - before
     del loss

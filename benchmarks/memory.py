@@ -18,7 +18,6 @@ from torch import Tensor
 
 from benchmarks.models import PEERS, Peer, batch, classifier, show
 from fedkrso_app import plan
-from fedkrso_app.train import activation_memory
 
 SETTINGS = ("keep", "recompute", "checkpoint")
 MIB = 2**20
@@ -58,7 +57,7 @@ def kept_by_autograd(peer: Peer, inputs: dict[str, Tensor]) -> int:
         kept.update(plan.distinct([tensor]))
         return tensor
 
-    with activation_memory(peer.module, peer.memory), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+    with peer.keeping(), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
         peer.module(**inputs)
     weights = [*peer.module.parameters(), *(part.W for part in peer.module.modules() if hasattr(part, "W"))]
     own = plan.distinct(weights)

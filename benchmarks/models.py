@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
+from fedkrso_app.activations import activation_memory
 from fedkrso_app.core import lora
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear
 from fedkrso_app.model import find_targets
-from fedkrso_app.train import activation_memory, head_optimizer, precision
+from fedkrso_app.train import head_optimizer, precision
 
 PEERS = ("floor", "fedkrso", "a-frozen", "lora", "full")
 RANK, RATE = 4, 1e-4
@@ -91,8 +93,12 @@ class Peer:
     def trained(self) -> list[nn.Parameter]:
         return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
+    def keeping(self) -> AbstractContextManager[None]:
+        """What the app does to the model while it trains; the others are torch's and peft's own work."""
+        return activation_memory(self.module, self.memory) if self.name == "fedkrso" else nullcontext()
+
     def step(self, inputs: Mapping[str, Tensor]) -> None:
-        with activation_memory(self.module, self.memory):
+        with self.keeping():
             with self.precision:
                 loss = self.module(**inputs).loss
             loss.backward()

@@ -4,25 +4,19 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
+from fedkrso_app.activations import TrainingError, activation_memory
 from fedkrso_app.config import Config
 
 logger = logging.getLogger("flwr")
 
 _PROGRESS_SECONDS = 15.0
-
-
-class TrainingError(RuntimeError):
-    """Training went wrong in a way that the message explains."""
 
 
 def head_optimizer(head: Mapping[str, nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
@@ -48,47 +42,6 @@ def deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
-
-
-@contextmanager
-def activation_memory(module: Any, setting: str) -> Iterator[None]:
-    """What ``module``, a transformers model, keeps of each block for the backward pass.
-
-    - ``keep``: all that its gradient needs.
-    - ``recompute``: the block's input and its products that are no wider than what they are made of (queries, keys,
-      values, both outputs, but not the wide layer of the feed-forward part); the rest is computed again.
-    - ``checkpoint``: the block's input; the whole block is computed again.
-
-    Gradients are the same to rounding, dropout masks included. Raises :class:`TrainingError` where the model cannot.
-    """
-    if setting == "keep":
-        yield
-        return
-    how: dict[str, Any] = {"use_reentrant": False}
-    if setting == "recompute":
-        how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_narrow_products)
-    name = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"  # transformers renamed it
-    try:
-        getattr(module, f"{name}_checkpointing_enable")(how)
-    except (AttributeError, ValueError) as error:
-        raise TrainingError(
-            f"activation-memory = {setting!r} is not possible with this model ({error}); set it to 'keep'."
-        ) from None
-    with suppress(AttributeError):  # some versions ask for the gradient of the embeddings, which nobody needs
-        module.disable_input_require_grads()
-    try:
-        yield
-    finally:
-        getattr(module, f"{name}_checkpointing_disable")()
-
-
-def _keep_narrow_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep x·Wᵀ (+ b) where W has no more outputs than inputs: there memory buys the most arithmetic."""
-    if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-        inputs, outputs = args[-1].shape
-        if outputs <= inputs:
-            return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def train(

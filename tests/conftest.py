@@ -236,7 +236,7 @@ def replica(run: Run, version: int | None = None) -> LocalMethod:
     """The method with its model at ``version``, from W^0 and the ledger alone."""
     config = run.config
     task = data.resolve(config)
-    loaded = model.load(config.model, task.num_labels, config.seed, task.classes)
+    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, on_device=config.on_device)
     strategy = STRATEGIES[config.strategy]
     method = strategy.local(loaded.module, loaded.targets, loaded.head, config)
     ledger = Ledger(run.ledger)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from benchmarks import growth, memory, models, peer, replica, server, simulation, step
 from fedkrso_app.config import parse
 from fedkrso_app.plan import Storage
+
+DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 def by_peer(rows):
@@ -115,9 +118,16 @@ def test_the_time_of_a_simulation_is_shared_out_without_gap_or_overlap():
     assert rows["all"]["÷ steps"] == 18 / 3 and rows["aggregate"]["CPU"] == 0.5 and rows["evaluate"]["CPU"] == 2.5
 
 
-def test_the_peer_trains_the_same_model_on_the_same_batches(run_config):
-    """The loss before the first update tells, dropout included; FedFFT trains every parameter as well."""
-    settings = run_config | {"strategy": "fedfft", "local-steps": 1, "fedkrso.interval": 1, "num-server-rounds": 1}
+def test_the_peer_trains_the_same_model_on_the_same_batches(run_config, model_folder, tmp_path):
+    """The loss before the first update tells; FedFFT trains every parameter as well. Their dropout differs."""
+    plain = shutil.copytree(model_folder, tmp_path / "plain")
+    shape = json.loads((plain / "config.json").read_text()) | dict.fromkeys(DROPOUT, 0.0)
+    (plain / "config.json").write_text(json.dumps(shape))
+    settings = (
+        run_config
+        | {"model": str(plain)}
+        | {"strategy": "fedfft", "local-steps": 1, "fedkrso.interval": 1, "num-server-rounds": 1}
+    )
     start, losses = peer.pack(peer.build(parse(settings)).module), []
     for partition in range(2):
         node = {"partition-id": partition, "num-partitions": 2}
