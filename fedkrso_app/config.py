@@ -49,6 +49,7 @@ class FedSRDConfig:
     max_sparsity: float
     compensate: str
     download_sparsity: float
+    rcond: float
     sparsify_head: bool
 
 
@@ -258,5 +259,6 @@ def _check(c: Config) -> None:
         c.fedsrd.download_sparsity,
         "at least 0 and below 1",
     )
+    need(0 <= c.fedsrd.rcond < 1, "fedsrd.rcond", c.fedsrd.rcond, "at least 0 (torch's own) and below 1")
     if "/" in c.run_name or c.run_name in (".", ".."):
         raise ConfigError(f"run-name = {c.run_name!r} is not a folder name; leave out any '/'.")

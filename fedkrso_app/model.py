@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -66,8 +67,9 @@ def load(
     module.eval()
     if weights and not num_labels and _sees_ahead(module):
         raise ConfigError(f"model = {name!r} sees the words that it would have to predict; choose a decoder, as GPT-2.")
-    if weights and on_device and torch.cuda.is_available():
-        module = module.to("cuda")
+    if weights and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, before its first product; same bits
+        module = module.to("cuda") if on_device else module
     return LoadedModel(module, tokenizer, targets, head, tuple(classes), frozenset(new))
 
 

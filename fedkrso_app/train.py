@@ -1,10 +1,10 @@
 """The one local loop: batch -> loss -> backward -> step, with the learning-rate schedule and progress."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,17 +31,27 @@ def precision(dtype: str, device: torch.device) -> AbstractContextManager:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Same seed, same bits on a GPU too, as far as torch can; it warns of an operation for which it cannot."""
+    """Same seed, same bits on a GPU too. Raises :class:`TrainingError` where torch has no such form of an operation."""
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)  # with warn_only, attention's kernels would stay as they are
+    settings.fill_uninitialized_memory = False
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise TrainingError(
+            f"on a GPU torch cannot train this model to the same bits twice ({str(error).splitlines()[0]}); "
+            "hide the GPU from this process (CUDA_VISIBLE_DEVICES='')."
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
+        settings.fill_uninitialized_memory = fills
 
 
 def train(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import arrays_of, digest, play, replayed
+from conftest import arrays_of, digest, play, replayed, replica
 
 from fedkrso_app import client_app
 from fedkrso_app.config import parse
@@ -100,3 +100,14 @@ def test_without_sparsification_and_with_one_client_a_B_round_takes_over_the_cli
     run = play(settings, nodes=1)
     values = Ledger(run.ledger).read(1).arrays["values"]
     np.testing.assert_allclose(values, ends[0], rtol=0, atol=2e-7)
+
+
+def test_a_factor_that_jumps_is_told_and_rcond_tames_it(run_config, caplog):
+    def largest(rcond):
+        run = play(run_config | {"strategy": "fedsrd-e", "fedsrd.rcond": rcond, "run-name": str(rcond)})
+        return max(float(A.abs().max()) for A in replica(run).state["A"])
+
+    run_config |= {"fraction-train": 0.5, "num-server-rounds": 4}
+    wild = largest(0.0)
+    assert "A moves by" in caplog.text and "set fedsrd.rcond" in caplog.text
+    assert largest(1e-2) < 0.1 * wild

@@ -10,6 +10,7 @@ Both sides add the *sparse* delta, as the authors' code does; Algorithm 1 adds t
 let the two drift apart. The first round moves B: B = 0 makes an A round a round without effect.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from fedkrso_app.ledger import Ledger
 from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LoraLocal, Shapes
 from fedkrso_app.train import head_optimizer, train
 from fedkrso_app.wire import HEAD, Refused, Schema
+
+logger = logging.getLogger("flwr")
 
 FACTORS = ("B", "A")  # the order in which they take turns
 _LARGEST = 1e6  # of an update's values; sound ones are far below 1
@@ -176,12 +179,12 @@ class FedSRD(FedTune):
         config, version = self.config.fedsrd, self.ledger.version + 1
         turn = (version - 1) % 2
         factor = FACTORS[turn]
-        size = self.update_size(self.config, self.shapes)
+        length = self.update_size(self.config, self.shapes)
         shares, deltas = [], []  # in the order of the partitions, whatever that of arrival
         for partition in sorted(self.updates):
             arrays, weight = self.updates[partition]
-            update = np.zeros(size, np.float32)
-            update[srd.unpack_bits(arrays["bits"], size)] = arrays["values"]
+            update = np.zeros(length, np.float32)
+            update[srd.unpack_bits(arrays["bits"], length)] = arrays["values"]
             shares.append(weight / total_weight)
             deltas.append(torch.from_numpy(update))
         sizes = [tensor.numel() for name in FACTORS for tensor in self.pair[name]]
@@ -193,8 +196,17 @@ class FedSRD(FedTune):
                 (p, B + parts[i].view_as(B), A + parts[layers + i].view_as(A))
                 for p, parts in zip(shares, split, strict=True)
             ]
-            moves.append(srd.least_squares_factors(self.represent(terms, B.shape[1]), B, A, factor))
+            target = self.represent(terms, B.shape[1])
+            moves.append(srd.least_squares_factors(target, B, A, factor, config.rcond or None))
         move = flatten(moves)
+        own = float(np.linalg.norm(flatten(self.pair[factor])))
+        ratio = float(np.linalg.norm(move)) / own if own else 0.0
+        if ratio > 1:  # the paper reports below .03 for A and below .10 for B
+            logger.warning(
+                "%s moves by %.1f times its own size: lower fedsrd.learning-rate, or set fedsrd.rcond = 1e-3",
+                factor,
+                ratio,
+            )
         if config.sparsify_head:
             head = sum(p * delta[sum(sizes) :].double() for p, delta in zip(shares, deltas, strict=True))
             move = np.concatenate([move, head.float().numpy()])  # type: ignore[union-attr]
