@@ -8,7 +8,8 @@ moving it, after ten intervals of different seeds, which is the most that it eve
 under autocast; peft's factors are bfloat16 too, the leanest form of LoRA, and "full" is AdamW in bfloat16 throughout.
 FedKRSO stands there with each setting of ``activation-memory``.
 
-ms            forward, backward and optimizer, median of CUDA events
+ms            forward, backward and optimizer, median of CUDA events; a step of small kernels waits for the host here
+busy ms       what the GPU works in it: the sum of the times of its kernels in one step, by torch's profiler
 interval ms   FedKRSO: drawing and moving the projections of one seed, once in J steps and not in "ms"
 weights       allocated before the step, the optimizer's state and gradients not yet among it
 blocks        more after the forward pass of the blocks alone: what they keep for backward
@@ -75,9 +76,8 @@ def rows(case: str, repeats: int) -> list[dict[str, Any]]:
         gc.collect()
         torch.cuda.empty_cache()
     lora = next(row for row in result if row["peer"] == "lora")
-    return [
-        {**row, "ms ÷ lora": row["ms"] / lora["ms"], "blocks ÷ lora": row["blocks"] / lora["blocks"]} for row in result
-    ]
+    compared = ("ms", "busy ms", "blocks")
+    return [{**row, **{f"{name} ÷ lora": row[name] / lora[name] for name in compared}} for row in result]
 
 
 def measure(peer: Peer, inputs: dict[str, Any], repeats: int) -> dict[str, float]:
@@ -107,8 +107,12 @@ def measure(peer: Peer, inputs: dict[str, Any], repeats: int) -> dict[str, float
         end.synchronize()
         if repeat >= 3:
             milliseconds.append(start.elapsed_time(end))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        peer.step(inputs)
+        torch.cuda.synchronize()
     return {
         "ms": statistics.median(milliseconds),
+        "busy ms": sum(event.self_device_time_total for event in profile.key_averages()) / 1e3,
         "interval ms": opening * 1e3,
         "weights": before,
         "blocks": blocks,

@@ -125,7 +125,6 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "lora.learning-rate": 0.05,
         "ffa-lora.learning-rate": 0.05,
         "fedsrd.learning-rate": 0.01,
-        "fedsrd.rcond": 1e-3,
     }
 
 

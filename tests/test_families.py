@@ -83,7 +83,7 @@ def assert_same(run, architecture):
     batch = AutoTokenizer.from_pretrained(run.model)(["w1 w2 w3", "w4"], padding=True, return_tensors="pt")
     atol = 1e-6 if isinstance(method, LoraLocal) else 0
     with torch.no_grad():
-        torch.testing.assert_close(plain(**batch).logits, method.module.eval()(**batch).logits, rtol=0, atol=atol)
+        torch.testing.assert_close(plain(**batch).logits, method.module.eval().cpu()(**batch).logits, rtol=0, atol=atol)
     return plain
 
 

@@ -317,6 +317,17 @@ def test_clients_that_changed_nothing_change_nothing():
         assert delta.abs().max() < 1e-13
 
 
+def test_what_no_client_moved_stays_exactly_zero_through_the_decomposition():
+    (B, A), terms = pair(3, torch.float32), clients(3, torch.float32)
+    for _, B_i, _ in terms:
+        B_i[1:4] = 0
+    p, Bs, As = zip(*terms, strict=True)
+    target = (1.0, *srd.truncated_svd(Bs, As, p, R))
+    assert 0 < target[1][1:4].abs().max() < 1e-12  # the noise that DARE might leave alone
+    delta = srd.least_squares_factors([target], torch.zeros_like(B), A, "B")
+    assert not delta[1:4].any() and delta[4:].all()
+
+
 def test_rcond_bounds_what_a_nearly_dependent_factor_does():
     B = normal(M, 1, seed=1, dtype=torch.float32).repeat(1, 2)
     noisy = B + torch.tensor([0.0, 1e-4]) * normal(M, 1, seed=2, dtype=torch.float32)

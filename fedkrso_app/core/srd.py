@@ -120,7 +120,9 @@ def least_squares_factors(
     for p_i, B_i, A_i in [*W_terms, (-1.0, B, A)]:
         B_i, A_i = B_i.double(), A_i.double()
         delta += p_i * ((inverse @ B_i) @ A_i if factor == "A" else B_i @ (A_i @ inverse))
-    return delta.to(_real(fixed).dtype)
+    # A decomposition leaves 1e-17 where a zero was. Should DARE drop all but that, the next inverse would be 1e17.
+    noise = torch.finfo(torch.float32).eps * delta.abs().max()
+    return torch.where(delta.abs() > noise, delta, 0.0).to(_real(fixed).dtype)
 
 
 def dare(delta: Tensor, p: float, rng: np.random.Generator) -> Tensor:
