@@ -10,9 +10,10 @@ LARGEST = 2.0**19  # of a value times its weight: 256 replies at this limit stil
 _CHUNK = 1 << 15  # elements handled at once, so that the float64 copy stays in the cache
 
 # Float64 numbers around _OFFSET lie one grid step apart: x + _OFFSET is x rounded to the grid (ties to even, as in
-# rint), and its bits, read as an integer, are those of _OFFSET plus the number of steps. Two cheap passes, no rint.
+# rint), and its bits, read as an integer, are those of _OFFSET plus the number of steps. The bits are summed as they
+# are, and the offsets' bits taken out once at the end: integers that wrap around lose nothing.
 _OFFSET = 1.5 * 2.0**52 / GRID
-_OFFSET_BITS = np.float64(_OFFSET).view(np.int64)
+_OFFSET_BITS = int(np.float64(_OFFSET).view(np.int64))
 _NEAR = 2.0**51 / GRID  # it holds below this size
 
 
@@ -21,6 +22,7 @@ class FixedPointMeans:
 
     def __init__(self) -> None:
         self._sums: dict[Hashable, np.ndarray] = {}
+        self._offsets: dict[Hashable, int] = {}  # how many offsets are in a sum
         self._bounds: dict[Hashable, int] = {}  # no element of a sum can be larger
         self._buffer = np.empty(_CHUNK)
 
@@ -35,7 +37,7 @@ class FixedPointMeans:
                 raise OverflowError(f"values up to {largest:g} with weight {weight} are too large to be averaged")
         for key, x in arrays.items():
             if key not in self._sums:
-                self._sums[key] = np.zeros(x.shape, dtype=np.int64)
+                self._sums[key], self._offsets[key] = np.zeros(x.shape, dtype=np.int64), 0
             total, flat = self._sums[key].reshape(-1), x.reshape(-1)
             for start in range(0, flat.size, _CHUNK):
                 part = flat[start : start + _CHUNK]
@@ -44,17 +46,18 @@ class FixedPointMeans:
                 if near[key]:
                     copy += _OFFSET
                     steps = copy.view(np.int64)
-                    steps -= _OFFSET_BITS
                 else:
                     steps = np.rint(copy * GRID).astype(np.int64)
                 if weight != 1:
                     steps *= weight
                 total[start : start + _CHUNK] += steps
+            self._offsets[key] += weight * near[key]
         self._bounds.update(bounds)
 
     def mean(self, key: Hashable, total_weight: int) -> np.ndarray:
         """The sum divided by ``total_weight``, float32: whoever added nothing under ``key`` counts as zero."""
-        return (self._sums[key] / (total_weight * GRID)).astype(np.float32)
+        offsets = (self._offsets[key] * _OFFSET_BITS + 2**63) % 2**64 - 2**63  # as it is in 64 bits
+        return ((self._sums[key] - np.int64(offsets)) / (total_weight * GRID)).astype(np.float32)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._sums
