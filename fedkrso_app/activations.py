@@ -27,7 +27,8 @@ def activation_memory(module: Any, setting: str) -> Iterator[None]:
       computed again. A layer whose matrix itself is trained is computed again too.
     - ``checkpoint``: the block's input; the whole block is computed again.
 
-    Gradients are the same to rounding, dropout masks included. Raises :class:`TrainingError` where the model cannot.
+    Gradients are the same to rounding, dropout masks included; on a CPU the masks are our own (:func:`_drop`).
+    Raises :class:`TrainingError` where the model cannot.
     """
     with ExitStack() as stack:
         for part in module.modules():
@@ -134,10 +135,8 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))  # of torch's generator: a checkpoint draws it once more
-        below = round(p * 2**16)
-        keep = torch.empty(
-            x.shape, dtype=torch.uint8, device=x.device
-        )  # torch turns bool into floats four times slower
+        below = min(round(p * 2**16), 2**16 - 1)
+        keep = torch.empty(x.shape, dtype=torch.uint8, device=x.device)  # bool becomes float four times as slowly
         if not x.is_meta:
             draw = np.random.Generator(np.random.SFC64(seed)).integers
             random = draw(2**64, size=-(-x.numel() // 4), dtype=np.uint64).view(np.uint16)[: x.numel()]

@@ -89,6 +89,10 @@ def test_dropout_keeps_each_value_with_probability_one_minus_p_and_the_mean(p):
     assert abs(np.corrcoef(halves.T)[0, 1]) < 4 / len(halves) ** 0.5  # neighbours know nothing of each other
 
 
+def test_a_dropout_of_nearly_all_is_finite():
+    assert dropped(torch.ones(100_000), 0.9999999).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_gradient_of_dropout_is_its_mask_and_scale(dtype):
     x = torch.randn(7, 5, dtype=dtype).requires_grad_()
