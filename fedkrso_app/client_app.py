@@ -3,6 +3,7 @@
 import functools
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +11,13 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkrso_app import data, metrics, model, wire
+from fedkrso_app import data, evaluation, model, wire
 from fedkrso_app.config import Config, ConfigError, parse
 from fedkrso_app.core.projection import probe, stream
 from fedkrso_app.ledger import Entry
 from fedkrso_app.replica import NeedSync, NodeStore, Replica
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes
-from fedkrso_app.train import precision
 
 app = ClientApp()
 
@@ -160,60 +160,57 @@ def leave(message: Message, context: Context) -> Message:
     return Message(RecordDict(), reply_to=message)
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """Bring W to the version the message names, train on this node's share, reply with the update."""
-    started = time.monotonic()
-    instructions = message.content.config_records["train"]
+def answered(message: Message, context: Context, work: Callable[[Workplace, int], dict[str, Any]]) -> Message:
+    """Bring W to the version the message names and reply with the records that ``work`` makes there, given this
+    node's workplace and partition; or ask to be brought up to date."""
+    instructions = message.content.config_records[message.metadata.message_type]
     partition, place = identity(context)[0], addressed(context, instructions)
-    round = wire.number(instructions, "round", int, 1, 2**31)
     try:
         place.take(message.content, instructions)
     except NeedSync:
-        status = ConfigRecord({"version": place.replica.version, "need-sync": True})
-        return Message(RecordDict({"status": status}), reply_to=message)
-    examples = place.share("train", partition)
-    rng = stream(place.config.seed, "client", round, partition)
-    batches = data.batches(
-        examples, place.task, place.model.tokenizer, place.config.batch_size, place.config.max_length, rng
-    )
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    start = place.replica.method.initial() if place.config.wire_dtype != "float32" else {}
-    with place.replica.lend() as method:
-        arrays, loss = method.train(batches, instructions, rng)
-    rounding = stream(place.config.seed, "reply", round, partition)
-    update = wire.pack(place.strategy.encode_reply(arrays, start, place.config, place.shapes, rounding))
-    figures = MetricRecord(
-        {
-            "num-examples": len(examples),
-            "train-loss": loss,
-            "train-seconds": time.monotonic() - started,
-            "peak-bytes": peak_bytes(),
-        }
-    )
-    status = ConfigRecord({"version": instructions["version"]})
-    return Message(RecordDict({"status": status, "update": update, "metrics": figures}), reply_to=message)
+        status, records = ConfigRecord({"version": place.replica.version, "need-sync": True}), {}
+    else:
+        status, records = ConfigRecord({"version": instructions["version"]}), work(place, partition)
+    return Message(RecordDict({"status": status, **records}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train on this node's share; the reply holds the update."""
+    started = time.monotonic()
+    instructions = message.content.config_records["train"]
+    round = wire.number(instructions, "round", int, 1, 2**31)
+
+    def work(place: Workplace, partition: int) -> dict[str, Any]:
+        examples = place.share("train", partition)
+        c, rng = place.config, stream(place.config.seed, "client", round, partition)
+        batches = data.batches(examples, place.task, place.model.tokenizer, c.batch_size, c.max_length, rng)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        start = place.replica.method.initial() if c.wire_dtype != "float32" else {}
+        with place.replica.lend() as method:
+            arrays, loss = method.train(batches, instructions, rng)
+        rounding = stream(c.seed, "reply", round, partition)
+        update = wire.pack(place.strategy.encode_reply(arrays, start, c, place.shapes, rounding))
+        seconds, peak = time.monotonic() - started, peak_bytes()
+        figures = MetricRecord(
+            {"num-examples": len(examples), "train-loss": loss, "train-seconds": seconds, "peak-bytes": peak}
+        )
+        return {"update": update, "metrics": figures}
+
+    return answered(message, context, work)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Bring W to the version the message names and judge it on this node's share of the validation rows."""
-    instructions = message.content.config_records["evaluate"]
-    partition, place = identity(context)[0], addressed(context, instructions)
-    try:
-        place.take(message.content, instructions)
-    except NeedSync:
-        status = ConfigRecord({"version": place.replica.version, "need-sync": True})
-        return Message(RecordDict({"status": status}), reply_to=message)
-    c = place.config
-    examples = place.share("validation", partition)
-    batches = data.evaluation_batches(examples, place.task, place.model.tokenizer, 4 * c.batch_size, c.max_length)
-    module = place.replica.computing().module
-    with precision(c.compute_dtype, next(module.parameters()).device):
-        sums = metrics.tally(module, batches, place.task.num_labels)
-    status = ConfigRecord({"version": instructions["version"]})
-    return Message(RecordDict({"status": status, "tally": wire.pack({"tally": sums})}), reply_to=message)
+    """Judge the model on this node's share of the validation rows."""
+
+    def work(place: Workplace, partition: int) -> dict[str, Any]:
+        examples = place.share("validation", partition)
+        sums = evaluation.tally(place.replica, examples, place.task, place.model.tokenizer)
+        return {"tally": wire.pack({"tally": sums})}
+
+    return answered(message, context, work)
 
 
 def peak_bytes() -> int:

@@ -10,14 +10,14 @@ import numpy as np
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedkrso_app import card, data, metrics, model, run, tracking
+from fedkrso_app import card, data, evaluation, metrics, model, run, tracking
 from fedkrso_app.config import Config, ConfigError, parse
 from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.replica import Replica
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes, no_figures
 from fedkrso_app.streaming import StreamingGrid
-from fedkrso_app.train import TrainingError, precision
+from fedkrso_app.train import TrainingError
 
 logger = logging.getLogger("flwr")
 app = ServerApp()
@@ -93,10 +93,7 @@ def play(
         assert replica
         replica.advance(version)
         validation = data.load(task, config.data_dir, "validation", config.holdout)
-        batches = data.evaluation_batches(validation, task, loaded.tokenizer, 4 * config.batch_size, config.max_length)
-        module = replica.computing().module
-        with precision(config.compute_dtype, next(module.parameters()).device):
-            return metrics.tally(module, batches, task.num_labels)
+        return evaluation.tally(replica, validation, task, loaded.tokenizer)
 
     def report(figures: dict[str, Any]) -> None:
         figures = dict(figures)

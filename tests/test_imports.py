@@ -30,6 +30,7 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "card": {"config", "model", "results", "run", "strategies", "tasks"},
     "strategies": {"strategies", "core", "wire", "ledger", "train", "config"},
     "replica": {"core", "ledger", "strategies", "wire"},
+    "evaluation": {"data", "metrics", "replica", "train"},
     "plan": {"config", "core", "data", "ledger", "model", "replica", "strategies", "wire"},
 }
 DOORS = {"cli", "server_app", "client_app", "compare", "report"}  # may import anything; nobody below imports them
