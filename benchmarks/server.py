@@ -35,8 +35,9 @@ from fedkrso_app.config import Config, parse
 from fedkrso_app.core.fixed_point import FixedPointMeans
 from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.model import find_targets
-from fedkrso_app.strategies.base import Shapes, no_figures
+from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import FedKRSO, draw_seeds
+from fedkrso_app.strategies.round import no_figures
 
 Arrays = dict[str, np.ndarray]
 _POOL = 4  # different replies; each is packed anew whenever it is its turn

@@ -44,9 +44,9 @@ APPS: dict[str, Any] = {
             **_PACK,
         },
         "server_parts": {
-            "fedkrso_app.strategies.base:FedTune._ask": "aggregate",
-            "fedkrso_app.strategies.base:FedTune._accept": "aggregate",
-            "fedkrso_app.strategies.base:FedTune._close": "aggregate",
+            "fedkrso_app.strategies.round:FedTune._ask": "aggregate",
+            "fedkrso_app.strategies.round:FedTune._accept": "aggregate",
+            "fedkrso_app.strategies.round:FedTune._close": "aggregate",
             "fedkrso_app.metrics:tally": "evaluate",
         },
     },

@@ -31,7 +31,8 @@ from fedkrso_app.core.projection import stream
 from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.model import find_targets
 from fedkrso_app.strategies import STRATEGIES
-from fedkrso_app.strategies.base import FedTune, Shapes, no_figures
+from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.strategies.round import FedTune, no_figures
 from fedkrso_app.wire import Schema
 
 # FedKRSO, arXiv:2602.03019, Table III as printed: bytes of one client and round, both ways, "GB".

@@ -31,7 +31,8 @@ from fedkrso_app.core.subspace import SubspaceLinear
 from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.replica import Replica
 from fedkrso_app.strategies import STRATEGIES
-from fedkrso_app.strategies.base import FedTune, LocalMethod, Shapes, no_figures
+from fedkrso_app.strategies.base import LocalMethod, Shapes
+from fedkrso_app.strategies.round import FedTune, no_figures
 from fedkrso_app.wire import Schema
 
 SETTINGS = ("keep", "recompute", "checkpoint")  # of activation-memory

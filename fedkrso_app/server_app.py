@@ -15,7 +15,8 @@ from fedkrso_app.config import Config, ConfigError, parse
 from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.replica import Replica
 from fedkrso_app.strategies import STRATEGIES
-from fedkrso_app.strategies.base import Shapes, no_figures
+from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.strategies.round import no_figures
 from fedkrso_app.streaming import StreamingGrid
 from fedkrso_app.train import TrainingError
 

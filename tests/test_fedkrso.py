@@ -13,8 +13,9 @@ from fedkrso_app.core.projection import projection
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.replica import NeedSync, Replica
-from fedkrso_app.strategies.base import Shapes, no_figures
+from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import FedKRSO, FedKRSOLocal, draw_seeds
+from fedkrso_app.strategies.round import no_figures
 from fedkrso_app.wire import Refused
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from fedkrso_app.config import Config
 from fedkrso_app.core.flat import flatten, unflatten
-from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LocalMethod, Shapes
+from fedkrso_app.strategies.base import Arrays, Batches, LocalMethod, Shapes
+from fedkrso_app.strategies.round import FedTune
 from fedkrso_app.train import train
 from fedkrso_app.wire import STATE, Schema
 

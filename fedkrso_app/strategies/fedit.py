@@ -9,7 +9,8 @@ from flwr.app import ConfigRecord
 
 from fedkrso_app.config import Config
 from fedkrso_app.core.flat import flatten, unflatten
-from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LoraLocal, Shapes
+from fedkrso_app.strategies.base import Arrays, Batches, LoraLocal, Shapes
+from fedkrso_app.strategies.round import FedTune
 from fedkrso_app.train import head_optimizer, train
 from fedkrso_app.wire import HEAD, STATE, Schema
 

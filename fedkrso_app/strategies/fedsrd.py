@@ -27,7 +27,8 @@ from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import layer_key, philox
 from fedkrso_app.core.srd import Term
 from fedkrso_app.ledger import Ledger
-from fedkrso_app.strategies.base import Arrays, Batches, FedTune, LoraLocal, Shapes
+from fedkrso_app.strategies.base import Arrays, Batches, LoraLocal, Shapes
+from fedkrso_app.strategies.round import FedTune
 from fedkrso_app.train import head_optimizer, train
 from fedkrso_app.wire import HEAD, Refused, Schema
 
