@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import PEERS, Peer, batch, classifier, show
-from fedkrso_app import plan
+from fedkrso_app.memory import SETTINGS, distinct, measured, total
 
-SETTINGS = ("keep", "recompute", "checkpoint")
 MIB = 2**20
 
 
@@ -38,14 +37,14 @@ def rows(size: str, rows: int, tokens: int) -> list[dict[str, Any]]:
 def measure(peer: Peer, inputs: dict[str, Tensor]) -> dict[str, float]:
     """MiB of one step of ``peer``."""
     hooks = kept_by_autograd(peer, inputs)
-    with plan.measured(peer.module) as memory:
+    with measured(peer.module) as memory:
         peer.step(inputs)
     changed = peer.trained()
     if peer.rso:
         layers = peer.rso.layers.values()
         changed = [layer.W for layer in layers] + changed[len(layers) :]  # B stays zero: it only carries a gradient
     bytes = {"weights": memory.weights, "hooks": hooks, "activations": memory.activations, "peak": memory.peak}
-    bytes |= {"gradients": memory.gradients, "optimizer": memory.optimizer, "copy": plan.total(changed)}
+    bytes |= {"gradients": memory.gradients, "optimizer": memory.optimizer, "copy": total(changed)}
     return {name: value / MIB for name, value in bytes.items()}
 
 
@@ -54,13 +53,13 @@ def kept_by_autograd(peer: Peer, inputs: dict[str, Tensor]) -> int:
     kept: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.update(plan.distinct([tensor]))
+        kept.update(distinct([tensor]))
         return tensor
 
     with peer.keeping(), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
         peer.module(**inputs)
     weights = [*peer.module.parameters(), *(part.W for part in peer.module.modules() if hasattr(part, "W"))]
-    own = plan.distinct(weights)
+    own = distinct(weights)
     return sum(held.nbytes() for key, held in kept.items() if key not in own)
 
 

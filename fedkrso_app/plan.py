@@ -1,41 +1,31 @@
 """What a run will cost before it starts: trained numbers, bytes and a client's memory, from shapes alone.
 
-The model is built from its config.json on torch's meta device, where a tensor has a shape and no memory. Each method
-then trains there for two steps by its own code, and the storages that it makes are counted. Bytes follow from the
-schemas of the wire and from what the sampling of clients and seeds leads to on average.
+The model is built from its config.json on torch's meta device, where a tensor has a shape and no memory, and each
+method trains it there for two steps, for its memory to be counted. Bytes follow from the schemas of the wire and from
+what the sampling of clients and seeds leads to on average.
 """
 
-import logging
 import math
 import tempfile
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from fedkrso_app import data, model, wire
 from fedkrso_app.config import Config, parse
-from fedkrso_app.core.projection import stream
-from fedkrso_app.core.rso import RSO
-from fedkrso_app.core.subspace import SubspaceLinear
 from fedkrso_app.ledger import Entry, Ledger
-from fedkrso_app.replica import Replica
+from fedkrso_app.memory import client_memory
 from fedkrso_app.strategies import STRATEGIES
-from fedkrso_app.strategies.base import LocalMethod, Shapes
+from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.round import FedTune, no_figures
 from fedkrso_app.wire import Schema
-
-SETTINGS = ("keep", "recompute", "checkpoint")  # of activation-memory
 
 
 def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -> dict[str, Any]:
@@ -93,7 +83,17 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
     }
 
 
-# --- bytes ---
+def batch(loaded: model.LoadedModel, task: data.Task, config: Config) -> dict[str, Tensor]:
+    """A batch of full length on the default device."""
+    settings: Any = loaded.module.config
+    positions = getattr(settings.get_text_config(), "max_position_embeddings", config.max_length)
+    longest = getattr(loaded.tokenizer, "model_max_length", positions)
+    rows, tokens = config.batch_size, min(config.max_length, longest)
+    names = {"input_ids", "attention_mask", *getattr(loaded.tokenizer, "model_input_names", ())}
+    inputs = {name: torch.ones(rows, tokens, dtype=torch.long) for name in names}
+    if task.language:
+        return inputs | {"labels": torch.zeros(rows, tokens, dtype=torch.long)}
+    return inputs | {"labels": torch.zeros(rows, dtype=torch.float32 if task.regression else torch.long)}
 
 
 @contextmanager
@@ -198,203 +198,3 @@ def _survivors(config: Config, shapes: Shapes) -> int:
     sizes = [side * r for shape in shapes.targets.values() for side in shape]
     sizes += [shapes.head] if config.fedsrd.sparsify_head and shapes.head else []
     return sum(size - math.ceil(rho * (size - 1)) for size in sizes)
-
-
-# --- memory ---
-
-
-class _Enough(Exception):
-    """What was to be counted has been counted."""
-
-
-@dataclass
-class Memory:
-    """Bytes of training on a client, each storage once."""
-
-    weights: int = 0  # parameters, those that the method adds included
-    activations: int = 0  # still there after the forward pass
-    peak: int = 0  # most at any moment of forward and backward, gradients and passing results included
-    gradients: int = 0
-    optimizer: int = 0  # moments; FedKRSO's projections and accumulators too
-    aside: int = 0  # W^t, kept to give the model back unchanged
-    standing: int = 0  # all that is there when the second step begins
-    stepping: int = 0  # most at any moment of that step's optimizers
-    trained: int = 0  # how many numbers get a gradient
-    steps: int = 0
-
-    @property
-    def total(self) -> int:
-        """Most of all together at any moment."""
-        return max(self.standing + self.peak, self.stepping)
-
-
-def client_memory(
-    method: LocalMethod, inputs: Mapping[str, Tensor], instructions: ConfigRecord
-) -> tuple[dict[str, Memory], dict[str, str]]:
-    """The memory of ``method`` training on ``inputs``, by setting of ``activation-memory``; and why there is none."""
-    config = method.config
-    memories: dict[str, Memory] = {}
-    refused: dict[str, str] = {}
-    if not config.on_device:
-        reason = "torch knows no autocast on its meta device; plan with compute-dtype='float32'."
-        return {}, dict.fromkeys(SETTINGS, f"compute-dtype = {config.compute_dtype!r}: {reason}")
-    replica = Replica(method, Ledger(Path()), incremental=False)  # to lend a model takes no entries
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        while memory.steps < 2:
-            yield dict(inputs)
-        raise _Enough
-
-    def stop(*_: Any) -> None:
-        if memories:  # the optimizers hold the same whatever is kept for backward
-            raise _Enough
-
-    disabled = logging.root.manager.disable
-    for setting in SETTINGS:
-        logging.disable(logging.INFO)  # a large model's step is slow here too, and its progress is no training's
-        method.config = replace(config, activation_memory=setting, local_steps=max(3, config.local_steps))
-        try:
-            with measured(method.module) as memory, suppress(_Enough), ExitStack() as stack, replica.lend():
-                stack.callback(register_optimizer_step_pre_hook(stop).remove)  # after the one that counts
-                method.train(batches(), instructions, stream(config.seed, "plan"))
-        except RuntimeError as error:  # NotImplementedError is one too
-            refused[setting] = ": ".join([*getattr(error, "__notes__", []), str(error).splitlines()[0]])
-            continue
-        finally:
-            method.config = config
-            logging.disable(disabled)
-        first = next(iter(memories.values()), replace(memory, aside=total(method.trained())))
-        memories[setting] = replace(first, activations=memory.activations, peak=memory.peak)
-    return memories, refused
-
-
-@contextmanager
-def measured(module: nn.Module) -> Iterator[Memory]:
-    """Count what is done with ``module`` inside: forward and backward passes, and one or two steps of any optimizers.
-
-    The figures are those of the first step, but ``standing`` and ``stepping``.
-    """
-    memory, storage = Memory(), Storage()
-    before, start = total(module.parameters()), 0
-    stepped: dict[int, int] = {}
-
-    def forward(module: nn.Module, args: Any) -> None:
-        nonlocal start
-        if not memory.weights:
-            # W of a target is no parameter of the module while a SubspaceLinear stands in its place.
-            inside = (part.W for part in module.modules() if isinstance(part, SubspaceLinear))
-            memory.weights = total([*module.parameters(), *inside])
-            storage.peak = start = storage.live
-        if memory.steps == 1 and not memory.standing:
-            memory.standing = before + storage.live
-
-    def backward(gradient: Tensor) -> None:  # by now nothing but the graph holds what the forward pass made
-        memory.activations = memory.activations or storage.live - start
-
-    def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        memory.peak = memory.peak or storage.peak - start
-        if id(optimizer) not in stepped:
-            memory.gradients += total(p.grad for p in _parameters(optimizer) if p.grad is not None)
-            memory.trained += sum(p.numel() for p in _parameters(optimizer))
-        storage.peak = storage.live
-
-    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        stepped[id(optimizer)] = stepped.get(id(optimizer), 0) + 1
-        memory.steps = max(stepped.values())
-        if memory.steps == 1:
-            memory.optimizer += total(_state(optimizer))
-        else:
-            memory.stepping = max(memory.stepping, before + storage.peak)
-
-    with ExitStack() as stack:
-        for handle in (
-            module.register_forward_pre_hook(forward),
-            module.register_forward_hook(lambda module, args, output: output.loss.register_hook(backward) and None),
-            register_optimizer_step_pre_hook(before_step),
-            register_optimizer_step_post_hook(after_step),
-        ):
-            stack.callback(handle.remove)
-        stack.enter_context(storage)
-        yield memory
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    if isinstance(optimizer, RSO):
-        return [optimizer.M, optimizer.V, *optimizer.accumulators.values(), *(x.P for x in optimizer.layers.values())]
-    return [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
-
-
-def batch(loaded: model.LoadedModel, task: data.Task, config: Config) -> dict[str, Tensor]:
-    """A batch of full length on the default device."""
-    settings: Any = loaded.module.config
-    positions = getattr(settings.get_text_config(), "max_position_embeddings", config.max_length)
-    longest = getattr(loaded.tokenizer, "model_max_length", positions)
-    rows, tokens = config.batch_size, min(config.max_length, longest)
-    names = {"input_ids", "attention_mask", *getattr(loaded.tokenizer, "model_input_names", ())}
-    inputs = {name: torch.ones(rows, tokens, dtype=torch.long) for name in names}
-    if task.language:
-        return inputs | {"labels": torch.zeros(rows, tokens, dtype=torch.long)}
-    return inputs | {"labels": torch.zeros(rows, dtype=torch.float32 if task.regression else torch.long)}
-
-
-class Storage(TorchDispatchMode):
-    """Bytes of the tensors made inside: ``live`` now and at the ``peak``. Works on the meta device too.
-
-    There a model that looks into its masks (are they all ones? which labels are given?) is told that all holds, and who
-    reports a loss that it is 1. Other operations that want values raise a RuntimeError, with a note that names them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        try:
-            made = self._made(operation, args, kwargs or {})
-        except RuntimeError as error:
-            error.add_note(str(operation))
-            raise
-        given = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and _key(tensor) not in given | self._known:
-                storage, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
-                self._known.add(_key(tensor))
-                self.live += size
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._freed, _key(tensor), size)
-        return made
-
-    def _made(self, operation: Any, args: Any, kwargs: Any) -> Any:
-        if args and isinstance(args[0], Tensor) and args[0].is_meta:
-            dtype = args[0].dtype
-            if operation is torch.ops.aten._local_scalar_dense.default:
-                if dtype == torch.bool:
-                    return True
-                if dtype.is_floating_point:
-                    return 1.0
-            if operation is torch.ops.aten.nonzero.default and dtype == torch.bool:
-                return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
-        return operation(*args, **kwargs)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def distinct(tensors: Iterable[Tensor]) -> dict[int, Any]:
-    """The storages of ``tensors``, each once."""
-    return {_key(tensor): tensor.untyped_storage() for tensor in tensors}
-
-
-def total(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of ``tensors``, each once."""
-    return sum(storage.nbytes() for storage in distinct(tensors).values())
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

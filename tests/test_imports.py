@@ -31,7 +31,8 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "strategies": {"strategies", "core", "wire", "ledger", "train", "config"},
     "replica": {"core", "ledger", "strategies", "wire"},
     "evaluation": {"data", "metrics", "replica", "train"},
-    "plan": {"config", "core", "data", "ledger", "model", "replica", "strategies", "wire"},
+    "memory": {"core", "ledger", "replica", "strategies"},
+    "plan": {"config", "data", "ledger", "memory", "model", "strategies", "wire"},
 }
 DOORS = {"cli", "server_app", "client_app", "compare", "report"}  # may import anything; nobody below imports them
 

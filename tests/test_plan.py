@@ -16,6 +16,7 @@ from fedkrso_app import cli, model, plan
 from fedkrso_app.activations import activation_memory
 from fedkrso_app.compare import settings
 from fedkrso_app.config import ConfigError, parse
+from fedkrso_app.memory import SETTINGS, client_memory
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes
 
@@ -30,7 +31,7 @@ def figures(config, folder, device):
     with torch.device(device):
         method = STRATEGIES[config.strategy].local(loaded.module, loaded.targets, loaded.head, config)
         inputs = plan.batch(loaded, plan.data.task("glue/sst2"), config)
-        counted, refused = plan.client_memory(method, inputs, SEEDS)
+        counted, refused = client_memory(method, inputs, SEEDS)
     assert not refused
     return counted
 
@@ -69,7 +70,7 @@ def test_the_memory_planned_of_roberta_base_is_that_of_the_docs(tmp_path):
 def test_real_tensors_take_what_was_planned_without_any(strategy, config, run_config, model_folder):
     config = parse(run_config | {"strategy": strategy})
     planned, real = (figures(config, model_folder, device) for device in ("meta", "cpu"))
-    for setting in plan.SETTINGS:
+    for setting in SETTINGS:
         for kind in (*KINDS, "aside", "total"):
             assert getattr(planned[setting], kind) == pytest.approx(getattr(real[setting], kind), rel=0.02), kind
 
@@ -179,7 +180,7 @@ def test_a_step_so_slow_that_training_reports_it_is_counted_in_silence(config, m
 
 def test_accumulated_batches_keep_one_batch_for_backward(run_config, model_folder):
     one, four = (figures(parse(run_config | {"gradient-accumulation": n}), model_folder, "meta") for n in (1, 4))
-    for setting in plan.SETTINGS:
+    for setting in SETTINGS:
         assert four[setting].activations == pytest.approx(one[setting].activations, rel=1e-3)
         assert one[setting].total <= four[setting].total <= 1.1 * one[setting].total
 
