@@ -115,15 +115,6 @@ def here(context: Context, run: str) -> Workplace:
     return workplace(run, config, partitions)
 
 
-def addressed(context: Context, instructions: ConfigRecord) -> Workplace:
-    """The workplace that a message is for; a new one if the server has found that this node's files are not its own."""
-    place = here(context, str(instructions["run"]))
-    if instructions["afresh"] and place.store.version >= 0:
-        place.forget()
-        place = here(context, str(instructions["run"]))
-    return place
-
-
 @app.query("join")
 def join(message: Message, context: Context) -> Message:
     """Say who this node is and what it holds, once its settings, data and model are known to be good."""
@@ -164,7 +155,10 @@ def answered(message: Message, context: Context, work: Callable[[Workplace, int]
     """Bring W to the version the message names and reply with the records that ``work`` makes there, given this
     node's workplace and partition; or ask to be brought up to date."""
     instructions = message.content.config_records[message.metadata.message_type]
-    partition, place = identity(context)[0], addressed(context, instructions)
+    partition, place = identity(context)[0], here(context, str(instructions["run"]))
+    if instructions["afresh"] and place.store.version >= 0:  # the server has found that these files are not its run's
+        place.forget()
+        place = here(context, str(instructions["run"]))
     try:
         place.take(message.content, instructions)
     except NeedSync:

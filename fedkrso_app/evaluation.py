@@ -14,7 +14,7 @@ def tally(replica: Replica, examples: datasets.Dataset, task: data.Task, tokeniz
     """The :func:`metrics.tally` of ``examples`` at the replica's version, in the run's ``compute-dtype``."""
     method = replica.computing()
     module, c = method.module, method.config
-    # Without gradients four times the batch that is trained on fits.
-    batches = data.evaluation_batches(examples, task, tokenizer, 4 * c.batch_size, c.max_length)
+    rows = 4 * c.batch_size  # without gradients more fits
+    batches = data.evaluation_batches(examples, task, tokenizer, rows, c.max_length)
     with precision(c.compute_dtype, next(module.parameters()).device):
         return metrics.tally(module, batches, task.num_labels)

@@ -35,12 +35,8 @@ class Shapes:
 
     @classmethod
     def of(cls, module: nn.Module, targets: Mapping[str, nn.Module], head: Mapping[str, nn.Parameter]) -> "Shapes":
-        sizes = {name: tuple(matrix(layer).shape) for name, layer in targets.items()}
-        return cls(
-            targets={name: (m, n) for name, (m, n) in sizes.items()},
-            head=sum(parameter.numel() for parameter in head.values()),
-            parameters=sum(parameter.numel() for parameter in module.parameters()),
-        )
+        sizes = {name: (matrix(layer).shape[0], matrix(layer).shape[1]) for name, layer in targets.items()}
+        return cls(sizes, sum(p.numel() for p in head.values()), sum(p.numel() for p in module.parameters()))
 
     def outputs(self, rank: int) -> int:
         """Q = Σ m·r, the size of all B factors."""
@@ -123,10 +119,7 @@ class LoraLocal(LocalMethod):
 
 
 class ServerMethod(ABC):
-    """The server's half: what travels, how replies become a ledger entry, and the paper's count of bytes.
-
-    A method inherits it by way of ``FedTune``, the round, which sets the first four below.
-    """
+    """The server's half: what travels, and how replies become a ledger entry. The round sets the first four."""
 
     config: Config
     shapes: Shapes

@@ -174,13 +174,10 @@ class FedTune(ServerMethod, Strategy):
 
     def message_content(self, since: int, kind: str, instructions: Mapping[str, Any]) -> RecordDict:
         """What a node at version ``since`` (-1: nothing) gets: the way to the newest version, and instructions."""
-        content = self.way(max(since, -1))
-        content[kind] = ConfigRecord({**self.address(), **instructions, "afresh": since == AFRESH})
+        content, version = self.way(max(since, -1)), self.ledger.version
+        model: dict[str, Any] = {"run": self.run_id, "version": version, "stamp": self.ledger.stamp(version)}
+        content[kind] = ConfigRecord({**model, **instructions, "afresh": since == AFRESH})
         return content
-
-    def address(self) -> dict[str, Any]:
-        """Which model is meant: of which run, at which version, made by which entry."""
-        return {"run": self.run_id, "version": self.ledger.version, "stamp": self.ledger.stamp(self.ledger.version)}
 
     def way(self, since: int) -> RecordDict:
         """The entries after ``since``, or the weights that they lead to where those are smaller."""
@@ -277,7 +274,8 @@ class FedTune(ServerMethod, Strategy):
         problem = f"{len(answered)} good replies, min-replies = {self.config.min_replies}"
         if len(answered) >= self.config.min_replies:
             arrays = self.average(total)
-            problem = next((f"the average of {name} is not finite" for name in arrays if not _finite(arrays[name])), "")
+            bad = [name for name, values in arrays.items() if not np.isfinite(values).all()]
+            problem = f"the average of {bad[0]} is not finite" if bad else ""
         figures["seconds"] = time.monotonic() - self._started
         if problem:
             logger.warning("%s: nothing is published, the version stays %d", problem, self.ledger.version)
@@ -291,10 +289,6 @@ class FedTune(ServerMethod, Strategy):
 def _told(client: Mapping[str, float]) -> dict[str, float]:
     """A client's figures as a line of metrics.jsonl has them."""
     return {key.replace("-", "_"): value for key, value in client.items() if key != "weight"}
-
-
-def _finite(values: np.ndarray) -> bool:
-    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
 def no_figures() -> dict[str, Any]:
