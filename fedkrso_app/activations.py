@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedkrso_app.core.subspace import SubspaceLinear, is_conv1d
+from fedkrso_app.core.subspace import SubspaceLinear, is_conv1d, matrix
 
 
 class TrainingError(RuntimeError):
@@ -95,7 +95,7 @@ def _narrow_products(module: nn.Module, stack: ExitStack) -> Callable[[], tuple[
             current.remove(block)
 
     def product(layer: Any, plain: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if not current or _weight(layer).requires_grad:
+        if not current or layer.weight.requires_grad:
             return plain(*args, **kwargs)
         block = current[-1]
         if block.again:
@@ -113,7 +113,7 @@ def _narrow_products(module: nn.Module, stack: ExitStack) -> Callable[[], tuple[
 
     for layer in module.modules():
         if isinstance(layer, nn.Linear | SubspaceLinear) or is_conv1d(layer):
-            outputs, inputs = _weight(layer).shape[:: -1 if is_conv1d(layer) else 1]
+            outputs, inputs = matrix(layer).shape
             if outputs <= inputs:
                 stack.enter_context(_forward(layer, partial(product, layer, layer.forward)))
 
@@ -122,10 +122,6 @@ def _narrow_products(module: nn.Module, stack: ExitStack) -> Callable[[], tuple[
         return at_work(block, again=False), at_work(block, again=True)
 
     return contexts
-
-
-def _weight(layer: Any) -> Tensor:
-    return layer.W if isinstance(layer, SubspaceLinear) else layer.weight
 
 
 # --- dropout ---

@@ -355,12 +355,13 @@ def _results_table(facts: Mapping[str, Any]) -> Table:
     from fedkrso_app.results import plus_minus
 
     table = Table(title=f"{facts['task']}: mean ± sd over the seeds, after the last round", box=box.SIMPLE_HEAD)
-    table.caption = "MB: 10^6 bytes, of one client and round; the rest is in results.csv"
+    table.caption = "MB: 10^6 bytes, of one client and round; lost: replies refused or failed; more in results.csv"
     costs = {
         "uplink_mb": "MB up",
         "downlink_mb": "MB down",
         "client_peak_mb": "client MB",
         "seconds_per_round": "s/round",
+        "lost": "lost",
     }
     for head in ("method", "partition", "rate", "seeds", facts["metric"], *costs.values()):
         table.add_column(head, justify="left" if head in ("method", "partition") else "right")

@@ -65,7 +65,7 @@ class Plan:
     def __init__(
         self, base: Settings, strategies: list[str], partitions: list[str], seeds: list[int], output: Path, clients: int
     ) -> None:
-        if not (strategies and partitions and seeds) or base["evaluate"] == "off":
+        if not (strategies and partitions and seeds) or base["evaluate"] != "server":
             raise ConfigError("a comparison needs a method, a partition and a seed at least, and evaluate = 'server'.")
         if not FLWR.is_file():
             raise ConfigError(f"Flower's command {FLWR} is missing: pip install -r requirements.txt.")
@@ -83,6 +83,8 @@ class Plan:
 
     def sweep(self, count: int, console: Console) -> list[dict[str, Any]]:
         """Try ``count`` learning rates for every pair; returns what :func:`choose` does, and writes sweep.json."""
+        if self.base["holdout"]:
+            raise ConfigError("a sweep holds training rows back by itself: leave out holdout, or --sweep.")
         tried = [
             self._job(pair, f"rate{rate:g}", "sweep", rate, seed=0, holdout=HOLDOUT)
             for pair in self.pairs
@@ -193,7 +195,7 @@ def rows(made: Sequence[Settings]) -> list[dict[str, Any]]:
         mean, sd = mean_sd([f["metric"] for f in figures])
         row = {"strategy": strategy, "partition": partition, "learning_rate": rate_of(group[0]), "seeds": len(figures)}
         row |= {"metric": mean, "metric_sd": sd}
-        for key in ("uplink_mb", "downlink_mb", "paper_mb", "client_peak_mb", "step_ms", "seconds_per_round"):
+        for key in ("uplink_mb", "downlink_mb", "paper_mb", "client_peak_mb", "step_ms", "seconds_per_round", "lost"):
             row[key] = mean_sd([f[key] for f in figures])[0]
         table.append(row)
     return table

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -135,7 +136,13 @@ def _explained(name: str) -> Iterator[None]:
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             yield
-    except (OSError, ValueError, ImportError) as error:  # the last: a tokenizer that needs a library of its own
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+        ImportError,
+    ) as error:  # the last: a tokenizer's library
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model = {name!r} could not be loaded ({reason}); give 'embedded', the folder of a model in the hub's "

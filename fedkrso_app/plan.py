@@ -24,6 +24,7 @@ from fedkrso_app.ledger import Entry, Ledger
 from fedkrso_app.memory import client_memory
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.strategies.nodes import sampled
 from fedkrso_app.strategies.round import FedTune, no_figures
 from fedkrso_app.wire import Schema
 
@@ -43,7 +44,7 @@ def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -
         "model": config.model,
         "task": config.task,
         "clients": clients,
-        "sampled": sampled(config, clients),
+        "sampled": sampled(config.fraction_train, clients),
         "rounds": config.num_server_rounds,
         "rows": rows,
     }
@@ -105,11 +106,6 @@ def _server(config: Config, shapes: Shapes) -> Iterator[FedTune]:
         yield STRATEGIES[config.strategy](config, shapes, ledger, "", "0" * 16)
 
 
-def sampled(config: Config, clients: int) -> int:
-    """How many of ``clients`` are asked in a round."""
-    return max(1, int(config.fraction_train * clients + 0.5))
-
-
 def distinct_seeds(pool: int, draws: int) -> float:
     """Expected number of different seeds among ``draws`` from ``pool`` with replacement: K (1 − (1 − 1/K)^draws)."""
     return pool * (1 - (1 - 1 / pool) ** draws)
@@ -131,7 +127,7 @@ def traffic(strategy: FedTune, clients: int) -> dict[str, float]:
     ``drawn`` by a client, and ``used`` by at least one. FedSRD's uplink is that of max-sparsity.
     """
     config, shapes, rounds = strategy.config, strategy.shapes, strategy.config.num_server_rounds
-    asked = sampled(config, clients)
+    asked = sampled(config.fraction_train, clients)
     share = asked / clients
     reply, entry = strategy.reply_schema(config, shapes), strategy.entry_schema(config, shapes)
     if "head" not in reply.arrays:  # FedSRD's, where it is sparse: then the entries have none either

@@ -29,10 +29,9 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
 def measures(run: Run) -> dict[str, Any]:
     """What a run came to: its last metric, megabytes (10**6) of one client and round, typical seconds and memory."""
     rounds = [line for line in run.metrics() if line["round"]]
-    asked = max(1, sum(asked_in(line) for line in rounds))
-    megabytes = {
-        key: sum(line[f"{key}_bytes"] for line in rounds) / asked / 1e6 for key in ("uplink", "downlink", "paper")
-    }
+    asked, replied = (max(1, sum(count(line) for line in rounds)) for count in (asked_in, replied_in))
+    shared = {"uplink": replied, "downlink": asked, "paper": asked}  # who failed sent nothing up
+    megabytes = {key: sum(line[f"{key}_bytes"] for line in rounds) / count / 1e6 for key, count in shared.items()}
     steps = run.info["config"]["local-steps"]
     return {
         "rounds": len(rounds),
@@ -43,6 +42,7 @@ def measures(run: Run) -> dict[str, Any]:
         "step_ms": statistics.median([line["client_seconds"] for line in rounds] or [0]) * 1000 / steps,
         "client_peak_mb": max([line["client_peak_bytes"] for line in rounds], default=0) / 1e6,
         **{key: sum(line[key] for line in rounds) for key in ("clients", "refused", "failed")},
+        "lost": sum(line["refused"] + line["failed"] for line in rounds),
     }
 
 
@@ -105,6 +105,10 @@ def lines(runs: Sequence[Run]) -> list[Line]:
             raise ConfigError(f"{run.path}: strategy = {config['strategy']!r} is not one of {', '.join(STRATEGIES)}.")
         others = RATES - {STRATEGIES[config["strategy"]].learning_rate_key}
         kept = {key: value for key, value in config.items() if key not in _REPEATS | others}
+        # How many clients there were is no setting, and a resumed run may have had more rounds than it began with.
+        kept["clients"] = max((asked_in(line) for line in run.metrics()), default=0)
+        if run.status == "completed":
+            kept["num-server-rounds"] = run.metrics()[-1]["round"]
         grouped.setdefault(repr(sorted(kept.items())), Line(kept, [])).runs.append(run)
     methods = list(STRATEGIES)
     found = sorted(
@@ -112,8 +116,13 @@ def lines(runs: Sequence[Run]) -> list[Line]:
     )
     found.sort(key=lambda line: line.config["partition"] != "iid")
     for line in found:
-        rivals = [r for r in found if (r.setting, r.config["strategy"]) == (line.setting, line.config["strategy"])]
-        differing = [key for key in line.config if len({repr(rival.config.get(key)) for rival in rivals}) > 1]
+        beside = [other for other in found if other.setting == line.setting]
+        rivals = [other for other in beside if other.config["strategy"] == line.config["strategy"]]
+        differing = [  # a method's own settings ("lora.rank") tell its lines apart, what all have tells all apart
+            key
+            for key in line.config
+            if key != "strategy" and len({repr(r.config.get(key)) for r in (rivals if "." in key else beside)}) > 1
+        ]
         extra = [f"{'rate' if key in RATES else key} {text(line.config[key])}" for key in differing]
         line.label = ", ".join([line.config["strategy"], *extra])
     order = list(dict.fromkeys(line.label for line in found))
@@ -126,9 +135,14 @@ def asked_in(line: dict[str, Any]) -> int:
     return line["clients"] + line["refused"] + line["failed"]
 
 
+def replied_in(line: dict[str, Any]) -> int:
+    return line["clients"] + line["refused"]
+
+
 def megabytes_of(line: dict[str, Any]) -> float:
     """Up and down, of one client, in one round."""
-    return (line["uplink_bytes"] + line["downlink_bytes"]) / max(1, asked_in(line)) / 1e6
+    up, down = line["uplink_bytes"] / max(1, replied_in(line)), line["downlink_bytes"] / max(1, asked_in(line))
+    return (up + down) / 1e6
 
 
 def text(value: Any) -> str:

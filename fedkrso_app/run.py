@@ -186,7 +186,8 @@ def closing_table(run: Run, metric: str) -> str:
     """What the run came to, as text."""
     rounds = [figures for figures in run.metrics() if figures["round"]]
     config = run.config
-    asked = sum(figures["clients"] + figures["refused"] + figures["failed"] for figures in rounds)
+    replied = sum(figures["clients"] + figures["refused"] for figures in rounds)
+    asked = replied + sum(figures["failed"] for figures in rounds)
     table = Table(title=f"{config.strategy} on {config.task}, {len(rounds)} rounds", show_header=False)
     scores = [figures["metric"] for figures in run.metrics() if "metric" in figures]
     if scores:
@@ -194,9 +195,9 @@ def closing_table(run: Run, metric: str) -> str:
             metric,
             f"{scores[-1]:.4f} at the end, {scores[0]:.4f} at the start, {metrics.best(metric, scores):.4f} at best",
         )
-    for label, key in (("up", "uplink_bytes"), ("down", "downlink_bytes")):
+    for label, key, count in (("up", "uplink_bytes", replied), ("down", "downlink_bytes", asked)):
         total = sum(figures[key] for figures in rounds)
-        table.add_row(label, f"{total / 1e6:.2f} MB in all, {total / 1e6 / max(asked, 1):.3f} MB a client and round")
+        table.add_row(label, f"{total / 1e6:.2f} MB in all, {total / 1e6 / max(count, 1):.3f} MB a client and round")
     if catchup := sum(figures.get("catchup_bytes", 0) for figures in rounds):
         table.add_row("down, catch-up", f"{catchup / 1e6:.2f} MB of it, to nodes that had missed rounds")
     paper = sum(figures["paper_bytes"] for figures in rounds)

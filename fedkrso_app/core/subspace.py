@@ -38,7 +38,6 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         projected = x @ Ps.T
         ctx.save_for_backward(weight, Bs, Ps, projected[:, live].T.contiguous())
-        # Not in place: a selective checkpoint may have kept W x.
         return torch.addmm(functional.linear(x, weight, bias), projected, Bs.T)
 
     @staticmethod
@@ -66,6 +65,11 @@ class SubspaceLinear(nn.Module):
         self.W = matrix(layer)
         dtype = torch.promote_types(self.W.dtype, torch.float32)
         self.B = nn.Parameter(self.W.new_zeros(self.W.shape[0], rank, dtype=dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """W, for models that look at a layer's weight before they call it (T5)."""
+        return self.W
 
     def forward(self, x: Tensor) -> Tensor:
         # Tokens in one row: a function of our own must not return a view, or nobody could change it in place (DeBERTa).

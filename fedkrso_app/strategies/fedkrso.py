@@ -30,12 +30,10 @@ from fedkrso_app.wire import HEAD, Refused, Schema
 def draw_seeds(seed: int, round: int, count: int) -> np.ndarray:
     """S^t: ``count`` distinct uint64, the same for the same run seed and round."""
     rng = stream(seed, "pool", round)
-    pool: list[int] = []
+    pool: dict[int, None] = {}
     while len(pool) < count:
-        drawn = int(rng.integers(2**64, dtype=np.uint64))
-        if drawn not in pool:
-            pool.append(drawn)
-    return np.array(pool, dtype=np.uint64)
+        pool[int(rng.integers(2**64, dtype=np.uint64))] = None
+    return np.array(list(pool), dtype=np.uint64)
 
 
 class FedKRSOLocal(LocalMethod):
@@ -65,13 +63,14 @@ class FedKRSOLocal(LocalMethod):
     def train(self, batches: Batches, instructions: ConfigRecord, rng: np.random.Generator) -> tuple[dict, float]:
         pool = np.frombuffer(instructions["seeds"], dtype="<u8")  # type: ignore[arg-type]
         config = self.config.fedkrso
+        choices = np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]  # batches stay as with any method
         form = AdapterLinear if self.config.compute_dtype == "bfloat16" else SubspaceLinear
         with attached(self.module, self.targets, config.rank, form) as layers:
             rso = RSO(layers, config.learning_rate, config.projection)
 
             def before_step(j: int) -> None:
                 if j % config.interval == 0:
-                    rso.start_interval(int(rng.choice(pool)))  # with replacement
+                    rso.start_interval(int(choices.choice(pool)))  # with replacement
 
             optimizers = [rso, head_optimizer(self.head, config.learning_rate)]
             loss = train(self.module, batches, optimizers, self.config, rng, before_step)

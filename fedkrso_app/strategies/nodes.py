@@ -22,6 +22,11 @@ _FAREWELL = 30.0  # seconds for the nodes to remove their files at the end
 AFRESH = -2  # version of a node that holds files of this run, but not by the server's entries
 
 
+def sampled(fraction: float, nodes: int) -> int:
+    """How many of ``nodes`` are asked in a round."""
+    return max(1, int(fraction * nodes + 0.5))
+
+
 class Nodes:
     """The nodes of a run, asked who they are before they take part.
 
@@ -35,7 +40,7 @@ class Nodes:
         self.partitions: dict[int, int] = {}  # node id -> partition id, of those that can take part
         self.versions: dict[int, int] = {}  # node id -> version it is known to hold; AFRESH: something else
         self._problems: dict[int, str] = {}  # node id -> why it cannot take part
-        self._expected = 0
+        self.expected = 0
 
     def wait_for_all(self, grid: Any) -> None:
         """Return once every node of the federation has joined, or with fewer (a warning) when that takes too long.
@@ -44,7 +49,7 @@ class Nodes:
         """
         began = time.monotonic()
         self.welcome(grid)
-        while len(self.partitions) + len(self._problems) < max(1, self._expected):
+        while len(self.partitions) + len(self._problems) < max(1, self.expected):
             if time.monotonic() > began + _GATHERING:
                 break
             time.sleep(0.5)
@@ -53,8 +58,8 @@ class Nodes:
             raise ConfigError(f"no node can take part: {next(iter(self._problems.values()))}")
         if not self.partitions:
             raise ConfigError("no node came: start SuperNodes, then run again.")
-        if len(self.partitions) < self._expected:
-            logger.warning("%d of %d nodes are there; going on with them", len(self.partitions), self._expected)
+        if len(self.partitions) < self.expected:
+            logger.warning("%d of %d nodes are there; going on with them", len(self.partitions), self.expected)
 
     def welcome(self, grid: Any, again: bool = False) -> None:
         """Ask every node that is not known yet; with ``again`` those too that could not take part when asked before."""
@@ -90,8 +95,7 @@ class Nodes:
     def sample(self, grid: Any, fraction: float, seed: int, round: int) -> list[int]:
         """This round's nodes, by partition id: the same whenever seed, round and those present are the same."""
         present = self._online(grid)
-        count = max(1, int(fraction * len(present) + 0.5))
-        chosen = stream(seed, "sample", round).permutation(sorted(present))[:count]
+        chosen = stream(seed, "sample", round).permutation(sorted(present))[: sampled(fraction, len(present))]
         return [present[int(partition)] for partition in sorted(chosen)]
 
     def _online(self, grid: Any) -> dict[int, int]:
@@ -127,7 +131,7 @@ class Nodes:
             raise Refused("record 'join' is missing")
         partition = wire.number(answer, "partition-id", int, -1, 2**31)
         if "num-partitions" in answer:
-            self._expected = wire.number(answer, "num-partitions", int, 1, 2**31)
+            self.expected = wire.number(answer, "num-partitions", int, 1, 2**31)
         if answer.get("error"):
             raise Refused(f"partition {partition}: {answer['error']!s}" if partition >= 0 else str(answer["error"]))
         self.model = self.model or str(answer.get("model"))

@@ -12,10 +12,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp.strategy import Strategy
 
 from fedkrso_app import wire
-from fedkrso_app.config import Config
+from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.ledger import Entry, Ledger, LedgerError
 from fedkrso_app.strategies.base import Arrays, ServerMethod, Shapes
-from fedkrso_app.strategies.nodes import AFRESH, Nodes
+from fedkrso_app.strategies.nodes import AFRESH, Nodes, sampled
 from fedkrso_app.wire import Refused, Schema
 
 logger = logging.getLogger("flwr")
@@ -71,6 +71,12 @@ class FedTune(ServerMethod, Strategy):
             self.nodes.welcome(grid, again=True)
             self.nodes.wait_online(grid, self.config.min_replies)
         self._figures = no_figures()
+        fraction, least, all = self.config.fraction_train, self.config.min_replies, self.nodes.expected
+        if (most := sampled(fraction, all)) < least:
+            raise ConfigError(
+                f"min-replies = {least} is out of reach: fraction-train = {fraction:g} of {all} nodes are {most} a round; "
+                "lower it, or start more nodes."
+            )
         nodes = self.nodes.sample(grid, self.config.fraction_train, self.config.seed, self.round)
         return self._ask("train", nodes, {"round": self.round, **self.instructions(self.round)})
 
@@ -227,7 +233,8 @@ class FedTune(ServerMethod, Strategy):
         try:
             self.absorb(arrays, weight, self.nodes.partitions[node])  # type: ignore[arg-type]
         except OverflowError as error:
-            raise Refused(str(error)) from None
+            hint = "; set weighting = 'uniform'" if weight > 1 else ""
+            raise Refused(f"{error}{hint}") from None
         self.nodes.versions[node] = version
         return {**figures, "weight": weight}
 
