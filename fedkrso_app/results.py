@@ -107,8 +107,7 @@ def lines(runs: Sequence[Run]) -> list[Line]:
         kept = {key: value for key, value in config.items() if key not in _REPEATS | others}
         # How many clients there were is no setting, and a resumed run may have had more rounds than it began with.
         kept["clients"] = max((asked_in(line) for line in run.metrics()), default=0)
-        if run.status == "completed":
-            kept["num-server-rounds"] = run.metrics()[-1]["round"]
+        kept["num-server-rounds"] = max([kept["num-server-rounds"], *(line["round"] for line in run.metrics())])
         grouped.setdefault(repr(sorted(kept.items())), Line(kept, [])).runs.append(run)
     methods = list(STRATEGIES)
     found = sorted(

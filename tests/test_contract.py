@@ -44,6 +44,21 @@ def test_the_loss_falls(settings):
     assert losses[-1] < losses[0] - 0.01
 
 
+def test_every_method_trains_on_the_same_batches(run_config, monkeypatch):
+    seen: dict[str, list] = {}
+    draw = client_app.data.batches
+
+    def watched(*args):
+        for batch in draw(*args):
+            seen.setdefault(strategy, []).append(batch["input_ids"].tolist())
+            yield batch
+
+    monkeypatch.setattr(client_app.data, "batches", watched)
+    for run_id, strategy in enumerate(STRATEGIES, start=1):
+        play(run_config | {"strategy": strategy, "run-name": strategy, "num-server-rounds": 2}, run_id=run_id)
+    assert len(seen["fedkrso"]) == 2 * 4 * 4 and all(batches == seen["fedkrso"] for batches in seen.values())
+
+
 def test_the_ledger_replays_to_the_servers_model(settings):
     run = play(settings)
     assert replayed(run) == digest(run)

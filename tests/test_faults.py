@@ -585,3 +585,8 @@ def test_only_the_nodes_need_have_data(run_config, data_folder, tmp_path):
     assert [line["clients"] for line in run.metrics()[1:]] == [3, 3, 3] and run.metrics()[-1]["metric"] > 0
     with pytest.raises(ConfigError, match="labels must be set"):
         play(run_config | settings | {"labels": "", "run-name": "open"}, nodes=3, prepare=own)
+
+
+def test_more_replies_than_nodes_are_asked_are_refused_before_anyone_trains(run_config):
+    with pytest.raises(ConfigError, match=r"min-replies = 3 is out of reach: fraction-train = 0.5 of 4 nodes are 2"):
+        play(run_config | {"fraction-train": 0.5, "min-replies": 3})

@@ -1,5 +1,7 @@
 """Target layers by structure, the head, and the way out to the hub's format."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -63,3 +65,10 @@ def test_a_model_that_is_not_there_is_named_with_the_ways_out(name, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="model = "):
         model.load(name, 2, 0)
+
+
+def test_a_file_that_holds_no_weights_is_an_error_that_names_the_model(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "pointer")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ConfigError, match="pointer' could not be loaded"):
+        model.load(str(folder), 2, 0)

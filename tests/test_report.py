@@ -164,14 +164,28 @@ def test_a_cut_run_does_not_bend_the_mean(tmp_path):
     assert "Not complete: cut (failed: x)." in page(runs, tmp_path).texts
 
 
+def test_runs_with_other_clients_or_rounds_are_no_repeats(tmp_path):
+    runs = [make(tmp_path / "a"), make(tmp_path / "longer", seed=1, rounds=60), make(tmp_path / "many", seed=2)]
+    text = (runs[2].path / "metrics.jsonl").read_text().replace('"clients": 3', '"clients": 7')
+    (runs[2].path / "metrics.jsonl").write_text(text)
+    assert sorted(line.label for line in results.lines(runs)) == [
+        f"fedkrso, num-server-rounds {rounds}, clients {clients}" for rounds, clients in [(10, 4), (10, 8), (60, 4)]
+    ]
+
+
+def test_what_all_methods_share_is_told_where_it_differs(tmp_path):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", strategy="fedit", batch_size=3)]
+    assert {line.label for line in results.lines(runs)} == {"fedkrso, batch-size 16", "fedit, batch-size 3"}
+
+
 def test_curves_and_measures_equal_a_hand_computation(tmp_path):
     run, other = make(tmp_path / "a"), make(tmp_path / "b", seed=1)
     (line,) = results.lines([run, other])
     rounds, spent, metrics = line.curves()
-    assert rounds == [0, 1, 2, 3, 4, 5] and spent == pytest.approx([0, 4, 8, 12, 16, 20])
+    assert rounds == [0, 1, 2, 3, 4, 5] and spent == pytest.approx([0, 13 / 3, 25 / 3, 38 / 3, 17, 64 / 3])
     assert metrics[3] == pytest.approx([0.53, 0.63])
     measured = results.measures(run)
-    assert (measured["uplink_mb"], measured["downlink_mb"], measured["paper_mb"]) == (1, 3, 5)
+    assert (measured["uplink_mb"], measured["downlink_mb"], measured["paper_mb"]) == (1.25, 3, 5)  # 16 replied
     assert measured["seconds_per_round"] == 4 and measured["step_ms"] == pytest.approx(20)
     assert (measured["clients"], measured["refused"], measured["failed"]) == (15, 1, 4)
     assert results.mean_sd([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, 1.5275252))

@@ -71,11 +71,11 @@ class FedTune(ServerMethod, Strategy):
             self.nodes.welcome(grid, again=True)
             self.nodes.wait_online(grid, self.config.min_replies)
         self._figures = no_figures()
-        fraction, least, all = self.config.fraction_train, self.config.min_replies, self.nodes.expected
-        if (most := sampled(fraction, all)) < least:
+        fraction, least = self.config.fraction_train, self.config.min_replies
+        if (most := sampled(fraction, self.nodes.expected)) < least:
             raise ConfigError(
-                f"min-replies = {least} is out of reach: fraction-train = {fraction:g} of {all} nodes are {most} a round; "
-                "lower it, or start more nodes."
+                f"min-replies = {least} is out of reach: fraction-train = {fraction:g} of "
+                f"{self.nodes.expected} nodes are {most} a round; lower it, or start more nodes."
             )
         nodes = self.nodes.sample(grid, self.config.fraction_train, self.config.seed, self.round)
         return self._ask("train", nodes, {"round": self.round, **self.instructions(self.round)})
