@@ -56,8 +56,9 @@ class FixedPointMeans:
 
     def mean(self, key: Hashable, total_weight: int) -> np.ndarray:
         """The sum divided by ``total_weight``, float32: whoever added nothing under ``key`` counts as zero."""
-        offsets = (self._offsets[key] * _OFFSET_BITS + 2**63) % 2**64 - 2**63  # as it is in 64 bits
-        return ((self._sums[key] - np.int64(offsets)) / (total_weight * GRID)).astype(np.float32)
+        self._sums[key] -= np.int64((self._offsets[key] * _OFFSET_BITS + 2**63) % 2**64 - 2**63)  # as it is in 64 bits
+        self._offsets[key] = 0
+        return (self._sums[key] / (total_weight * GRID)).astype(np.float32)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._sums
