@@ -73,8 +73,20 @@ class Run:
 
     @property
     def status(self) -> str:
+        """``completed``, ``failed: why``, ``running``; ``interrupted`` where it says running and nobody writes here."""
         file = self.path / "status"
-        return file.read_text().strip() if file.is_file() else "unknown"
+        status = file.read_text().strip() if file.is_file() else "unknown"
+        return "interrupted" if status == "running" and not self._is_locked() else status
+
+    def _is_locked(self) -> bool:
+        try:
+            with open(self.path / ".lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
 
     def know_model(self, digest: str) -> None:
         """Note the digest of W^0, which a server without the weights learns from the first node."""

@@ -164,6 +164,16 @@ def test_a_full_disk_leaves_no_folder_that_takes_the_name_of_the_next_run(run_co
     assert play(run_config | {"num-server-rounds": 1}).status == "completed"
 
 
+def test_a_run_is_running_only_while_someone_writes_it(tmp_path):
+    folder = Run(tmp_path)
+    folder.set_status("running")
+    assert folder.status == "interrupted"
+    folder.lock()
+    assert folder.status == Run(tmp_path).status == "running"
+    folder.unlock()
+    assert folder.status == "interrupted"
+
+
 def test_a_file_that_a_full_disk_cut_short_is_as_it_was(tmp_path, monkeypatch):
     folder = Run(tmp_path)
     folder.set_status("running")
@@ -171,7 +181,7 @@ def test_a_file_that_a_full_disk_cut_short_is_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", lambda self, text: write(self, text[:3]) and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         folder.set_status("completed")
-    assert folder.status == "running" and [path.name for path in tmp_path.iterdir()] == ["status"]
+    assert folder.status == "interrupted" and [path.name for path in tmp_path.iterdir()] == ["status"]
 
 
 def test_clients_without_validation_rows_to_judge_on_are_found_before_round_one(run_config):

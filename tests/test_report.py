@@ -125,7 +125,7 @@ def test_a_run_without_a_round_or_a_metric_is_told_without_a_picture(tmp_path):
     kept = [{key: value for key, value in line.items() if key != "metric"} for line in lines]
     (unjudged.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     seen = page([young, unjudged], tmp_path)
-    assert len(seen.references) == 3 and "–" in seen.texts and "young (running)" in " ".join(seen.texts)
+    assert len(seen.references) == 3 and "–" in seen.texts and "young (interrupted)" in " ".join(seen.texts)
 
 
 def test_seeds_are_repeats_and_rates_are_lines_of_their_own(tmp_path):
