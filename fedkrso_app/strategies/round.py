@@ -65,19 +65,19 @@ class FedTune(ServerMethod, Strategy):
     ) -> Iterable[Message]:
         self.round = self.first_round + server_round - 1
         self._started = time.monotonic()
+        fraction, least = self.config.fraction_train, self.config.min_replies
         if server_round == 1:
             self.nodes.wait_for_all(grid)
+            if (most := sampled(fraction, self.nodes.expected)) < least:
+                raise ConfigError(
+                    f"min-replies = {least} is out of reach: fraction-train = {fraction:g} of "
+                    f"{self.nodes.expected} nodes are {most} a round; lower it, or start more nodes."
+                )
         else:
             self.nodes.welcome(grid, again=True)
-            self.nodes.wait_online(grid, self.config.min_replies)
+            self.nodes.wait_online(grid, least)
         self._figures = no_figures()
-        fraction, least = self.config.fraction_train, self.config.min_replies
-        if (most := sampled(fraction, self.nodes.expected)) < least:
-            raise ConfigError(
-                f"min-replies = {least} is out of reach: fraction-train = {fraction:g} of "
-                f"{self.nodes.expected} nodes are {most} a round; lower it, or start more nodes."
-            )
-        nodes = self.nodes.sample(grid, self.config.fraction_train, self.config.seed, self.round)
+        nodes = self.nodes.sample(grid, fraction, self.config.seed, self.round)
         return self._ask("train", nodes, {"round": self.round, **self.instructions(self.round)})
 
     def aggregate_train(
