@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks.models import PEERS, Peer, batch, classifier, medians, show
+from fedkrso_app.memory import SETTINGS
 
 INTERVAL = 10
-SETTINGS = ("keep", "recompute", "checkpoint")
 
 
 def rows(size: str, rows: int, tokens: int, repeats: int) -> list[dict[str, Any]]:

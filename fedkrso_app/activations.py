@@ -30,9 +30,10 @@ def activation_memory(module: Any, setting: str) -> Iterator[None]:
     Gradients are the same to rounding, dropout masks included; on a CPU the masks are our own (:func:`_drop`).
     Raises :class:`TrainingError` where the model cannot.
     """
+    on_gpu = next(module.parameters()).device.type == "cuda"
     with ExitStack() as stack:
-        for part in module.modules():
-            if type(part) is nn.Dropout and 0 < part.p < 1 and next(module.parameters()).device.type != "cuda":
+        for part in () if on_gpu else module.modules():
+            if type(part) is nn.Dropout and 0 < part.p < 1:
                 stack.enter_context(_forward(part, partial(_drop, part)))
         if setting != "keep":
             how: dict[str, Any] = {"use_reentrant": False}
@@ -73,42 +74,36 @@ def _checkpoints(module: Any, setting: str, how: dict[str, Any]) -> Iterator[Non
 # --- recompute: what narrow layers gave is kept beside the checkpoint ---
 
 
-class _Block:
-    """What the narrow layers of one block gave in its forward pass, to be given again when it runs once more."""
-
-    def __init__(self) -> None:
-        self.kept: list[tuple[Tensor, int]] = []
-        self.again = False
+_Kept = list[tuple[Tensor, int]]  # what the narrow layers of one block gave, and the version that each result had
 
 
 def _narrow_products(module: nn.Module, stack: ExitStack) -> Callable[[], tuple[AbstractContextManager, ...]]:
     """Let the narrow layers of ``module`` keep what they give until ``stack`` closes; a checkpoint's ``context_fn``."""
-    current: list[_Block] = []  # the block at work, if any
+    current: list[tuple[_Kept, bool]] = []  # of the block at work, if any; and whether it runs once more
 
     @contextmanager
-    def at_work(block: _Block, again: bool) -> Iterator[None]:
-        block.again = again
-        current.append(block)
+    def at_work(kept: _Kept, again: bool) -> Iterator[None]:
+        current.append((kept, again))
         try:
             yield
         finally:
-            current.remove(block)
+            current.pop()
 
     def product(layer: Any, plain: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         if not current or layer.weight.requires_grad:
             return plain(*args, **kwargs)
-        block = current[-1]
-        if block.again:
-            y, version = block.kept.pop(0)
+        kept, again = current[-1]
+        if again:
+            y, version = kept.pop(0)
             if y._version != version:
                 raise TrainingError(
                     "activation-memory = 'recompute' is not possible with this model (it changes what a linear layer "
                     "gave in place); set it to 'checkpoint' or 'keep'."
                 )
             return y
-        with saved_tensors_hooks(lambda kept: kept, lambda kept: kept):  # inside the checkpoint's, which would drop it
+        with saved_tensors_hooks(lambda saved: saved, lambda saved: saved):  # the checkpoint's own would drop it
             y = plain(*args, **kwargs)
-        block.kept.append((y.detach().requires_grad_(y.requires_grad), y._version))
+        kept.append((y.detach().requires_grad_(y.requires_grad), y._version))
         return y
 
     for layer in module.modules():
@@ -118,8 +113,8 @@ def _narrow_products(module: nn.Module, stack: ExitStack) -> Callable[[], tuple[
                 stack.enter_context(_forward(layer, partial(product, layer, layer.forward)))
 
     def contexts() -> tuple[AbstractContextManager, ...]:
-        block = _Block()
-        return at_work(block, again=False), at_work(block, again=True)
+        kept: _Kept = []
+        return at_work(kept, again=False), at_work(kept, again=True)
 
     return contexts
 

@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fedkrso_app.config import Config
 from fedkrso_app.model import is_local
-from fedkrso_app.results import asked_in, text
-from fedkrso_app.run import Run
+from fedkrso_app.results import text
+from fedkrso_app.run import Run, asked_in
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.tasks import GLUE, Task
 

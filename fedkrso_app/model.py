@@ -136,13 +136,8 @@ def _explained(name: str) -> Iterator[None]:
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        SafetensorError,
-        ImportError,
-    ) as error:  # the last: a tokenizer's library
+    # SafetensorError: a file that is no weights; ImportError: a tokenizer that needs a library of its own
+    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model = {name!r} could not be loaded ({reason}); give 'embedded', the folder of a model in the hub's "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkrso_app.config import ConfigError
-from fedkrso_app.run import ASIDE, Run
+from fedkrso_app.run import ASIDE, Run, asked_in, replied_in
 from fedkrso_app.strategies import STRATEGIES
 
 RATES = {strategy.learning_rate_key for strategy in STRATEGIES.values()}
@@ -106,8 +106,9 @@ def lines(runs: Sequence[Run]) -> list[Line]:
         others = RATES - {STRATEGIES[config["strategy"]].learning_rate_key}
         kept = {key: value for key, value in config.items() if key not in _REPEATS | others}
         # How many clients there were is no setting, and a resumed run may have had more rounds than it began with.
-        kept["clients"] = max((asked_in(line) for line in run.metrics()), default=0)
-        kept["num-server-rounds"] = max([kept["num-server-rounds"], *(line["round"] for line in run.metrics())])
+        told = run.metrics()
+        kept["clients"] = max((asked_in(line) for line in told), default=0)
+        kept["num-server-rounds"] = max([kept["num-server-rounds"], *(line["round"] for line in told)])
         grouped.setdefault(repr(sorted(kept.items())), Line(kept, [])).runs.append(run)
     methods = list(STRATEGIES)
     found = sorted(
@@ -128,14 +129,6 @@ def lines(runs: Sequence[Run]) -> list[Line]:
     for line in found:
         line.style = order.index(line.label)  # the same look in every picture of the page
     return found
-
-
-def asked_in(line: dict[str, Any]) -> int:
-    return line["clients"] + line["refused"] + line["failed"]
-
-
-def replied_in(line: dict[str, Any]) -> int:
-    return line["clients"] + line["refused"]
 
 
 def megabytes_of(line: dict[str, Any]) -> float:

@@ -194,12 +194,20 @@ def line(figures: dict[str, Any], config: Config, metric: str) -> str:
     return "  ".join(parts)
 
 
+def replied_in(line: dict[str, Any]) -> int:
+    """How many replies a line of metrics.jsonl tells of, those refused included."""
+    return line["clients"] + line["refused"]
+
+
+def asked_in(line: dict[str, Any]) -> int:
+    return replied_in(line) + line["failed"]
+
+
 def closing_table(run: Run, metric: str) -> str:
     """What the run came to, as text."""
     rounds = [figures for figures in run.metrics() if figures["round"]]
     config = run.config
-    replied = sum(figures["clients"] + figures["refused"] for figures in rounds)
-    asked = replied + sum(figures["failed"] for figures in rounds)
+    replied, asked = sum(map(replied_in, rounds)), sum(map(asked_in, rounds))
     table = Table(title=f"{config.strategy} on {config.task}, {len(rounds)} rounds", show_header=False)
     scores = [figures["metric"] for figures in run.metrics() if "metric" in figures]
     if scores:

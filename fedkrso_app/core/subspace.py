@@ -38,7 +38,7 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         projected = x @ Ps.T
         ctx.save_for_backward(weight, Bs, Ps, projected[:, live].T.contiguous())
-        return torch.addmm(functional.linear(x, weight, bias), projected, Bs.T)
+        return functional.linear(x, weight, bias).addmm_(projected, Bs.T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -63,7 +63,8 @@ class FedKRSOLocal(LocalMethod):
     def train(self, batches: Batches, instructions: ConfigRecord, rng: np.random.Generator) -> tuple[dict, float]:
         pool = np.frombuffer(instructions["seeds"], dtype="<u8")  # type: ignore[arg-type]
         config = self.config.fedkrso
-        choices = np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]  # batches stay as with any method
+        # Not from rng itself: the batches must be those that any other method sees.
+        choices = np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]
         form = AdapterLinear if self.config.compute_dtype == "bfloat16" else SubspaceLinear
         with attached(self.module, self.targets, config.rank, form) as layers:
             rso = RSO(layers, config.learning_rate, config.projection)

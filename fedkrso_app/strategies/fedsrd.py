@@ -180,12 +180,12 @@ class FedSRD(FedTune):
         config, version = self.config.fedsrd, self.ledger.version + 1
         turn = (version - 1) % 2
         factor = FACTORS[turn]
-        length = self.update_size(self.config, self.shapes)
+        size = self.update_size(self.config, self.shapes)
         shares, deltas = [], []  # in the order of the partitions, whatever that of arrival
         for partition in sorted(self.updates):
             arrays, weight = self.updates[partition]
-            update = np.zeros(length, np.float32)
-            update[srd.unpack_bits(arrays["bits"], length)] = arrays["values"]
+            update = np.zeros(size, np.float32)
+            update[srd.unpack_bits(arrays["bits"], size)] = arrays["values"]
             shares.append(weight / total_weight)
             deltas.append(torch.from_numpy(update))
         sizes = [tensor.numel() for name in FACTORS for tensor in self.pair[name]]
