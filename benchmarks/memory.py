@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import PEERS, Peer, batch, classifier, show
-from fedkrso_app.memory import SETTINGS, distinct, measured, total
+from fedkrso_app.runs.memory import SETTINGS, distinct, measured, total
 
 MIB = 2**20
 

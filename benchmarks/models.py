@@ -22,12 +22,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
-from fedkrso_app.activations import activation_memory
 from fedkrso_app.core import lora
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear
-from fedkrso_app.model import find_targets
-from fedkrso_app.train import head_optimizer, precision
+from fedkrso_app.training.activations import activation_memory
+from fedkrso_app.training.loop import head_optimizer, precision
+from fedkrso_app.training.model import find_targets
 
 PEERS = ("floor", "fedkrso", "a-frozen", "lora", "full")
 RANK, RATE = 4, 1e-4

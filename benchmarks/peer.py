@@ -12,10 +12,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedkrso_app import data, metrics
+from fedkrso_app import data
 from fedkrso_app.config import Config, parse
 from fedkrso_app.core.projection import stream
-from fedkrso_app.model import LoadedModel, load
+from fedkrso_app.training import metrics
+from fedkrso_app.training.model import LoadedModel, load
 
 client, server = ClientApp(), ServerApp()
 

@@ -30,8 +30,8 @@ from typing import Any
 
 from benchmarks.engine import Interval, simulate
 from benchmarks.models import show
-from fedkrso_app import embedded
-from fedkrso_app.compare import Settings, settings
+from fedkrso_app.data.embedded import pretraining as embedded
+from fedkrso_app.runs.compare import Settings, settings
 
 _PACK = {"fedkrso_app.strategies.fedkrso:FedKRSO.encode_reply": "pack", "fedkrso_app.client_app:wire.pack": "pack"}
 APPS: dict[str, Any] = {

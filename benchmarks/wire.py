@@ -23,17 +23,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
-from fedkrso_app import wire
-from fedkrso_app.compare import settings
 from fedkrso_app.config import Config, parse
 from fedkrso_app.core import quantize, srd
 from fedkrso_app.core.projection import stream
-from fedkrso_app.ledger import Entry, Ledger
-from fedkrso_app.model import find_targets
+from fedkrso_app.federation.round import FedTune, no_figures
+from fedkrso_app.records import wire
+from fedkrso_app.records.ledger import Entry, Ledger
+from fedkrso_app.records.wire import Schema
+from fedkrso_app.runs.compare import settings
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes
-from fedkrso_app.strategies.round import FedTune, no_figures
-from fedkrso_app.wire import Schema
+from fedkrso_app.training.model import find_targets
 
 # FedKRSO, arXiv:2602.03019, Table III as printed: bytes of one client and round, both ways, "GB".
 TABLE_III = {

@@ -18,10 +18,10 @@ from rich.progress import track
 from rich.table import Table
 
 from fedkrso_app.config import ConfigError, names
-from fedkrso_app.ledger import Entry, Ledger, LedgerError
+from fedkrso_app.records.ledger import Entry, Ledger, LedgerError
 
 if TYPE_CHECKING:  # imported inside the commands instead, since torch takes seconds and --help should not
-    from fedkrso_app.run import Run
+    from fedkrso_app.runs.folder import Run
 
 app = typer.Typer(
     name="fedkrso",
@@ -78,7 +78,7 @@ def compare(
     that the table reports are never looked at. The choice is printed and kept in OUTPUT/sweep/sweep.json.
     """
     with explained():
-        from fedkrso_app import compare as c
+        from fedkrso_app.runs import compare as c
 
         base = c.settings(config, set_ or [])
         folder = output or Path(str(base["output-dir"])) / f"compare-{base['task']}".replace("/", "-")
@@ -118,8 +118,8 @@ def plan(
     no memory to speak of. The memory is that of two steps by each method's own code on a batch of full length.
     """
     with explained():
-        from fedkrso_app import compare as c
-        from fedkrso_app import plan as p
+        from fedkrso_app.runs import compare as c
+        from fedkrso_app.runs import plan as p
 
         settings = c.settings(config, set_ or [])
         with err.status("Counting"):
@@ -144,8 +144,8 @@ def report(
     Runs that differ in nothing but the seed are drawn as one line with a band.
     """
     with explained():
-        from fedkrso_app import report as r
-        from fedkrso_app.results import find_runs
+        from fedkrso_app.runs import report as r
+        from fedkrso_app.runs.results import find_runs
 
         file = output or runs[0] / "report.html"
         found = find_runs(runs)
@@ -167,8 +167,10 @@ def export(
     """
     with explained():
         opened, ledger = _open(run)
-        from fedkrso_app import card, data, model
+        from fedkrso_app import data
+        from fedkrso_app.runs import card
         from fedkrso_app.strategies import STRATEGIES
+        from fedkrso_app.training import model
 
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{folder} is there already and not empty; choose another folder.")
@@ -217,7 +219,7 @@ def ledger(
             moved = _moved(opened, entries)
             facts["entries"] = described = [e | {"layers": moved.get(e["version"], {})} for e in described]
         if verify:
-            from fedkrso_app import model
+            from fedkrso_app.training import model
 
             if not (expected := opened.digest):
                 raise LedgerError(f"{run} has no result.json with a digest to compare with: {opened.status}.")
@@ -236,7 +238,7 @@ def ledger(
 
 
 def _open(folder: Path) -> "tuple[Run, Ledger]":
-    from fedkrso_app.run import Run
+    from fedkrso_app.runs.folder import Run
 
     run = Run(folder)
     _ = run.config  # says so where the folder is no run
@@ -257,9 +259,10 @@ def _replay(run: "Run", entries: Ledger, to: int) -> tuple[Any, Any]:
 
 def _steps(run: "Run", entries: Ledger, versions: Sequence[int]) -> tuple[Any, Iterator[tuple[int, Any]]]:
     """The loaded model, and each of ``versions`` with the method that has brought the model there."""
-    from fedkrso_app import data, model
-    from fedkrso_app.replica import NeedSync, Replica
+    from fedkrso_app import data
+    from fedkrso_app.federation.replica import NeedSync, Replica
     from fedkrso_app.strategies import STRATEGIES
+    from fedkrso_app.training import model
 
     config = run.config
     task = data.resolve(config)
@@ -299,7 +302,7 @@ def _moved(run: "Run", entries: Ledger) -> dict[int, dict[str, float]]:
 
 def _described(run: "Run", entries: Ledger) -> Iterator[dict[str, Any]]:
     """What every entry on disk says, as JSON would have it."""
-    from fedkrso_app import wire
+    from fedkrso_app.records import wire
     from fedkrso_app.strategies import STRATEGIES
 
     incremental, before = STRATEGIES[run.config.strategy].incremental, None
@@ -352,7 +355,7 @@ def _layers_table(entries: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _results_table(facts: Mapping[str, Any]) -> Table:
-    from fedkrso_app.results import plus_minus
+    from fedkrso_app.runs.results import plus_minus
 
     table = Table(title=f"{facts['task']}: mean ± sd over the seeds, after the last round", box=box.SIMPLE_HEAD)
     table.caption = "MB: 10^6 bytes, of one client and round; lost: replies refused or failed; more in results.csv"

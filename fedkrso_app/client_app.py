@@ -11,13 +11,16 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkrso_app import data, evaluation, model, wire
+from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError, parse
 from fedkrso_app.core.projection import probe, stream
-from fedkrso_app.ledger import Entry
-from fedkrso_app.replica import NeedSync, NodeStore, Replica
+from fedkrso_app.federation import evaluation
+from fedkrso_app.federation.replica import NeedSync, NodeStore, Replica
+from fedkrso_app.records import wire
+from fedkrso_app.records.ledger import Entry
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.training import model
 
 app = ClientApp()
 

@@ -10,15 +10,19 @@ import numpy as np
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedkrso_app import card, data, evaluation, metrics, model, run, tracking
+from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError, parse
-from fedkrso_app.ledger import Entry, Ledger
-from fedkrso_app.replica import Replica
+from fedkrso_app.federation import evaluation
+from fedkrso_app.federation.replica import Replica
+from fedkrso_app.federation.round import no_figures
+from fedkrso_app.federation.streaming import StreamingGrid
+from fedkrso_app.records.ledger import Entry, Ledger
+from fedkrso_app.runs import card, tracking
+from fedkrso_app.runs import folder as run
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes
-from fedkrso_app.strategies.round import no_figures
-from fedkrso_app.streaming import StreamingGrid
-from fedkrso_app.train import TrainingError
+from fedkrso_app.training import metrics, model
+from fedkrso_app.training.loop import TrainingError
 
 logger = logging.getLogger("flwr")
 app = ServerApp()

@@ -16,13 +16,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from fedkrso_app import client_app, data, model, server_app
+from fedkrso_app import client_app, data, server_app
 from fedkrso_app.config import Config, parse
-from fedkrso_app.ledger import Ledger
-from fedkrso_app.replica import Replica
-from fedkrso_app.run import Run
+from fedkrso_app.federation.replica import Replica
+from fedkrso_app.records.ledger import Ledger
+from fedkrso_app.runs.folder import Run
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import LocalMethod
+from fedkrso_app.training import model
 
 ROOT = Path(__file__).parent.parent
 WORDS = [f"w{number}" for number in range(40)]

@@ -6,9 +6,9 @@ import torch
 from test_train import MODELS, SAVING, batch, model
 from torch import nn
 
-from fedkrso_app.activations import TrainingError, activation_memory
 from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear, attached
-from fedkrso_app.model import find_targets
+from fedkrso_app.training.activations import TrainingError, activation_memory
+from fedkrso_app.training.model import find_targets
 
 
 def gradients(kind, setting, form):

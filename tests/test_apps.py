@@ -11,11 +11,12 @@ from conftest import InProcessGrid, arrays_of, digest, play, replayed
 from flwr.app import Context, RecordDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedkrso_app import client_app, model, server_app
+from fedkrso_app import client_app, server_app
 from fedkrso_app.config import ConfigError
-from fedkrso_app.ledger import Ledger
-from fedkrso_app.run import Run
-from fedkrso_app.train import TrainingError
+from fedkrso_app.records.ledger import Ledger
+from fedkrso_app.runs.folder import Run
+from fedkrso_app.training import model
+from fedkrso_app.training.loop import TrainingError
 
 
 def test_a_run_leaves_what_a_user_expects(run_config, node_files):
@@ -192,7 +193,7 @@ def test_clients_without_validation_rows_to_judge_on_are_found_before_round_one(
 
 
 def test_more_clients_than_rows_fail_with_the_reason_of_the_clients(run_config, monkeypatch):
-    monkeypatch.setattr("fedkrso_app.strategies.nodes._GATHERING", 0)  # 498 more would be waited for
+    monkeypatch.setattr("fedkrso_app.federation.nodes._GATHERING", 0)  # 498 more would be waited for
     with pytest.raises(ConfigError, match="no node can take part: partition 0: num-supernodes = 500 must be 1 to 160"):
         client_app.workplace.cache_clear()
         grid = InProcessGrid(client_app.app, run_config, 2)

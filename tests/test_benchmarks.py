@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from benchmarks import growth, memory, models, peer, replica, server, simulation, step
 from fedkrso_app.config import parse
-from fedkrso_app.memory import Storage
+from fedkrso_app.runs.memory import Storage
 
 DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 

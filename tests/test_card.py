@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 from test_cli import call
 from transformers import RobertaForSequenceClassification
 
-from fedkrso_app import card, tasks
+from fedkrso_app.data import tasks
+from fedkrso_app.runs import card
 from fedkrso_app.strategies import STRATEGIES
 
 FACT = re.compile(r"^\| ([^|]+) \| ([^|]*) \|$", re.MULTILINE)

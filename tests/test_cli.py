@@ -11,12 +11,13 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from fedkrso_app import cli, model
+from fedkrso_app import cli
 from fedkrso_app.core import lora
 from fedkrso_app.core.projection import projection
 from fedkrso_app.core.subspace import matrix
-from fedkrso_app.ledger import Ledger
-from fedkrso_app.run import Run
+from fedkrso_app.records.ledger import Ledger
+from fedkrso_app.runs.folder import Run
+from fedkrso_app.training import model
 
 
 def call(*arguments):

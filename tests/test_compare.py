@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedkrso_app import cli, compare
+from fedkrso_app import cli
 from fedkrso_app.config import ConfigError
+from fedkrso_app.runs import compare
 
 FLWR = """#!{python}
 import json, pathlib, sys, time, tomllib

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, digest, play
 
-from fedkrso_app.run import Run
+from fedkrso_app.runs.folder import Run
 
 VERSIONS = ["installed", *os.environ.get("FEDKRSO_FLWR", "").split()]
 NODES = 3

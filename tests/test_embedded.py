@@ -13,8 +13,9 @@ import torch
 from datasets import DatasetDict, Value
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedkrso_app import embedded, grammar
 from fedkrso_app.config import ConfigError
+from fedkrso_app.data.embedded import grammar
+from fedkrso_app.data.embedded import pretraining as embedded
 
 PAIRS = ("paraphrase", "entailment", "similarity")
 

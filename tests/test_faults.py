@@ -13,12 +13,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from test_contract import reply_target
 from typer.testing import CliRunner
 
-from fedkrso_app import cli, model, wire
+from fedkrso_app import cli
 from fedkrso_app.config import ConfigError
-from fedkrso_app.ledger import Ledger, LedgerError
-from fedkrso_app.replica import NodeStore, Replica
-from fedkrso_app.run import Run
+from fedkrso_app.federation.replica import NodeStore, Replica
+from fedkrso_app.records import wire
+from fedkrso_app.records.ledger import Ledger, LedgerError
+from fedkrso_app.runs.folder import Run
 from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.training import model
 
 # Nodes
 

@@ -7,16 +7,17 @@ from conftest import arrays_of, default_config, play
 from flwr.app import ConfigRecord, RecordDict
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
-from fedkrso_app import model, wire
 from fedkrso_app.config import parse
 from fedkrso_app.core.projection import projection
 from fedkrso_app.core.subspace import matrix
-from fedkrso_app.ledger import Entry, Ledger
-from fedkrso_app.replica import NeedSync, Replica
+from fedkrso_app.federation.replica import NeedSync, Replica
+from fedkrso_app.federation.round import no_figures
+from fedkrso_app.records import wire
+from fedkrso_app.records.ledger import Entry, Ledger
+from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import FedKRSO, FedKRSOLocal, draw_seeds
-from fedkrso_app.strategies.round import no_figures
-from fedkrso_app.wire import Refused
+from fedkrso_app.training import model
 
 
 def test_seeds_are_distinct_fresh_every_round_and_the_same_for_the_same_run():

@@ -8,7 +8,7 @@ from conftest import arrays_of, digest, play, replayed, replica
 from fedkrso_app import client_app
 from fedkrso_app.config import parse
 from fedkrso_app.core.flat import flatten
-from fedkrso_app.ledger import Ledger
+from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 

@@ -19,8 +19,10 @@ from flwr.proto.federation_config_pb2 import SimulationConfig
 from test_families import build
 from typer.testing import CliRunner
 
-from fedkrso_app import cli, compare, data, files
+from fedkrso_app import cli, data
 from fedkrso_app.config import parse, resolved_path
+from fedkrso_app.data import files
+from fedkrso_app.runs import compare
 
 FENCED = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = {  # first word of a line -> why the test does not run it

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedkrso_app.ledger import Entry, Ledger, LedgerError, digest
+from fedkrso_app.records.ledger import Entry, Ledger, LedgerError, digest
 
 
 def entry(version: int) -> Entry:

@@ -8,8 +8,8 @@ import torch
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from torch.nn import functional as F
 
-from fedkrso_app import metrics
-from fedkrso_app.metrics import best, moments, perplexity, result, tally
+from fedkrso_app.training import metrics
+from fedkrso_app.training.metrics import best, moments, perplexity, result, tally
 
 
 def score(name, predictions, labels):

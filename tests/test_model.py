@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, RobertaConfig
 
-from fedkrso_app import model
 from fedkrso_app.config import ConfigError
 from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.training import model
 
 
 def test_tied_weights_are_never_targets():

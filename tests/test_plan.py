@@ -12,13 +12,15 @@ from transformers import AlbertConfig, RobertaConfig
 from typer.testing import CliRunner
 
 from benchmarks import memory, models
-from fedkrso_app import cli, model, plan
-from fedkrso_app.activations import activation_memory
-from fedkrso_app.compare import settings
+from fedkrso_app import cli
 from fedkrso_app.config import ConfigError, parse
-from fedkrso_app.memory import SETTINGS, client_memory
+from fedkrso_app.runs import plan
+from fedkrso_app.runs.compare import settings
+from fedkrso_app.runs.memory import SETTINGS, client_memory
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.training import model
+from fedkrso_app.training.activations import activation_memory
 
 MIB = 2**20
 KINDS = ("weights", "gradients", "optimizer", "activations", "peak")
@@ -174,7 +176,7 @@ def test_a_language_model_needs_no_data_and_a_classifier_its_labels(model_folder
 
 def test_a_step_so_slow_that_training_reports_it_is_counted_in_silence(config, model_folder, monkeypatch, caplog):
     quick = figures(config, model_folder, "meta")
-    monkeypatch.setattr("fedkrso_app.train._PROGRESS_SECONDS", -1.0)
+    monkeypatch.setattr("fedkrso_app.training.loop._PROGRESS_SECONDS", -1.0)
     assert figures(config, model_folder, "meta") == quick and not caplog.text
 
 

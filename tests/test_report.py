@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 import pytest
 from conftest import default_config
 
-from fedkrso_app import report, results
 from fedkrso_app.config import ConfigError
-from fedkrso_app.run import Run
+from fedkrso_app.runs import report, results
+from fedkrso_app.runs.folder import Run
 
 
 def make(folder, status="completed", rounds=5, **changes) -> Run:

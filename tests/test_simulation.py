@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, digest, play
 
-from fedkrso_app.run import Run
+from fedkrso_app.runs.folder import Run
 
 FLWR = shutil.which("flwr", path=str(Path(sys.executable).parent))
 

@@ -12,8 +12,9 @@ from test_families import assert_same, build, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from fedkrso_app import cli, client_app, data, files, language, server_app
+from fedkrso_app import cli, client_app, data, server_app
 from fedkrso_app.config import ConfigError, parse
+from fedkrso_app.data import files, language
 from fedkrso_app.strategies import STRATEGIES
 
 

@@ -7,7 +7,7 @@ from conftest import digest, play
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedkrso_app.config import ConfigError
-from fedkrso_app.tracking import check, numbers
+from fedkrso_app.runs.tracking import check, numbers
 
 SETTINGS = {"num-server-rounds": 2, "local-steps": 2, "client-metrics": True, "tracker": "tensorboard"}
 

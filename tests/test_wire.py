@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedkrso_app.wire import Refused, Schema, measured_bytes, number, pack, unpack
+from fedkrso_app.records.wire import Refused, Schema, measured_bytes, number, pack, unpack
 
 SCHEMA = Schema({"seeds": ("uint64", ("s",)), "B": ("float32", ("s", 6)), "head": ("float32", (4,))}, limits={"s": 3})
 

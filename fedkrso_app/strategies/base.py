@@ -11,15 +11,15 @@ import torch
 from flwr.app import ConfigRecord
 from torch import Tensor, nn
 
-from fedkrso_app import wire
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core import lora
 from fedkrso_app.core.fixed_point import FixedPointMeans
 from fedkrso_app.core.projection import stream
 from fedkrso_app.core.robust import RobustMeans
 from fedkrso_app.core.subspace import matrix
-from fedkrso_app.ledger import Ledger
-from fedkrso_app.wire import Schema
+from fedkrso_app.records import wire
+from fedkrso_app.records.ledger import Ledger
+from fedkrso_app.records.wire import Schema
 
 Arrays = Mapping[str, np.ndarray]
 Batches = Iterator[dict[str, Tensor]]

@@ -9,10 +9,10 @@ from torch import nn
 
 from fedkrso_app.config import Config
 from fedkrso_app.core.flat import flatten, unflatten
+from fedkrso_app.federation.round import FedTune
+from fedkrso_app.records.wire import STATE, Schema
 from fedkrso_app.strategies.base import Arrays, Batches, LocalMethod, Shapes
-from fedkrso_app.strategies.round import FedTune
-from fedkrso_app.train import train
-from fedkrso_app.wire import STATE, Schema
+from fedkrso_app.training.loop import train
 
 
 class FedFFTLocal(LocalMethod):

@@ -9,10 +9,10 @@ from flwr.app import ConfigRecord
 
 from fedkrso_app.config import Config
 from fedkrso_app.core.flat import flatten, unflatten
+from fedkrso_app.federation.round import FedTune
+from fedkrso_app.records.wire import HEAD, STATE, Schema
 from fedkrso_app.strategies.base import Arrays, Batches, LoraLocal, Shapes
-from fedkrso_app.strategies.round import FedTune
-from fedkrso_app.train import head_optimizer, train
-from fedkrso_app.wire import HEAD, STATE, Schema
+from fedkrso_app.training.loop import head_optimizer, train
 
 
 class FedITLocal(LoraLocal):

@@ -21,10 +21,10 @@ from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import projections, stream
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear, attached, fold, matrix
+from fedkrso_app.federation.round import FedTune
+from fedkrso_app.records.wire import HEAD, Refused, Schema
 from fedkrso_app.strategies.base import Arrays, Batches, LocalMethod, Shapes
-from fedkrso_app.strategies.round import FedTune
-from fedkrso_app.train import head_optimizer, train
-from fedkrso_app.wire import HEAD, Refused, Schema
+from fedkrso_app.training.loop import head_optimizer, train
 
 
 def draw_seeds(seed: int, round: int, count: int) -> np.ndarray:

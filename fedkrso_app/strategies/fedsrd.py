@@ -19,18 +19,18 @@ import torch
 from flwr.app import ConfigRecord
 from torch import Tensor
 
-from fedkrso_app import wire
 from fedkrso_app.config import Config
 from fedkrso_app.core import lora, srd
 from fedkrso_app.core.fixed_point import FixedPointMeans
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import layer_key, philox
 from fedkrso_app.core.srd import Term
-from fedkrso_app.ledger import Ledger
+from fedkrso_app.federation.round import FedTune
+from fedkrso_app.records import wire
+from fedkrso_app.records.ledger import Ledger
+from fedkrso_app.records.wire import HEAD, Refused, Schema
 from fedkrso_app.strategies.base import Arrays, Batches, LoraLocal, Shapes
-from fedkrso_app.strategies.round import FedTune
-from fedkrso_app.train import head_optimizer, train
-from fedkrso_app.wire import HEAD, Refused, Schema
+from fedkrso_app.training.loop import head_optimizer, train
 
 logger = logging.getLogger("flwr")
 

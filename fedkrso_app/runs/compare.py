@@ -21,15 +21,16 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.text import Text
 
-from fedkrso_app import data, metrics
+from fedkrso_app import data
 from fedkrso_app.config import ConfigError, flatten, parse, resolved_path
-from fedkrso_app.results import mean_sd, measures
-from fedkrso_app.run import ASIDE, Run, line
+from fedkrso_app.runs.folder import ASIDE, Run, line
+from fedkrso_app.runs.results import mean_sd, measures
 from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.training import metrics
 
 Settings = dict[str, Any]  # a flat run config with every key
 
-APP = Path(__file__).resolve().parents[1]
+APP = Path(__file__).resolve().parents[2]
 FLWR = Path(sys.executable).with_name("flwr")
 HOLDOUT, FACTOR, LAST = 0.2, 2.0, 3  # of a sweep: share of the training rows, step of the grid, rounds in the score
 

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedkrso_app import data
-from fedkrso_app.metrics import LOWER_IS_BETTER
-from fedkrso_app.results import Line, lines, mean_sd, plus_minus, text
-from fedkrso_app.run import Run
+from fedkrso_app.runs.folder import Run
+from fedkrso_app.runs.results import Line, lines, mean_sd, plus_minus, text
+from fedkrso_app.training.metrics import LOWER_IS_BETTER
 
 # Okabe and Ito's palette without its yellow, which is too faint on white; line and marker tell the same once more.
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

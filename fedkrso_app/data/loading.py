@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from fedkrso_app import files, language
 from fedkrso_app.config import Config, ConfigError, resolved_path
-from fedkrso_app.partition import partition
-from fedkrso_app.tasks import GLUE, TEXTS, Task, declared, sorted_names, task, with_columns
+from fedkrso_app.data import files, language
+from fedkrso_app.data.partitions import partition
+from fedkrso_app.data.tasks import GLUE, TEXTS, Task, declared, sorted_names, task, with_columns
 
 __all__ = ["Task", "batches", "declared", "evaluation_batches", "load", "partition", "resolve", "task"]
 
@@ -105,7 +105,7 @@ def _whole(task: Task, data_dir: str, split: str) -> datasets.Dataset:
     split = task.validation if split == "validation" else split
     family, _, name = task.name.rpartition("/")
     if family == "embedded":
-        from fedkrso_app.embedded import load_task  # here: a run on GLUE has no need of it
+        from fedkrso_app.data.embedded.pretraining import load_task  # here: a run on GLUE has no need of it
 
         return _checked(load_task(name)[split], task, task.name)
     if data_dir or task.own:

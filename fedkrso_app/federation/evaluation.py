@@ -5,9 +5,10 @@ from typing import Any
 import datasets
 import numpy as np
 
-from fedkrso_app import data, metrics
-from fedkrso_app.replica import Replica
-from fedkrso_app.train import precision
+from fedkrso_app import data
+from fedkrso_app.federation.replica import Replica
+from fedkrso_app.training import metrics
+from fedkrso_app.training.loop import precision
 
 
 def tally(replica: Replica, examples: datasets.Dataset, task: data.Task, tokenizer: Any) -> np.ndarray:

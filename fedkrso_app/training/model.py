@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from fedkrso_app import embedded
 from fedkrso_app.config import ConfigError, resolved_path
+from fedkrso_app.data.embedded import pretraining as embedded
 
 
 @dataclass(frozen=True)

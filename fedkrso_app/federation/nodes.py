@@ -7,10 +7,10 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedkrso_app import wire
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.projection import probe, stream
-from fedkrso_app.wire import Refused
+from fedkrso_app.records import wire
+from fedkrso_app.records.wire import Refused
 
 logger = logging.getLogger("flwr")
 

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fedkrso_app import wire
 from fedkrso_app.core.flat import flatten, unflatten
-from fedkrso_app.ledger import Entry, Ledger, LedgerError
+from fedkrso_app.records import wire
+from fedkrso_app.records.ledger import Entry, Ledger, LedgerError
 from fedkrso_app.strategies.base import LocalMethod
 
 _KEEP = 25  # entries on a node's disk: about the bytes of the weights themselves (RoBERTa-base, K = 10, r = 4)

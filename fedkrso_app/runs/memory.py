@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from fedkrso_app.core.projection import stream
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import SubspaceLinear
-from fedkrso_app.ledger import Ledger
-from fedkrso_app.replica import Replica
+from fedkrso_app.federation.replica import Replica
+from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.strategies.base import LocalMethod
 
 SETTINGS = ("keep", "recompute", "checkpoint")  # of activation-memory

@@ -11,12 +11,12 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 
-from fedkrso_app import wire
 from fedkrso_app.config import Config, ConfigError
-from fedkrso_app.ledger import Entry, Ledger, LedgerError
+from fedkrso_app.federation.nodes import AFRESH, Nodes, sampled
+from fedkrso_app.records import wire
+from fedkrso_app.records.ledger import Entry, Ledger, LedgerError
+from fedkrso_app.records.wire import Refused, Schema
 from fedkrso_app.strategies.base import Arrays, ServerMethod, Shapes
-from fedkrso_app.strategies.nodes import AFRESH, Nodes, sampled
-from fedkrso_app.wire import Refused, Schema
 
 logger = logging.getLogger("flwr")
 

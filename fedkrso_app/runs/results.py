@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkrso_app.config import ConfigError
-from fedkrso_app.run import ASIDE, Run, asked_in, replied_in
+from fedkrso_app.runs.folder import ASIDE, Run, asked_in, replied_in
 from fedkrso_app.strategies import STRATEGIES
 
 RATES = {strategy.learning_rate_key for strategy in STRATEGIES.values()}

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from fedkrso_app.config import ConfigError
-from fedkrso_app.tasks import Task
+from fedkrso_app.data.tasks import Task
 
 
 def partition(

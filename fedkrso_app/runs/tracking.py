@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from fedkrso_app.config import Config, ConfigError, names
-from fedkrso_app.run import Run
+from fedkrso_app.runs.folder import Run
 
 logger = logging.getLogger("flwr")
 

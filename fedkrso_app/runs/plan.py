@@ -18,15 +18,17 @@ import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedkrso_app import data, model, wire
+from fedkrso_app import data
 from fedkrso_app.config import Config, parse
-from fedkrso_app.ledger import Entry, Ledger
-from fedkrso_app.memory import client_memory
+from fedkrso_app.federation.nodes import sampled
+from fedkrso_app.federation.round import FedTune, no_figures
+from fedkrso_app.records import wire
+from fedkrso_app.records.ledger import Entry, Ledger
+from fedkrso_app.records.wire import Schema
+from fedkrso_app.runs.memory import client_memory
 from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes
-from fedkrso_app.strategies.nodes import sampled
-from fedkrso_app.strategies.round import FedTune, no_figures
-from fedkrso_app.wire import Schema
+from fedkrso_app.training import model
 
 
 def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -> dict[str, Any]:

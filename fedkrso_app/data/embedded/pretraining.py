@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 from transformers.utils import logging as transformers_logging
 
-from fedkrso_app import grammar
 from fedkrso_app.config import ConfigError
-from fedkrso_app.grammar import TASKS
+from fedkrso_app.data.embedded import grammar
+from fedkrso_app.data.embedded.grammar import TASKS
 
 _log = logging.getLogger("flwr")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
-from fedkrso_app.activations import TrainingError, activation_memory
 from fedkrso_app.config import Config
+from fedkrso_app.training.activations import TrainingError, activation_memory
 
 logger = logging.getLogger("flwr")
 

@@ -1,0 +1,1 @@
+"""The round on the server, the nodes, and W on a client."""

@@ -1,0 +1,1 @@
+"""What travels and what stays: arrays by schema, their bytes, the ledger of entries."""

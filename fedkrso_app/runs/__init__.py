@@ -1,0 +1,1 @@
+"""A run from outside: its folder, figures, reports, plans and comparisons."""

@@ -1,0 +1,1 @@
+"""One model and its local training: loading, steps, memory for the backward pass, metrics."""
