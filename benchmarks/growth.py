@@ -28,12 +28,13 @@ from matplotlib.figure import Figure
 
 from benchmarks import replica, server, wire
 from benchmarks.models import RANK, RATE, SIZES, batch, classifier, head_of, medians, show
-from fedkrso_app.config import Config, parse
+from fedkrso_app.config import Config
 from fedkrso_app.core.projection import stream
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import SubspaceLinear
 from fedkrso_app.runs.compare import settings
 from fedkrso_app.runs.plan import distinct_seeds
+from fedkrso_app.strategies import parse
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training.loop import head_optimizer
 from fedkrso_app.training.model import find_targets

@@ -13,8 +13,9 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedkrso_app import data
-from fedkrso_app.config import Config, parse
+from fedkrso_app.config import Config
 from fedkrso_app.core.projection import stream
+from fedkrso_app.strategies import parse
 from fedkrso_app.training import metrics
 from fedkrso_app.training.model import LoadedModel, load
 

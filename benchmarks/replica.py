@@ -22,12 +22,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.models import classifier, head_of, medians, show
-from fedkrso_app.config import parse
 from fedkrso_app.core.projection import projections
 from fedkrso_app.core.subspace import fold, matrix
 from fedkrso_app.federation.replica import Replica
 from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.runs.compare import settings
+from fedkrso_app.strategies import parse
 from fedkrso_app.strategies.fedkrso import FedKRSO, FedKRSOLocal, draw_seeds
 from fedkrso_app.training.model import find_targets
 

@@ -29,12 +29,13 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.models import classifier, head_of, show
-from fedkrso_app.config import Config, parse
+from fedkrso_app.config import Config
 from fedkrso_app.core.fixed_point import FixedPointMeans
 from fedkrso_app.federation.round import no_figures
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.runs.compare import settings
+from fedkrso_app.strategies import parse
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import FedKRSO, draw_seeds
 from fedkrso_app.training.model import find_targets

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
-from fedkrso_app.config import Config, parse
+from fedkrso_app.config import Config
 from fedkrso_app.core import quantize, srd
 from fedkrso_app.core.projection import stream
 from fedkrso_app.federation.round import FedTune, no_figures
@@ -31,7 +31,7 @@ from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.records.wire import Schema
 from fedkrso_app.runs.compare import settings
-from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies import STRATEGIES, parse
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training.model import find_targets
 

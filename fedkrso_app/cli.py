@@ -21,6 +21,7 @@ from fedkrso_app.config import ConfigError, names
 from fedkrso_app.records.ledger import Entry, Ledger, LedgerError
 
 if TYPE_CHECKING:  # imported inside the commands instead, since torch takes seconds and --help should not
+    from fedkrso_app.records.schema import Schema
     from fedkrso_app.runs.folder import Run
 
 app = typer.Typer(
@@ -168,15 +169,15 @@ def export(
     with explained():
         opened, ledger = _open(run)
         from fedkrso_app import data
+        from fedkrso_app.federation.replica import first_needed
         from fedkrso_app.runs import card
-        from fedkrso_app.strategies import STRATEGIES
         from fedkrso_app.training import model
 
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{folder} is there already and not empty; choose another folder.")
         versions = ledger.versions()
-        if STRATEGIES[opened.config.strategy].incremental:
-            versions = [version for i, version in enumerate(versions) if version == i]
+        span = _method(opened.config).entry.span
+        versions = [v for v in versions if {*range(first_needed(-1, v, span), v + 1)} <= {*versions}]
         at = {line["round"]: line["version"] for line in opened.metrics() if line["version"] in versions}
         if versions:
             at[ledger.read(versions[-1]).record["round"]] = versions[-1]  # its line may not have been written
@@ -249,19 +250,29 @@ def _open(folder: Path) -> "tuple[Run, Ledger]":
 
 def _replay(run: "Run", entries: Ledger, to: int) -> tuple[Any, Any]:
     """The loaded model, and its plain state at version ``to``."""
-    from fedkrso_app.strategies import STRATEGIES
+    from fedkrso_app.federation.replica import first_needed
 
-    versions = range(to + 1) if STRATEGIES[run.config.strategy].incremental else [to]
-    loaded, steps = _steps(run, entries, versions)
-    *_, (_, method) = steps
-    return loaded, method.plain_state()
+    loaded, steps = _steps(run, entries, range(first_needed(-1, to, _method(run.config).entry.span), to + 1))
+    *_, (_, local) = steps
+    return loaded, local.plain_state()
+
+
+def _method(config: Any) -> Any:
+    """The method of a run, from its settings and the model's shapes."""
+    from fedkrso_app import data
+    from fedkrso_app.strategies import make
+    from fedkrso_app.strategies.base import Shapes
+    from fedkrso_app.training import model
+
+    return make(config, Shapes.of(model.outline(config.model, data.resolve(config).num_labels)))
 
 
 def _steps(run: "Run", entries: Ledger, versions: Sequence[int]) -> tuple[Any, Iterator[tuple[int, Any]]]:
-    """The loaded model, and each of ``versions`` with the method that has brought the model there."""
+    """The loaded model, and each of ``versions`` with the half that has brought the model there."""
     from fedkrso_app import data
     from fedkrso_app.federation.replica import NeedSync, Replica
-    from fedkrso_app.strategies import STRATEGIES
+    from fedkrso_app.strategies import make
+    from fedkrso_app.strategies.base import Shapes
     from fedkrso_app.training import model
 
     config = run.config
@@ -269,15 +280,15 @@ def _steps(run: "Run", entries: Ledger, versions: Sequence[int]) -> tuple[Any, I
     loaded = model.load(config.model, task.num_labels, config.seed, task.classes, on_device=config.on_device)
     if run.info["model_digest"] not in ("", loaded.digest()):
         raise ConfigError(f"model = {config.model!r} has other weights than when {run.path} was made.")
-    strategy = STRATEGIES[config.strategy]
-    method = strategy.local(loaded.module, loaded.targets, loaded.head, config)
-    replica = Replica(method, entries, strategy.incremental)
+    method = make(config, Shapes.of(loaded))
+    local = method.local(loaded)
+    replica = Replica(local, entries, method.entry.span)
 
     def steps() -> Iterator[tuple[int, Any]]:
         try:
             for version in track(versions, "Replaying", console=err, transient=True):
                 replica.advance(version)
-                yield version, method
+                yield version, local
         except NeedSync as error:
             raise LedgerError(str(error)) from None
 
@@ -290,8 +301,8 @@ def _moved(run: "Run", entries: Ledger) -> dict[int, dict[str, float]]:
     parts = {name: [f"{name}.weight"] for name in loaded.targets} | ({"head": list(loaded.head)} if loaded.head else {})
     moved: dict[int, dict[str, float]] = {}
     last, before = -1, dict[str, Any]()
-    for version, method in steps:
-        state = method.plain_state()
+    for version, local in steps:
+        state = local.plain_state()
         now = {key: state[key].clone() for keys in parts.values() for key in keys}  # the state moves on in place
         if before and last == version - 1:
             squares = {key: float((now[key].double() - before[key].double()).square().sum()) for key in now}
@@ -303,9 +314,8 @@ def _moved(run: "Run", entries: Ledger) -> dict[int, dict[str, float]]:
 def _described(run: "Run", entries: Ledger) -> Iterator[dict[str, Any]]:
     """What every entry on disk says, as JSON would have it."""
     from fedkrso_app.records import wire
-    from fedkrso_app.strategies import STRATEGIES
 
-    incremental, before = STRATEGIES[run.config.strategy].incremental, None
+    schema, before = _method(run.config).entry, None
     for version in entries.versions():
         entry = entries.read(version)
         entry = replace(entry, arrays=wire.decode(entry.arrays))
@@ -314,20 +324,20 @@ def _described(run: "Run", entries: Ledger) -> Iterator[dict[str, Any]]:
             **{key: value for key, value in entry.record.items() if key != "version"},
             "arrays": {name: list(value.shape) for name, value in entry.arrays.items()},
             "disk_bytes": (entries.folder / f"{version:06d}.safetensors").stat().st_size,
-            "norms": _norms(entry, before, incremental),
+            "norms": _norms(entry, before, schema),
         }
         before = entry
 
 
-def _norms(entry: Entry, before: Entry | None, incremental: bool) -> dict[str, float]:
+def _norms(entry: Entry, before: Entry | None, schema: "Schema") -> dict[str, float]:
+    """L2 norms of an entry's updates, and of the changes of its states since the entry ``before``."""
     norms = {}
+    earlier = before.arrays if before is not None and before.version == entry.version - 1 else {}
     for name, value in entry.arrays.items():
-        if value.dtype.kind != "f":
-            continue
-        if incremental and name != "head":  # the head is absolute in every method
+        if schema.fields[name].role == "update":
             norms[name] = float(np.linalg.norm(value.astype(np.float64)))
-        elif before is not None and before.version == entry.version - 1 and name in before.arrays:
-            norms[name] = float(np.linalg.norm(value.astype(np.float64) - before.arrays[name]))
+        elif schema.fields[name].role == "state" and name in earlier:
+            norms[name] = float(np.linalg.norm(value.astype(np.float64) - earlier[name]))
     return norms
 
 

@@ -1,61 +1,36 @@
 """The run config as frozen dataclasses: cast, checked and explained once, at the door.
 
 The defaults live in ``[tool.flwr.app.config]`` of pyproject.toml and nowhere else; this file knows the keys, their
-types and what values make sense together.
+types and what values make sense together. The settings of a method are declared beside it, in ``strategies/``.
 """
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 
 class ConfigError(ValueError):
     """A setting or an input that the user can mend; the message names it and says how."""
 
 
-@dataclass(frozen=True)
-class FedKRSOConfig:
-    rank: int
-    num_seeds: int
-    interval: int
-    projection: str
-    learning_rate: float
+class Settings:
+    """Base of the settings of a method: a frozen dataclass whose ``table`` names their table in pyproject.toml.
+
+    ``__post_init__`` raises :class:`ConfigError` for values that make no sense by themselves.
+    """
+
+    table: ClassVar[str]
 
 
-@dataclass(frozen=True)
-class FedFFTConfig:
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    rank: int
-    alpha: float
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class FFALoraConfig:
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class FedSRDConfig:
-    learning_rate: float
-    alpha: float
-    max_sparsity: float
-    compensate: str
-    download_sparsity: float
-    rcond: float
-    sparsify_head: bool
+S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run's settings. Field ``dirichlet_alpha`` is key ``dirichlet-alpha``; a nested class is a table."""
+    """One run's settings. Field ``dirichlet_alpha`` is key ``dirichlet-alpha``; ``tables`` are those of the methods."""
 
     strategy: str
     model: str
@@ -93,11 +68,11 @@ class Config:
     resume: str
     tracker: str
     client_metrics: bool
-    fedkrso: FedKRSOConfig
-    fedfft: FedFFTConfig
-    lora: LoraConfig
-    ffa_lora: FFALoraConfig
-    fedsrd: FedSRDConfig
+    tables: tuple[Settings, ...]
+
+    def of(self, kind: type[S]) -> S:
+        """The settings of a method."""
+        return next(table for table in self.tables if isinstance(table, kind))
 
     @property
     def on_device(self) -> bool:
@@ -106,15 +81,28 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The flat mapping with the user's keys (``fedkrso.num-seeds``) that :func:`parse` takes."""
-        return {_key(name): value for name, value in flatten(dataclasses.asdict(self)).items()}
+        common = {_key(f.name): getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tables"}
+        return common | {
+            f"{table.table}.{_key(name)}": value
+            for table in self.tables
+            for name, value in dataclasses.asdict(table).items()  # type: ignore[call-overload]
+        }
 
 
-def parse(run_config: Mapping[str, Any]) -> Config:
+def parse(run_config: Mapping[str, Any], tables: Sequence[type[Settings]]) -> Config:
     """Check a flat run config (``{"fedkrso.rank": 4, ...}``, as Flower hands it over) and give it types.
 
-    Raises :class:`ConfigError` with one sentence that names the key and the mend.
+    ``tables`` are the settings of all methods. Raises :class:`ConfigError` with one sentence that names the key and
+    the fix.
     """
-    config = _build(Config, "", dict(run_config))
+    known = _keys(Config) + [key for table in tables for key in _keys(table, table.table + ".")]
+    for key in run_config:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}."
+            raise ConfigError(f"unknown key {key!r} in the run config; {hint}")
+    built = tuple(_build(table, table.table + ".", run_config) for table in tables)
+    config = _build(Config, "", run_config, tables=built)
     _check(config)
     return config
 
@@ -141,27 +129,16 @@ def _key(field: str) -> str:
     return field.replace("_", "-")
 
 
-def _keys(cls: type, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for field in dataclasses.fields(cls):
-        key = prefix + _key(field.name)
-        keys += _keys(field.type, key + ".") if dataclasses.is_dataclass(field.type) else [key]  # type: ignore[arg-type]
-    return keys
+def _keys(cls: Any, prefix: str = "") -> list[str]:
+    return [prefix + _key(field.name) for field in dataclasses.fields(cls) if field.name != "tables"]
 
 
-def _build(cls: Any, prefix: str, values: dict[str, Any]) -> Any:
-    if not prefix:
-        known = _keys(cls)
-        for key in values:
-            if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}."
-                raise ConfigError(f"unknown key {key!r} in the run config; {hint}")
+def _build(cls: Any, prefix: str, values: Mapping[str, Any], **more: Any) -> Any:
     fields = {}
     for field in dataclasses.fields(cls):
         key = prefix + _key(field.name)
-        if dataclasses.is_dataclass(field.type):
-            fields[field.name] = _build(field.type, key + ".", values)
+        if field.name in more:
+            fields[field.name] = more[field.name]
         elif key not in values:
             raise ConfigError(f"key {key!r} is missing from the run config; pyproject.toml has its default.")
         else:
@@ -186,20 +163,25 @@ def _example(kind: type) -> str:
     return {int: "10", float: "0.5", bool: "true"}[kind]
 
 
+def choice(key: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        close = difflib.get_close_matches(value, allowed, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{key} = {value!r} is not one of {', '.join(allowed)}.{hint}")
+
+
+def need(holds: bool, key: str, value: Any, rule: str) -> None:
+    """Raise :class:`ConfigError` unless the ``rule`` holds."""
+    if not holds:  # NaN fails every comparison and so ends up here too
+        raise ConfigError(f"{key} = {value} is impossible: it must be {rule}.")
+
+
+def need_positive(key: str, value: float) -> None:
+    need(0 < value < float("inf"), key, value, "a number above 0")
+
+
 def _check(c: Config) -> None:
-    from fedkrso_app.strategies import STRATEGIES  # here, because the strategies take a Config themselves
-
-    def choice(key: str, value: str, allowed: list[str]) -> None:
-        if value not in allowed:
-            close = difflib.get_close_matches(value, allowed, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"{key} = {value!r} is not one of {', '.join(allowed)}.{hint}")
-
-    def need(holds: bool, key: str, value: Any, rule: str) -> None:
-        if not holds:  # NaN fails every comparison and so ends up here too
-            raise ConfigError(f"{key} = {value} is impossible: it must be {rule}.")
-
-    choice("strategy", c.strategy, list(STRATEGIES))
     choice("partition", c.partition, ["iid", "dirichlet", "natural"])
     if c.partition == "natural" and not c.partition_column:
         raise ConfigError("partition = 'natural' needs partition-column, the column whose values are the clients.")
@@ -210,10 +192,6 @@ def _check(c: Config) -> None:
     choice("bad-rows", c.bad_rows, ["stop", "skip"])
     choice("weighting", c.weighting, ["uniform", "examples"])
     choice("aggregation", c.aggregation, ["mean", "median", "trimmed-mean"])
-    if c.aggregation != "mean" and not STRATEGIES[c.strategy].robust:
-        raise ConfigError(
-            f"aggregation = {c.aggregation!r} does not go with {c.strategy}, which averages products: take 'mean'."
-        )
     if c.aggregation != "mean" and c.weighting != "uniform":
         raise ConfigError(f"aggregation = {c.aggregation!r} knows no weights: take weighting = 'uniform'.")
     need(0 <= c.max_update_norm < float("inf"), "max-update-norm", c.max_update_norm, "0 (no bound) or above")
@@ -227,38 +205,15 @@ def _check(c: Config) -> None:
             f"wire-dtype = {c.wire_dtype!r} needs evaluate = 'server': numbers are rounded as differences to a start "
             "that only a server with the model knows."
         )
-    choice("fedkrso.projection", c.fedkrso.projection, ["gaussian", "rademacher", "orthonormal"])
-    choice("fedsrd.compensate", c.fedsrd.compensate, ["l1", "none"])
-    positive = ["num-server-rounds", "min-replies", "local-steps", "batch-size", "gradient-accumulation"]
-    positive += ["fedkrso.rank", "lora.rank"]
     values = c.to_dict()
-    for key in positive:
+    for key in ("num-server-rounds", "min-replies", "local-steps", "batch-size", "gradient-accumulation"):
         need(values[key] >= 1, key, values[key], "at least 1")
-    rates = [key for key in values if key.endswith("learning-rate")]
-    for key in [*rates, "round-timeout", "dirichlet-alpha", "lora.alpha"]:
-        need(0 < values[key] < float("inf"), key, values[key], "a number above 0")
+    for key in ("round-timeout", "dirichlet-alpha"):
+        need_positive(key, values[key])
     need(c.max_length >= 4, "max-length", c.max_length, "at least 4 tokens")
     need(0 < c.fraction_train <= 1, "fraction-train", c.fraction_train, "above 0 and at most 1")
     need(0 <= c.holdout < 1, "holdout", c.holdout, "a share of the training rows, at least 0 and below 1")
     need(0 <= c.warmup < 1, "warmup", c.warmup, "a share of the local steps, at least 0 and below 1")
     need(0 <= c.seed < 2**63, "seed", c.seed, "at least 0 and below 2**63")
-    need(1 <= c.fedkrso.num_seeds <= 65536, "fedkrso.num-seeds", c.fedkrso.num_seeds, "between 1 and 65536")
-    if c.strategy == "fedkrso":
-        rule = f"at least 1 and at most local-steps = {c.local_steps}"
-        need(1 <= c.fedkrso.interval <= c.local_steps, "fedkrso.interval", c.fedkrso.interval, rule)
-    need(0 <= c.fedsrd.alpha < 1, "fedsrd.alpha", c.fedsrd.alpha, "at least 0 and below 1")
-    need(
-        c.fedsrd.alpha <= c.fedsrd.max_sparsity < 1,
-        "fedsrd.max-sparsity",
-        c.fedsrd.max_sparsity,
-        f"at least fedsrd.alpha = {c.fedsrd.alpha} and below 1",
-    )
-    need(
-        0 <= c.fedsrd.download_sparsity < 1,
-        "fedsrd.download-sparsity",
-        c.fedsrd.download_sparsity,
-        "at least 0 and below 1",
-    )
-    need(0 <= c.fedsrd.rcond < 1, "fedsrd.rcond", c.fedsrd.rcond, "at least 0 (torch's own) and below 1")
     if "/" in c.run_name or c.run_name in (".", ".."):
         raise ConfigError(f"run-name = {c.run_name!r} is not a folder name; leave out any '/'.")

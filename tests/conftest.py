@@ -17,12 +17,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from fedkrso_app import client_app, data, server_app
-from fedkrso_app.config import Config, parse
+from fedkrso_app.config import Config, resolved_path
+from fedkrso_app.federation import client
 from fedkrso_app.federation.replica import Replica
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.strategies import STRATEGIES
-from fedkrso_app.strategies.base import LocalMethod
+from fedkrso_app.strategies import make, parse
+from fedkrso_app.strategies.base import Local, Shapes
 from fedkrso_app.training import model
 
 ROOT = Path(__file__).parent.parent
@@ -204,7 +205,7 @@ class InProcessGrid:
             partition = context.node_config["partition-id"]
             if self.disks:
                 os.environ["FEDKRSO_CACHE"] = f"{self.disks}-{partition}"  # the fixture puts it back
-                client_app.workplace.cache_clear()
+                client.workplace.cache_clear()
             try:
                 reply = self.app(message, context)
             except Exception as error:
@@ -221,28 +222,27 @@ class InProcessGrid:
 
 def play(run_config, nodes=4, run_id=1, prepare=lambda grid: None, **options) -> Run:
     """One whole run, on a grid that ``prepare`` may change before; the folder it made."""
-    client_app.workplace.cache_clear()
+    client.workplace.cache_clear()
     grid = InProcessGrid(client_app.app, run_config, nodes, run_id=run_id, **options)
     prepare(grid)
     context = Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=run_config)
     server_app.app(grid, context)
-    return Run(server_app.run.resolved_path(run_config["output-dir"]) / run_config["run-name"])
+    return Run(resolved_path(run_config["output-dir"]) / run_config["run-name"])
 
 
 def digest(run: Run) -> str:
     return json.loads((run.path / "result.json").read_text())["digest"]
 
 
-def replica(run: Run, version: int | None = None) -> LocalMethod:
-    """The method with its model at ``version``, from W^0 and the ledger alone."""
+def replica(run: Run, version: int | None = None) -> Local:
+    """The half beside the model at ``version``, from W^0 and the ledger alone."""
     config = run.config
     task = data.resolve(config)
     loaded = model.load(config.model, task.num_labels, config.seed, task.classes, on_device=config.on_device)
-    strategy = STRATEGIES[config.strategy]
-    method = strategy.local(loaded.module, loaded.targets, loaded.head, config)
-    ledger = Ledger(run.ledger)
-    Replica(method, ledger, strategy.incremental).advance(ledger.version if version is None else version)
-    return method
+    method = make(config, Shapes.of(loaded))
+    local, ledger = method.local(loaded), Ledger(run.ledger)
+    Replica(local, ledger, method.entry.span).advance(ledger.version if version is None else version)
+    return local
 
 
 def replayed(run: Run, version: int | None = None) -> str:

@@ -10,8 +10,8 @@ from conftest import play
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from benchmarks import growth, memory, models, peer, replica, server, simulation, step
-from fedkrso_app.config import parse
 from fedkrso_app.runs.memory import Storage
+from fedkrso_app.strategies import parse
 
 DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 

@@ -3,7 +3,8 @@
 import pytest
 from conftest import default_config
 
-from fedkrso_app.config import ConfigError, parse
+from fedkrso_app.config import ConfigError
+from fedkrso_app.strategies import parse
 
 
 def test_the_defaults_are_valid_and_come_back_as_they_were():

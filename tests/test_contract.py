@@ -11,11 +11,10 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from transformers import AutoModelForSequenceClassification
 
 from fedkrso_app import client_app
-from fedkrso_app.config import parse
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies import STRATEGIES, parse
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import model
 from fedkrso_app.training.loop import TrainingError

@@ -7,7 +7,6 @@ from conftest import arrays_of, default_config, play
 from flwr.app import ConfigRecord, RecordDict
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
-from fedkrso_app.config import parse
 from fedkrso_app.core.projection import projection
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.federation.replica import NeedSync, Replica
@@ -15,6 +14,7 @@ from fedkrso_app.federation.round import no_figures
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.records.wire import Refused
+from fedkrso_app.strategies import parse
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import FedKRSO, FedKRSOLocal, draw_seeds
 from fedkrso_app.training import model

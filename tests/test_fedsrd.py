@@ -6,10 +6,9 @@ import torch
 from conftest import arrays_of, digest, play, replayed, replica
 
 from fedkrso_app import client_app
-from fedkrso_app.config import parse
 from fedkrso_app.core.flat import flatten
 from fedkrso_app.records.ledger import Ledger
-from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies import STRATEGIES, parse
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 
 SIZE = 2 * 2 * (4 * (16 + 16) + 2 * (16 + 24))  # rank 2, two blocks: all B and all A

@@ -20,9 +20,10 @@ from test_families import build
 from typer.testing import CliRunner
 
 from fedkrso_app import cli, data
-from fedkrso_app.config import parse, resolved_path
+from fedkrso_app.config import resolved_path
 from fedkrso_app.data import files
 from fedkrso_app.runs import compare
+from fedkrso_app.strategies import parse
 
 FENCED = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = {  # first word of a line -> why the test does not run it

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from benchmarks import memory, models
 from fedkrso_app import cli
-from fedkrso_app.config import ConfigError, parse
+from fedkrso_app.config import ConfigError
 from fedkrso_app.runs import plan
 from fedkrso_app.runs.compare import settings
 from fedkrso_app.runs.memory import SETTINGS, client_memory
-from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies import STRATEGIES, parse
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import model
 from fedkrso_app.training.activations import activation_memory

@@ -6,13 +6,14 @@ import torch
 from conftest import arrays_of, digest, play, replayed
 from flwr.app import Error, Message, RecordDict
 
-from fedkrso_app.config import ConfigError, parse
+from fedkrso_app.config import ConfigError
 from fedkrso_app.core import quantize
 from fedkrso_app.core.projection import stream
 from fedkrso_app.core.quantize import BLOCK, FORMATS
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.wire import Refused, Schema
+from fedkrso_app.strategies import parse
 
 LENGTHS = [0, 1, 2, 127, 128, 129, 777]
 

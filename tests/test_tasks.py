@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from fedkrso_app import cli, client_app, data, server_app
-from fedkrso_app.config import ConfigError, parse
+from fedkrso_app.config import ConfigError
 from fedkrso_app.data import files, language
-from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies import STRATEGIES, parse
 
 
 @pytest.fixture(autouse=True)

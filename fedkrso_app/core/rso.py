@@ -70,3 +70,7 @@ class RSO(torch.optim.Optimizer):
         self.B += move
         for layer, block in zip(self.layers.values(), move.split(self.sizes), strict=True):
             layer.move(block.view_as(layer.B))
+
+    def held(self) -> list[Tensor]:
+        """Every tensor that lives between steps."""
+        return [self.M, self.V, *self.accumulators.values(), *(layer.P for layer in self.layers.values())]

@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.projection import probe, stream
-from fedkrso_app.records import wire
+from fedkrso_app.records.ledger import Ledger, LedgerError
+from fedkrso_app.records.protocol import JOIN, LEAVE, Answer, Question
 from fedkrso_app.records.wire import Refused
 
 logger = logging.getLogger("flwr")
@@ -19,7 +19,7 @@ _AGAIN = 120.0  # seconds for the answer of a node that could not take part when
 _FAREWELL = 30.0  # seconds for the nodes to remove their files at the end
 
 
-AFRESH = -2  # version of a node that holds files of this run, but not by the server's entries
+UNKNOWN_HISTORY = -2  # version of a node that holds files of this run, but not those of the server's entries
 
 
 def sampled(fraction: float, nodes: int) -> int:
@@ -30,15 +30,15 @@ def sampled(fraction: float, nodes: int) -> int:
 class Nodes:
     """The nodes of a run, asked who they are before they take part.
 
-    ``model`` is the digest of the server's W^0, or "" for that of the first node that comes; ``run`` names the files of
-    this run on the nodes; ``holds(version, stamp)`` tells whether a node that says it holds a version has the server's.
+    ``model`` is the digest of the server's W^0, or "" for that of the first node that joins; ``run`` (16 hex digits,
+    the run folder's id) names the files of this run on the nodes, also after a resume; ``ledger`` is the server's.
     """
 
-    def __init__(self, model: str, run: str, timeout: float, holds: Callable[[int, str], bool]) -> None:
+    def __init__(self, model: str, run: str, timeout: float, ledger: Ledger) -> None:
         self._timeout = timeout  # seconds for an answer; a node may have to fetch its model first
-        self.model, self._run, self._holds = model, run, holds
+        self.model, self.run, self._ledger = model, run, ledger
         self.partitions: dict[int, int] = {}  # node id -> partition id, of those that can take part
-        self.versions: dict[int, int] = {}  # node id -> version it is known to hold; AFRESH: something else
+        self.versions: dict[int, int] = {}  # node id -> version it is known to hold
         self._problems: dict[int, str] = {}  # node id -> why it cannot take part
         self.expected = 0
 
@@ -57,38 +57,38 @@ class Nodes:
         if not self.partitions and self._problems:
             raise ConfigError(f"no node can take part: {next(iter(self._problems.values()))}")
         if not self.partitions:
-            raise ConfigError("no node came: start SuperNodes, then run again.")
+            raise ConfigError("no node joined: start SuperNodes, then run again.")
         if len(self.partitions) < self.expected:
-            logger.warning("%d of %d nodes are there; going on with them", len(self.partitions), self.expected)
+            logger.warning("%d of %d nodes have joined; the run starts with them", len(self.partitions), self.expected)
 
     def welcome(self, grid: Any, again: bool = False) -> None:
         """Ask every node that is not known yet; with ``again`` those too that could not take part when asked before."""
         known = self.partitions.keys() | (set() if again else self._problems.keys())
         new = [node for node in grid.get_node_ids() if node not in known]
         timeout = min(_AGAIN, self._timeout) if again else self._timeout
-        record = ConfigRecord({"model": self.model, "probe": probe(), "run": self._run})
-        messages = [Message(RecordDict({"join": record}), node, "query.join") for node in new]
-        heard = set()
+        content = Question(self.model, probe(), self.run).content()
+        messages = [Message(content, node, JOIN) for node in new]
+        answered = set()
         for reply in grid.send_and_receive(messages, timeout=timeout):
             asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
             node = asked[reply.metadata.reply_to_message_id]
-            heard.add(node)
+            answered.add(node)
             try:
                 self._admit(node, reply)
                 self._problems.pop(node, None)
             except Refused as reason:
                 self._complain(node, str(reason))
         for node in new:
-            if node not in heard:
+            if node not in answered:
                 self._complain(node, f"no answer within {timeout:g} s")
 
     def wait_online(self, grid: Any, count: int) -> None:
         """Wait, at most as long as for an answer, until ``count`` nodes that can take part are online."""
-        end, told = time.monotonic() + self._timeout, False
+        end, logged = time.monotonic() + self._timeout, False
         while len(self._online(grid)) < count and time.monotonic() < end:
-            if not told:
+            if not logged:
                 logger.warning("fewer than %d nodes are online; waiting for them", count)
-            told = True
+            logged = True
             time.sleep(1.0)
             self.welcome(grid)
 
@@ -106,15 +106,15 @@ class Nodes:
             if node in online:
                 if partition in present:
                     logger.warning(
-                        "partition %d came twice; node %d takes part, not %d", partition, node, present[partition]
+                        "partition %d joined twice; node %d takes part, not %d", partition, node, present[partition]
                     )
                 present[partition] = node
         return present
 
     def dismiss(self, grid: Any) -> None:
         """Have all nodes remove this run's files."""
-        record = RecordDict({"leave": ConfigRecord({"run": self._run})})
-        messages = [Message(record, node, "query.leave") for node in grid.get_node_ids()]
+        record = RecordDict({"leave": ConfigRecord({"run": self.run})})
+        messages = [Message(record, node, LEAVE) for node in grid.get_node_ids()]
         for _ in grid.send_and_receive(messages, timeout=_FAREWELL):
             pass
 
@@ -126,18 +126,21 @@ class Nodes:
     def _admit(self, node: int, reply: Message) -> None:
         if reply.has_error():
             raise Refused(f"{reply.error.reason or 'no reason given'} (code {reply.error.code})".strip())
-        answer = reply.content.get("join")
-        if not isinstance(answer, ConfigRecord):
-            raise Refused("record 'join' is missing")
-        partition = wire.number(answer, "partition-id", int, -1, 2**31)
-        if "num-partitions" in answer:
-            self.expected = wire.number(answer, "num-partitions", int, 1, 2**31)
-        if answer.get("error"):
-            raise Refused(f"partition {partition}: {answer['error']!s}" if partition >= 0 else str(answer["error"]))
-        self.model = self.model or str(answer.get("model"))
-        if answer.get("model") != self.model:
-            raise Refused(f"partition {partition}: other weights or label names than the node that came first")
-        version = wire.number(answer, "version", int, -1, 2**31)
-        known = version < 0 or self._holds(version, str(answer.get("stamp")))
-        self.versions[node] = version if known else AFRESH
-        self.partitions[node] = partition
+        answer = Answer.read(reply.content)
+        self.expected = answer.partitions or self.expected
+        where = f"partition {answer.partition}: " if answer.partition >= 0 else ""
+        if answer.error:
+            raise Refused(f"{where}{answer.error}")
+        self.model = self.model or answer.model
+        if answer.model != self.model:
+            raise Refused(f"{where}other weights or label names than the node that joined first")
+        known = answer.version < 0 or self._holds(answer.version, answer.stamp)
+        self.versions[node] = answer.version if known else UNKNOWN_HISTORY
+        self.partitions[node] = answer.partition
+
+    def _holds(self, version: int, stamp: str) -> bool:
+        """Whether a node that says it is at ``version`` has reached it by the server's entries."""
+        try:
+            return self._ledger.stamp(version) == stamp
+        except LedgerError:
+            return False

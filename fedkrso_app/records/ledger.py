@@ -110,6 +110,15 @@ class Ledger:
         except (SafetensorError, KeyError, TypeError, OSError) as error:
             raise LedgerError(f"entry {version} cannot be read: {path} ({error})") from None
 
+    def names(self, version: int) -> list[str]:
+        """The arrays of entry ``version``. Raises LedgerError as :meth:`stamp` does."""
+        path = self._path(version)
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise LedgerError(f"entry {version} cannot be read: {path} ({error})") from None
+
     def discard(self, version: int) -> None:
         """Remove entry ``version`` if it is there: on a node, whose entries can be sent again."""
         self._path(version).unlink(missing_ok=True)

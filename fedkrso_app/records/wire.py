@@ -1,4 +1,4 @@
-"""Tensors <-> records: a fixed schema, number formats, measured bytes. What does not fit the schema is refused by name.
+"""Tensors <-> records: number formats, measured bytes. What does not fit its schema is refused by name.
 
 A schema is known to the receiver before it parses anything: which arrays, which dtype, which shape. An array is one
 flat block per kind (each costs 128 bytes of header), in numpy's npy format, which is never allowed to hold objects.
@@ -10,18 +10,14 @@ node; :func:`decode` is applied where values are used. So all see the same value
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedkrso_app.core import quantize
+from fedkrso_app.records.schema import SCALES, Schema
 
-# ``wire-dtype`` -> the format of the head, and that of other absolute values, which are rounded anew in every round.
-HEAD = {"float32": "float32", "float16": "float16", "int8": "int8", "int4": "int8"}
-STATE = {"float32": "float32", "float16": "float16", "int8": "float16", "int4": "float16"}
-_SCALES = ".scales"
 _NPY_HEADER_LIMIT = 1024
 
 
@@ -29,55 +25,23 @@ class Refused(ValueError):
     """A message that does not fit; the text says which part and why. The run goes on without it."""
 
 
-@dataclass(frozen=True)
-class Schema:
-    """Arrays by name: (dtype, shape). A letter in a shape stands for one length, the same in every array.
-
-    The dtypes float16, int8 and int4 are those of float32 arrays that travel quantised (:mod:`core.quantize`).
-    """
-
-    arrays: Mapping[str, tuple[str, tuple[Any, ...]]]
-    limits: Mapping[str, int] = field(default_factory=dict)  # letter -> largest length allowed
-    optional: frozenset[str] = frozenset()
-
-    def encoded(self) -> "Schema":
-        """The schema of the arrays that travel: codes under the old name, scales beside them."""
-        arrays: dict[str, tuple[str, tuple[Any, ...]]] = {}
-        limits = dict(self.limits)
-
-        def fewer(length: Any, parts: int) -> Any:
-            """⌈length / parts⌉, for a letter as a letter of its own."""
-            if not isinstance(length, str):
-                return -(-length // parts)
-            limits[f"{length}/{parts}"] = -(-limits[length] // parts)
-            return f"{length}/{parts}"
-
-        for name, (dtype, shape) in self.arrays.items():
-            *rest, n = shape
-            if dtype in quantize.FORMATS:
-                arrays[name + _SCALES] = ("uint16", (*rest, 1 if dtype == "float16" else fewer(n, quantize.BLOCK)))
-            arrays[name] = ("uint8", (*rest, fewer(n, 2))) if dtype == "int4" else (dtype, shape)
-        scales = {name + _SCALES for name in self.optional if name + _SCALES in arrays}
-        return Schema(arrays, limits, self.optional | scales)
-
-
 def encode(arrays: Mapping[str, np.ndarray], schema: Schema, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """``arrays`` in the formats of ``schema``, randomly rounded by ``rng``; without a format an array stays itself."""
     encoded = {}
     for name, value in arrays.items():
-        form = schema.arrays[name][0]
+        form = schema.fields[name].dtype
         encoded[name] = value
         if form in quantize.FORMATS:
-            encoded[name], encoded[name + _SCALES] = quantize.encode(value, form, rng)
+            encoded[name], encoded[name + SCALES] = quantize.encode(value, form, rng)
     return encoded
 
 
 def decode(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What :func:`encode` was given, as precise as the format is: float32 for every array that has scales."""
     return {
-        name: quantize.decode(value, arrays[name + _SCALES]) if name + _SCALES in arrays else value
+        name: quantize.decode(value, arrays[name + SCALES]) if name + SCALES in arrays else value
         for name, value in arrays.items()
-        if not name.endswith(_SCALES)
+        if not name.endswith(SCALES)
     }
 
 
@@ -92,17 +56,17 @@ def unpack(record: ArrayRecord, schema: Schema) -> dict[str, np.ndarray]:
     Fitting means: nothing missing, nothing else, dtypes, shapes, finite values, codes and scales that can be.
     """
     plain, schema = schema, schema.encoded()
-    missing = [name for name in schema.arrays if name not in record and name not in schema.optional]
+    missing = [name for name, f in schema.fields.items() if name not in record and not f.optional]
     if missing:
         raise Refused(f"array {missing[0]!r} is missing")
-    extra = [name for name in record if name not in schema.arrays]
+    extra = [name for name in record if name not in schema.fields]
     if extra:
-        raise Refused(f"array {extra[0]!r} is not expected; expected: {', '.join(schema.arrays)}")
+        raise Refused(f"array {extra[0]!r} is not expected; expected: {', '.join(schema.fields)}")
     lengths: dict[str, int] = {}
     arrays = {name: _read(name, array, schema, lengths) for name, array in record.items()}
-    for name, (dtype, shape) in plain.arrays.items():
-        if dtype in quantize.FORMATS and (name in arrays or name + _SCALES in arrays):
-            _check_codes(name, arrays, shape[-1])
+    for name, f in plain.fields.items():
+        if f.dtype in quantize.FORMATS and (name in arrays or name + SCALES in arrays):
+            _check_codes(name, arrays, f.shape[-1])
     return arrays
 
 
@@ -131,10 +95,10 @@ def number(record: ConfigRecord | MetricRecord, key: str, kind: type, low: float
 
 
 def _check_codes(name: str, arrays: Mapping[str, np.ndarray], n: int | str) -> None:
-    if name not in arrays or name + _SCALES not in arrays:
+    if name not in arrays or name + SCALES not in arrays:
         raise Refused(f"array {name!r} and its scales must come together")
     try:
-        quantize.check(arrays[name], arrays[name + _SCALES])
+        quantize.check(arrays[name], arrays[name + SCALES])
     except ValueError as error:
         raise Refused(f"array {name!r}: {error}") from None
     length = quantize.length(arrays[name])
@@ -143,7 +107,7 @@ def _check_codes(name: str, arrays: Mapping[str, np.ndarray], n: int | str) -> N
 
 
 def _read(name: str, array: Array, schema: Schema, lengths: dict[str, int]) -> np.ndarray:
-    dtype, shape = schema.arrays[name]
+    dtype, shape = schema.fields[name].dtype, schema.fields[name].shape
     if array.stype != "numpy.ndarray":
         raise Refused(f"array {name!r} has the format {array.stype!r}, expected 'numpy.ndarray'")
     stream = io.BytesIO(array.data)

@@ -22,10 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.text import Text
 
 from fedkrso_app import data
-from fedkrso_app.config import ConfigError, flatten, parse, resolved_path
+from fedkrso_app.config import ConfigError, flatten, resolved_path
 from fedkrso_app.runs.folder import ASIDE, Run, line
 from fedkrso_app.runs.results import mean_sd, measures
-from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies import STRATEGIES, parse
 from fedkrso_app.training import metrics
 
 Settings = dict[str, Any]  # a flat run config with every key

@@ -14,7 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedkrso_app.config import Config, ConfigError, parse, resolved_path
+from fedkrso_app.config import Config, ConfigError, resolved_path
+from fedkrso_app.strategies import parse
 from fedkrso_app.training import metrics
 
 _LIBRARIES = ("flwr", "torch", "transformers", "datasets", "flwr-datasets", "peft", "numpy", "safetensors")

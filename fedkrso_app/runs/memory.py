@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedkrso_app.core.projection import stream
-from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import SubspaceLinear
 from fedkrso_app.federation.replica import Replica
 from fedkrso_app.records.ledger import Ledger
-from fedkrso_app.strategies.base import LocalMethod
+from fedkrso_app.strategies.base import Local
+from fedkrso_app.training import loop
 
 SETTINGS = ("keep", "recompute", "checkpoint")  # of activation-memory
 
@@ -51,16 +50,16 @@ class Memory:
 
 
 def client_memory(
-    method: LocalMethod, inputs: Mapping[str, Tensor], instructions: ConfigRecord
+    local: Local, inputs: Mapping[str, Tensor], instructions: Mapping[str, Any]
 ) -> tuple[dict[str, Memory], dict[str, str]]:
-    """The memory of ``method`` training on ``inputs``, by setting of ``activation-memory``; and why there is none."""
-    config = method.config
+    """The memory of ``local`` training on ``inputs``, by setting of ``activation-memory``; and why there is none."""
+    config = local.config
     memories: dict[str, Memory] = {}
     refused: dict[str, str] = {}
     if not config.on_device:
         reason = "torch knows no autocast on its meta device; plan with compute-dtype='float32'."
         return {}, dict.fromkeys(SETTINGS, f"compute-dtype = {config.compute_dtype!r}: {reason}")
-    replica = Replica(method, Ledger(Path()), incremental=False)  # to lend a model takes no entries
+    replica = Replica(local, Ledger(Path()), span=1)  # to lend a model takes no entries
 
     def batches() -> Iterator[dict[str, Tensor]]:
         while memory.steps < 2:
@@ -74,18 +73,20 @@ def client_memory(
     disabled = logging.root.manager.disable
     for setting in SETTINGS:
         logging.disable(logging.INFO)  # a large model's step is slow here too, and its progress is no training's
-        method.config = replace(config, activation_memory=setting, local_steps=max(3, config.local_steps))
+        local.config = replace(config, activation_memory=setting, local_steps=max(3, config.local_steps))
         try:
-            with measured(method.module) as memory, suppress(_Enough), ExitStack() as stack, replica.lend():
+            rng = stream(config.seed, "plan")
+            with measured(local.module) as memory, suppress(_Enough), ExitStack() as stack, replica.lend():
                 stack.callback(register_optimizer_step_pre_hook(stop).remove)  # after the one that counts
-                method.train(batches(), instructions, stream(config.seed, "plan"))
+                session = stack.enter_context(local.session(instructions, rng))
+                loop.train(local.module, batches(), session, local.config, rng)
         except RuntimeError as error:  # NotImplementedError is one too
             refused[setting] = ": ".join([*getattr(error, "__notes__", []), str(error).splitlines()[0]])
             continue
         finally:
-            method.config = config
+            local.config = config
             logging.disable(disabled)
-        first = next(iter(memories.values()), replace(memory, aside=total(method.trained())))
+        first = next(iter(memories.values()), replace(memory, aside=total(local.trained())))
         memories[setting] = replace(first, activations=memory.activations, peak=memory.peak)
     return memories, refused
 
@@ -145,8 +146,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    if isinstance(optimizer, RSO):
-        return [optimizer.M, optimizer.V, *optimizer.accumulators.values(), *(x.P for x in optimizer.layers.values())]
+    if held := getattr(optimizer, "held", None):  # of optimizers that keep tensors outside torch's ``state``
+        return held()
     return [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
 
 

@@ -6,28 +6,23 @@ what the sampling of clients and seeds leads to on average.
 """
 
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import RecordDict
 from torch import Tensor
 
 from fedkrso_app import data
-from fedkrso_app.config import Config, parse
+from fedkrso_app.config import Config
 from fedkrso_app.federation.nodes import sampled
-from fedkrso_app.federation.round import FedTune, no_figures
-from fedkrso_app.records import wire
-from fedkrso_app.records.ledger import Entry, Ledger
-from fedkrso_app.records.wire import Schema
+from fedkrso_app.records import protocol, wire
+from fedkrso_app.records.protocol import TRAIN, Figures, Instructions, Status
+from fedkrso_app.records.schema import Schema
 from fedkrso_app.runs.memory import client_memory
-from fedkrso_app.strategies import STRATEGIES
-from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.strategies import make, parse
+from fedkrso_app.strategies.base import Method, Shapes
 from fedkrso_app.training import model
 
 
@@ -55,20 +50,16 @@ def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -
 def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any]:
     task = data.resolve(config, look=bool(config.data_dir or config.dataset))
     loaded = model.outline(config.model, task.num_labels)
-    shapes = Shapes.of(loaded.module, loaded.targets, loaded.head)
-    strategy_class = STRATEGIES[config.strategy]
-    strategy_class.check_rank(config, shapes)
-    with _server(config, shapes) as strategy:
-        costs = traffic(strategy, clients)
-        instructions = ConfigRecord(strategy.instructions(1))
+    shapes = Shapes.of(loaded)
+    method = make(config, shapes)
+    costs, lengths = traffic(method, clients)
     with torch.device("meta"):
-        method = strategy_class.local(loaded.module, loaded.targets, loaded.head, config)
+        local = method.local(loaded)
         inputs = batch(loaded, task, config)
-    if strategy_class.local not in halves:
-        halves[strategy_class.local] = client_memory(method, inputs, instructions)
-    memories, refused = halves[strategy_class.local]
-    # Two steps draw one seed; every other one that a client draws leaves an accumulator beside it.
-    more = round(4 * shapes.outputs(config.fedkrso.rank) * (costs["drawn"] - 1)) if "drawn" in costs else 0
+    if method.half not in halves:
+        halves[method.half] = client_memory(local, inputs, method.instructions(1))
+    memories, refused = halves[method.half]
+    more = method.client_bytes(lengths)
     kinds = ("weights", "gradients", "optimizer", "aside", "activations", "peak", "total")
     table = {
         setting: {kind: getattr(memory, kind) + more * (kind in ("optimizer", "total")) for kind in kinds}
@@ -79,7 +70,7 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
         "strategy": config.strategy,
         "parameters": shapes.parameters,
         "trained": trained,
-        "moved": sum(tensor.numel() for tensor in method.trained()),
+        "moved": sum(tensor.numel() for tensor in local.shared()),
         **costs,
         "memory": table,
         "refused": refused,
@@ -99,21 +90,7 @@ def batch(loaded: model.LoadedModel, task: data.Task, config: Config) -> dict[st
     return inputs | {"labels": torch.zeros(rows, dtype=torch.float32 if task.regression else torch.long)}
 
 
-@contextmanager
-def _server(config: Config, shapes: Shapes) -> Iterator[FedTune]:
-    """The method's server half, with an empty ledger entry 0 for a while."""
-    with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(Path(folder))
-        ledger.append(Entry(0, {}, no_figures()))
-        yield STRATEGIES[config.strategy](config, shapes, ledger, "", "0" * 16)
-
-
-def distinct_seeds(pool: int, draws: int) -> float:
-    """Expected number of different seeds among ``draws`` from ``pool`` with replacement: K (1 − (1 − 1/K)^draws)."""
-    return pool * (1 - (1 - 1 / pool) ** draws)
-
-
-def entries_heard(share: float, rounds: int) -> float:
+def entries_received(share: float, rounds: int) -> float:
     """Expected number of entries 1, 2, … that one client is sent in a run, when each round asks a ``share`` of them.
 
     Round t brings a client up to entry t − 1. So it is sent entry v unless no round after round v asks it.
@@ -121,47 +98,37 @@ def entries_heard(share: float, rounds: int) -> float:
     return sum(1 - (1 - share) ** left for left in range(1, rounds))
 
 
-def traffic(strategy: FedTune, clients: int) -> dict[str, float]:
-    """Bytes ``up`` and ``down`` of one asked client and round, in the mean over a run, and those of the whole ``run``.
+def traffic(method: Method, clients: int) -> tuple[dict[str, float], Mapping[str, float]]:
+    """Bytes ``up`` and ``down`` per asked client and round, in the mean over a run, and those of the whole ``run``.
 
-    Headers are in, as are the entries that a client has missed while others were asked (so many that the weights would
-    be smaller are overrated); the join and ``evaluate = "clients"`` are not. Of FedKRSO: the expected numbers of seeds
-    ``drawn`` by a client, and ``used`` by at least one. FedSRD's uplink is that of max-sparsity.
+    Headers are included, as are the entries that a client has missed while others were asked (so many that the weights
+    would be smaller are overrated); the join and ``evaluate = "clients"`` are not. The method adds what it expects, for
+    instance numbers of seeds. Also returns the lengths expected in a reply.
     """
-    config, shapes, rounds = strategy.config, strategy.shapes, strategy.config.num_server_rounds
+    config, rounds = method.config, method.config.num_server_rounds
     asked = sampled(config.fraction_train, clients)
     share = asked / clients
-    reply, entry = strategy.reply_schema(config, shapes), strategy.entry_schema(config, shapes)
-    if "head" not in reply.arrays:  # FedSRD's, where it is sparse: then the entries have none either
-        entry = _only(entry, lambda name: name != "head")
-    costs: dict[str, float] = {}
-    if "s" in reply.limits:
-        intervals = -(-config.local_steps // config.fedkrso.interval)
-        costs["drawn"] = distinct_seeds(config.fedkrso.num_seeds, intervals)
-        costs["used"] = distinct_seeds(config.fedkrso.num_seeds, intervals * asked)
-    factor = (shapes.outputs(config.lora.rank) + shapes.inputs(config.lora.rank)) / 2  # B and A take turns
-    moved = factor + (shapes.head if config.fedsrd.sparsify_head else 0)
-    up = {"s": costs.get("drawn", 0), "v": _survivors(config, shapes)}
-    down = {"s": costs.get("used", 0), "v": moved * (1 - config.fedsrd.download_sparsity)}
+    up, down, costs = method.expected(asked)
 
-    figures = MetricRecord({"num-examples": 1, "train-loss": 0.5, "train-seconds": 1.0, "peak-bytes": 1})
-    answer = RecordDict({"status": ConfigRecord({"version": 1}), "metrics": figures})
-    costs["up"] = wire.measured_bytes(answer) + record_bytes(reply, up)
+    answer = protocol.trained(Status(1), wire.pack({}), Figures(1, 0.5, 1.0, 1))
+    answer.pop(protocol.UPDATE)
+    costs = {**costs, "up": wire.measured_bytes(answer) + record_bytes(method.reply.travelling, up)}
 
-    question = wire.measured_bytes(strategy.message_content(0, "train", {"round": 1, **strategy.instructions(1)}))
+    instructions = Instructions("0" * 16, 0, "0" * 64, round=1, method=method.instructions(1))
+    question = wire.measured_bytes(RecordDict({TRAIN: instructions.record()}))
+    entry = method.entry.travelling
+    entry, first = entry.only([name for name, f in entry.fields.items() if not f.optional]), entry.start
     newest = record_bytes(entry, down)
     costs["down"] = question + newest
-    if strategy.incremental:
-        # Of several entries only the newest has a head. Entry 0 moves nothing; FedSRD's has no more than a head.
-        headless = _only(entry, lambda name: name != "head")
-        first = _only(strategy.entry_schema(config, shapes), lambda name: name == "head" or "s" in reply.limits)
-        updates, latest = entries_heard(share, rounds), share * (rounds - 1)
+    if entry.span is None:
+        # Of several entries only the newest has its states.
+        older, oldest = entry.only(entry.named("update", "key")), first.only(set(first.fields) - set(entry.fields))
+        updates, latest = entries_received(share, rounds), share * (rounds - 1)
         late = (1 - share) * (1 - (1 - share) ** (rounds - 1))  # first asked after round 1
-        entries = share * record_bytes(first, {"s": 0}) + latest * newest
-        entries += (updates - latest) * record_bytes(headless, down)
-        entries += late * record_bytes(_only(first, lambda name: name != "head"), {"s": 0})
+        entries = share * record_bytes(first, down) + latest * newest
+        entries += (updates - latest) * record_bytes(older, down) + late * record_bytes(oldest, down)
         costs["down"] = question + entries / (share * rounds)
-    return {**costs, "run": rounds * asked * (costs["up"] + costs["down"])}
+    return {**costs, "run": rounds * asked * (costs["up"] + costs["down"])}, up
 
 
 def record_bytes(schema: Schema, lengths: Mapping[str, float]) -> float:
@@ -175,24 +142,10 @@ def record_bytes(schema: Schema, lengths: Mapping[str, float]) -> float:
         value = n if isinstance(n, int) else lengths[letter]
         return math.ceil(value / int(parts)) if parts else value
 
-    arrays = schema.encoded().arrays
+    fields = schema.encoded().fields
     small = {
-        name: np.zeros((1,) * (len(shape) - 1) + (i + 1,), dtype)
-        for i, (name, (dtype, shape)) in enumerate(arrays.items())
+        name: np.zeros((1,) * (len(f.shape) - 1) + (i + 1,), f.dtype) for i, (name, f) in enumerate(fields.items())
     }
     headers = wire.measured_bytes(RecordDict({"entry-1": wire.pack(small)})) - wire.measured_bytes(RecordDict())
     headers -= sum(value.nbytes for value in small.values())
-    return headers + sum(np.dtype(dtype).itemsize * math.prod(map(length, shape)) for dtype, shape in arrays.values())
-
-
-def _only(schema: Schema, wanted: Callable[[str], bool]) -> Schema:
-    return replace(schema, arrays={name: form for name, form in schema.arrays.items() if wanted(name)})
-
-
-def _survivors(config: Config, shapes: Shapes) -> int:
-    """Values that FedSRD's pruning leaves of an update at max-sparsity: those at or above the quantile of each matrix.
-    Real updates come to max-sparsity: their scores are further from even than it takes."""
-    r, rho = config.lora.rank, config.fedsrd.max_sparsity
-    sizes = [side * r for shape in shapes.targets.values() for side in shape]
-    sizes += [shapes.head] if config.fedsrd.sparsify_head and shapes.head else []
-    return sum(size - math.ceil(rho * (size - 1)) for size in sizes)
+    return headers + sum(np.dtype(f.dtype).itemsize * math.prod(map(length, f.shape)) for f in fields.values())

@@ -1,13 +1,18 @@
 """The table of methods: one line each, one file each, both halves in it."""
 
-from fedkrso_app.federation.round import FedTune
+from collections.abc import Mapping
+from typing import Any
+
+from fedkrso_app import config as common
+from fedkrso_app.config import Config, ConfigError, Settings, choice
+from fedkrso_app.strategies.base import Method, Shapes
 from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.ffa_lora import FFALora
 
-STRATEGIES: dict[str, type[FedTune]] = {
+STRATEGIES: dict[str, type[Method]] = {
     "fedkrso": FedKRSO,
     "fedfft": FedFFT,
     "fedit": FedIT,
@@ -15,3 +20,31 @@ STRATEGIES: dict[str, type[FedTune]] = {
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
 }
+
+
+def parse(run_config: Mapping[str, Any]) -> Config:
+    """The run config with the settings of every method, checked. Raises :class:`ConfigError`."""
+    tables: dict[type[Settings], None] = {}
+    for method in STRATEGIES.values():
+        tables |= dict.fromkeys(method.settings)
+    config = common.parse(run_config, list(tables))
+    choice("strategy", config.strategy, list(STRATEGIES))
+    method = STRATEGIES[config.strategy]
+    if config.aggregation != "mean" and not method.linear:
+        raise ConfigError(
+            f"aggregation = {config.aggregation!r} does not go with {config.strategy}, which averages products: "
+            "set it to 'mean'."
+        )
+    method.check_settings(config)
+    return config
+
+
+def make(config: Config, shapes: Shapes) -> Method:
+    """The method of a run. Raises :class:`ConfigError` where it does not go with the model or the settings."""
+    method = STRATEGIES[config.strategy](config, shapes)
+    if config.evaluate == "server" and method.reply.named("personal"):
+        raise ConfigError(
+            f"evaluate = 'server' does not go with {config.strategy}, which leaves a part of the model at each client: "
+            "set evaluate = 'clients'."
+        )
+    return method

@@ -1,28 +1,29 @@
-"""What a method fills in: its half beside the model and its half beside the ledger; ``round.py`` does the rest."""
+"""What a method fills in: its half on the server, its half beside the model, and one client's round."""
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord
 from torch import Tensor, nn
 
-from fedkrso_app.config import Config, ConfigError
+from fedkrso_app.config import Config, ConfigError, Settings, need, need_positive
 from fedkrso_app.core import lora
-from fedkrso_app.core.fixed_point import FixedPointMeans
-from fedkrso_app.core.projection import stream
-from fedkrso_app.core.robust import RobustMeans
+from fedkrso_app.core.flat import unflatten
 from fedkrso_app.core.subspace import matrix
-from fedkrso_app.records import wire
-from fedkrso_app.records.ledger import Ledger
-from fedkrso_app.records.wire import Schema
+from fedkrso_app.records.schema import Field, Schema
+from fedkrso_app.training.loop import Session
+from fedkrso_app.training.model import LoadedModel
 
 Arrays = Mapping[str, np.ndarray]
-Batches = Iterator[dict[str, Tensor]]
+
+# ``wire-dtype`` -> the dtype of a head, and that of other states in a ledger entry, which every round rounds anew.
+_HEAD = {"float32": "float32", "float16": "float16", "int8": "int8", "int4": "int8"}
+_STATE = {"float32": "float32", "float16": "float16", "int8": "float16", "int4": "float16"}
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ class Shapes:
     parameters: int
 
     @classmethod
-    def of(cls, module: nn.Module, targets: Mapping[str, nn.Module], head: Mapping[str, nn.Parameter]) -> "Shapes":
-        sizes = {name: (matrix(layer).shape[0], matrix(layer).shape[1]) for name, layer in targets.items()}
-        return cls(sizes, sum(p.numel() for p in head.values()), sum(p.numel() for p in module.parameters()))
+    def of(cls, loaded: LoadedModel) -> "Shapes":
+        sizes = {name: (matrix(layer).shape[0], matrix(layer).shape[1]) for name, layer in loaded.targets.items()}
+        head = sum(parameter.numel() for parameter in loaded.head.values())
+        return cls(sizes, head, sum(parameter.numel() for parameter in loaded.module.parameters()))
 
     def outputs(self, rank: int) -> int:
         """Q = Σ m·r, the size of all B factors."""
@@ -47,41 +49,63 @@ class Shapes:
         return rank * sum(n for _, n in self.targets.values())
 
 
-class LocalMethod(ABC):
-    """The half of whoever holds the model (each client; the server too, to evaluate and to export): brings it up to
-    date, trains it, and says what training moved.
+class Means(Protocol):
+    """The good replies of a round, as :meth:`Method.conclude` sees them (:mod:`federation.aggregate`)."""
 
-    ``targets`` and ``head`` (name -> layer, name -> parameter of ``module``) are sorted by name.
+    def mean(self, key: Hashable) -> np.ndarray:
+        """The weighted mean of a summand, float32; a client without it counts as zero."""
+
+    def __contains__(self, key: Hashable) -> bool: ...
+
+    @property
+    def replies(self) -> Sequence[tuple[float, Arrays]]:
+        """The replies with their shares of the weight, in the order of the partitions; of methods not ``linear``."""
+
+
+class Local(ABC):
+    """The half beside the model (at each client; at the server too, to evaluate and to export).
+
+    ``loaded.targets`` and ``loaded.head`` (name -> layer, name -> parameter of the module) are sorted by name.
     """
 
-    def __init__(
-        self, module: nn.Module, targets: Mapping[str, nn.Module], head: Mapping[str, nn.Parameter], config: Config
-    ) -> None:
-        self.module, self.targets, self.head, self.config = module, targets, head, config
-        for parameter in module.parameters():
-            parameter.requires_grad_(False)
+    def __init__(self, loaded: LoadedModel, config: Config) -> None:
+        self.module, self.targets, self.head, self.config = loaded.module, loaded.targets, loaded.head, config
+        self.module.requires_grad_(False)
 
     @abstractmethod
-    def initial(self) -> dict[str, np.ndarray]:
-        """The arrays of ledger entry 0, whatever of the starting point W^0 alone does not tell, as they now are."""
+    def state(self) -> dict[str, np.ndarray]:
+        """The arrays of role "state" as they are now; at W^0 they are ledger entry 0."""
 
     @abstractmethod
     def apply(self, arrays: Arrays) -> None:
         """Move the model by one ledger entry."""
 
     @abstractmethod
-    def train(self, batches: Batches, instructions: ConfigRecord, rng: np.random.Generator) -> tuple[dict, float]:
-        """Train in place; return the arrays of the reply and the mean loss."""
+    def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> AbstractContextManager[Session]:
+        """One client's round; the module is ready for it inside the context. Must not draw from ``rng`` itself."""
 
     @abstractmethod
     def optimized(self) -> list[nn.Parameter]:
         """The parameters that an optimizer moves, which takes float32."""
 
-    def trained(self) -> list[Tensor]:
-        """The tensors that :meth:`train` changes."""
+    def shared(self) -> list[Tensor]:
+        """The tensors that entries move: with W^0, the model at a version."""
         return [parameter.detach() for parameter in self.optimized()]
 
-    def in_bfloat16(self, device: torch.device) -> "LocalMethod":
+    def personal(self) -> dict[str, list[Tensor]]:
+        """The tensors of each array of role "personal". At rest they have their values at W^0."""
+        return {}
+
+    def adopt(self, own: Arrays) -> None:
+        """Take over a partition's arrays of role "personal", as its last session left them (empty: those at rest)."""
+        for name, tensors in self.personal().items() if own else ():
+            unflatten(own[name], tensors)
+
+    def trained(self) -> list[Tensor]:
+        """The tensors that a session changes."""
+        return self.shared() + [tensor for tensors in self.personal().values() for tensor in tensors]
+
+    def in_bfloat16(self, device: torch.device) -> "Local":
         """A copy to compute with on ``device``: bfloat16, but float32 where an optimizer works."""
         copied = copy.deepcopy(self)
         exact = {id(parameter) for parameter in copied.optimized()}
@@ -96,117 +120,130 @@ class LocalMethod(ABC):
         return self.module.state_dict()
 
 
-class LoraLocal(LocalMethod):
-    """Client half of the methods that train low-rank factors: LoRA layers on the targets, and their state by name."""
+@dataclass(frozen=True)
+class Lora(Settings):
+    """LoRA on the target layers: ΔW = (alpha / rank) B A."""
+
+    table = "lora"
+    rank: int
+    alpha: float
+    learning_rate: float  # FedIT's
+
+    def __post_init__(self) -> None:
+        need(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        need_positive("lora.alpha", self.alpha)
+        need_positive("lora.learning-rate", self.learning_rate)
+
+
+class LoraLocal(Local):
+    """Client half of the methods that train low-rank factors: LoRA layers on the targets, and their tensors by name."""
 
     factors: ClassVar[tuple[str, ...]] = ("A", "B")  # those that are trained
 
-    def __init__(
-        self, module: nn.Module, targets: Mapping[str, nn.Module], head: Mapping[str, nn.Parameter], config: Config
-    ) -> None:
-        super().__init__(module, targets, head, config)
-        self.layers = lora.attach(module, list(targets), config.lora.rank, config.lora.alpha, config.seed)
-        module.requires_grad_(False)  # the new factors too: training turns on those that it trains
+    def __init__(self, loaded: LoadedModel, config: Config) -> None:
+        super().__init__(loaded, config)
+        settings = config.of(Lora)
+        self.layers = lora.attach(self.module, list(self.targets), settings.rank, settings.alpha, config.seed)
+        self.module.requires_grad_(False)  # the new factors too: training turns on those that it trains
         pairs = [lora.factors(layer) for layer in self.layers.values()]
-        tensors = {"A": [A for A, _ in pairs], "B": [B for _, B in pairs], "head": list(head.values())}
-        self.state: dict[str, list[nn.Parameter]] = {name: tensors[name] for name in (*self.factors, "head")}
+        tensors = {"A": [A for A, _ in pairs], "B": [B for _, B in pairs], "head": list(self.head.values())}
+        self.tensors: dict[str, list[nn.Parameter]] = {name: tensors[name] for name in (*self.factors, "head")}
 
     def optimized(self) -> list[nn.Parameter]:
-        return [parameter for parameters in self.state.values() for parameter in parameters]
+        return [parameter for parameters in self.tensors.values() for parameter in parameters]
 
     def plain_state(self) -> dict[str, Tensor]:
         return lora.merged_state(self.module, self.layers)
 
 
-class ServerMethod(ABC):
-    """The server's half: what travels, and how replies become a ledger entry. The round sets the first four."""
+class Method(ABC):
+    """The server's half: what travels, and how the replies become a ledger entry.
 
-    config: Config
-    shapes: Shapes
-    ledger: Ledger
-    round: int  # the one under way
+    It can be asked everything but :meth:`conclude` of a method with a past (:meth:`observe`, ``kept``) as soon as it
+    is made; it knows no Flower, no ledger and no round but the number of one.
+    """
 
-    local: ClassVar[Any]  # the LocalMethod that goes with it
-    robust: ClassVar[bool] = True  # whether ``aggregation`` can be another one than the mean
-    incremental: ClassVar[bool] = False  # whether entry v needs the model at v-1, or stands for itself
-    absolute: ClassVar[tuple[str, ...]] = ("head",)  # arrays of a reply and an entry that are no update but the state
+    half: ClassVar[Any]  # the Local that belongs to it
+    settings: ClassVar[tuple[type[Settings], ...]]  # the tables that it reads
     arxiv: ClassVar[str]  # the number of its paper there
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
+    linear: ClassVar[bool] = True  # the entry needs no more of the replies than the means of their summands
 
-    @classmethod
-    def check_rank(cls, config: Config, shapes: Shapes) -> None:
-        """Raise ConfigError if the rank is not below the width of every target layer."""
-        rank, width = config.to_dict().get(cls.rank_key, 0), min(min(size) for size in shapes.targets.values())
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        self.config, self.shapes = config, shapes
+        self.kept: dict[str, np.ndarray] = {}  # the newest arrays of role "server"; the round saves and restores them
+        rank, width = config.to_dict().get(self.rank_key, 0), min(min(size) for size in shapes.targets.values())
         if rank >= width:
             raise ConfigError(
-                f"{cls.rank_key} = {rank} is impossible: it must be below {width}, the narrowest layer's width."
+                f"{self.rank_key} = {rank} is impossible: it must be below {width}, the narrowest layer's width."
             )
 
     @classmethod
+    def check_settings(cls, config: Config) -> None:
+        """Raise ConfigError where this method's settings do not go with the rest."""
+        return None
+
+    def local(self, loaded: LoadedModel) -> Local:
+        """The half beside ``loaded``."""
+        return self.half(loaded, self.config)
+
+    # What travels
+
+    @property
     @abstractmethod
-    def reply_schema(cls, config: Config, shapes: Shapes) -> Schema:
-        """What a client's reply holds."""
+    def reply(self) -> Schema:
+        """What a client's session ends with; its "personal" arrays stay at the node."""
 
-    @classmethod
-    def entry_schema(cls, config: Config, shapes: Shapes) -> Schema:
-        """What a ledger entry holds; the mean of the replies unless a method says otherwise."""
-        return cls.reply_schema(config, shapes)
+    @property
+    def entry(self) -> Schema:
+        """What :meth:`conclude` ends with; the arrays of role "server" stay there. Must hold every state."""
+        return self.reply
 
-    @classmethod
-    def weights_schema(cls, config: Config, shapes: Shapes) -> Schema:
-        """What can stand for all entries up to a version, in a method whose entries build on one another."""
-        return Schema({"weights": ("float32", (cls.weights_size(config, shapes),))})
-
-    @classmethod
-    def weights_size(cls, config: Config, shapes: Shapes) -> int:
-        """How many values training changes, where entries build on one another."""
+    @property
+    def weights_size(self) -> int:
+        """How many values :meth:`Local.shared` has, where entries build on one another."""
         raise NotImplementedError
 
     @abstractmethod
     def paper_bytes(self) -> int:
-        """Bytes of one client and round, both ways, by the paper's formula."""
+        """Bytes per client and round, both ways, by the paper's formula."""
+
+    def expected(self, clients: int) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, float]]:
+        """Expected lengths of the letters in ``reply`` and in ``entry`` where ``clients`` are asked in a round; and
+        figures worth showing in a plan."""
+        return {}, {}, {}
+
+    def client_bytes(self, lengths: Mapping[str, float]) -> int:
+        """Bytes that a client holds at the end of a round beyond those of its first two steps; ``lengths`` as those
+        expected in a reply."""
+        return 0
+
+    # A round
 
     def instructions(self, round: int) -> dict[str, Any]:
         """What the clients must know for this round beside the model."""
         return {}
 
-    def check(self, arrays: Arrays) -> None:  # noqa: B027  # most have nothing to add
+    def check(self, arrays: Arrays, round: int) -> None:  # noqa: B027
         """Raise :class:`wire.Refused` where a reply fits its schema and is wrong all the same."""
 
-    def begin(self) -> None:
-        """Start a round's sums."""
-        kind = self.config.aggregation
-        self.sums = FixedPointMeans() if kind == "mean" else RobustMeans(kind)
+    def summands(self, arrays: Arrays) -> Mapping[Any, np.ndarray]:
+        """What is to be averaged of a checked reply."""
+        return arrays
 
-    def absorb(self, arrays: Arrays, weight: int, partition: int) -> None:
-        """Fold one checked reply into the sums, entirely or (raising OverflowError) not at all."""
-        self.sums.add(arrays, weight)
-
-    def average(self, total_weight: int) -> dict[str, np.ndarray]:
+    def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         """The arrays of the next ledger entry."""
-        return {name: self.sums.mean(name, total_weight) for name in self.reply_schema(self.config, self.shapes).arrays}
+        return {name: means.mean(name) for name in self.reply.travelling.fields}
 
-    # The number format on the wire
+    def observe(self, version: int, arrays: Arrays) -> None:  # noqa: B027
+        """See a ledger entry: each one once, in order, those before a resume included (the last ``span`` of them)."""
 
-    @classmethod
-    def encode_entry(cls, arrays: Arrays, config: Config, shapes: Shapes, round: int) -> dict[str, np.ndarray]:
-        """A ledger entry as it is stored and sent; its rounding is the same for the same run seed and round."""
-        return wire.encode(arrays, cls.entry_schema(config, shapes), stream(config.seed, "broadcast", round))
+    # Fields that several methods have
 
-    @classmethod
-    def encode_reply(
-        cls, arrays: Arrays, start: Arrays, config: Config, shapes: Shapes, rng: np.random.Generator
-    ) -> dict[str, np.ndarray]:
-        """A reply as it is sent. Quantised, absolute values go as the difference to those that training ``start``-ed
-        from: so the error is as small as the update, and the next entry is the newest plus the mean."""
-        if config.wire_dtype != "float32":
-            arrays = {name: x - start[name] if name in cls.absolute else x for name, x in arrays.items()}
-        return wire.encode(arrays, cls.reply_schema(config, shapes), rng)
+    def head_field(self) -> Field:
+        return Field(_HEAD[self.config.wire_dtype], (self.shapes.head,), "state")
 
-    def next_entry(self, averages: Arrays) -> dict[str, np.ndarray]:
-        """The round's averages as the ledger entry that is stored, sent and, decoded, applied by all sides."""
-        if self.config.wire_dtype != "float32":
-            start = wire.decode(self.ledger.read(self.ledger.version).arrays)
-            averages = {name: x + start[name] if name in self.absolute else x for name, x in averages.items()}
-        return self.encode_entry(averages, self.config, self.shapes, self.round)
+    def state_dtype(self) -> str:
+        """Of a state in a ledger entry; in a reply it travels as a difference, in ``wire-dtype``."""
+        return _STATE[self.config.wire_dtype]

@@ -9,22 +9,40 @@
 B already contains -η; eq. 13 of the paper multiplies by η once more.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord
 from torch import Tensor, nn
 
-from fedkrso_app.config import Config
+from fedkrso_app.config import Config, Settings, choice, need, need_positive
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import projections, stream
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear, attached, fold, matrix
-from fedkrso_app.federation.round import FedTune
-from fedkrso_app.records.wire import HEAD, Refused, Schema
-from fedkrso_app.strategies.base import Arrays, Batches, LocalMethod, Shapes
-from fedkrso_app.training.loop import head_optimizer, train
+from fedkrso_app.records.schema import Field, Schema
+from fedkrso_app.records.wire import Refused
+from fedkrso_app.strategies.base import Arrays, Local, Means, Method
+from fedkrso_app.training.loop import Session, head_optimizer
+
+
+@dataclass(frozen=True)
+class FedKRSOSettings(Settings):
+    table = "fedkrso"
+    rank: int  # r
+    num_seeds: int  # K
+    interval: int  # J, steps along one projection
+    projection: str
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        need(self.rank >= 1, "fedkrso.rank", self.rank, "at least 1")
+        need(1 <= self.num_seeds <= 65536, "fedkrso.num-seeds", self.num_seeds, "between 1 and 65536")
+        choice("fedkrso.projection", self.projection, ["gaussian", "rademacher", "orthonormal"])
+        need_positive("fedkrso.learning-rate", self.learning_rate)
 
 
 def draw_seeds(seed: int, round: int, count: int) -> np.ndarray:
@@ -36,119 +54,141 @@ def draw_seeds(seed: int, round: int, count: int) -> np.ndarray:
     return np.array(list(pool), dtype=np.uint64)
 
 
-class FedKRSOLocal(LocalMethod):
+def distinct_seeds(pool: int, draws: int) -> float:
+    """Expected number of different seeds among ``draws`` from ``pool`` with replacement: K (1 − (1 − 1/K)^draws)."""
+    return pool * (1 - (1 - 1 / pool) ** draws)
+
+
+class FedKRSOLocal(Local):
     """Client half: Algorithm 2 on the target layers, dense AdamW on the head."""
 
-    def initial(self) -> dict[str, np.ndarray]:
-        Q = self.config.fedkrso.rank * sum(matrix(layer).shape[0] for layer in self.targets.values())
-        return {
-            "seeds": np.zeros(0, np.uint64),
-            "accumulators": np.zeros((0, Q), np.float32),
-            "head": flatten(self.head.values()),
-        }
+    def state(self) -> dict[str, np.ndarray]:
+        return {"head": flatten(self.head.values())}
 
     def apply(self, arrays: Arrays) -> None:
         """W^t = W^{t-1} + Σ_k B_k^t P_k^{t-1}: one product per layer over all seeds, k ascending."""
-        seeds, r, kind = arrays["seeds"].tolist(), self.config.fedkrso.rank, self.config.fedkrso.projection
-        B, start = torch.from_numpy(np.require(arrays["accumulators"], requirements="W")), 0
+        settings = self.config.of(FedKRSOSettings)
+        seeds, r = arrays["seeds"].tolist() if "seeds" in arrays else [], settings.rank
+        start = 0
         for name, layer in self.targets.items() if seeds else ():
+            B = torch.from_numpy(np.require(arrays["accumulators"], requirements="W"))
             W = matrix(layer)
             m, n = W.shape
-            P = torch.from_numpy(projections(seeds, name, r, n, kind))
+            P = torch.from_numpy(projections(seeds, name, r, n, settings.projection))
             fold(W, B[:, start : start + m * r].reshape(-1, m, r).to(W), P.to(W))
             start += m * r
         if "head" in arrays:
             unflatten(arrays["head"], self.head.values())
 
-    def train(self, batches: Batches, instructions: ConfigRecord, rng: np.random.Generator) -> tuple[dict, float]:
-        pool = np.frombuffer(instructions["seeds"], dtype="<u8")  # type: ignore[arg-type]
-        config = self.config.fedkrso
+    @contextmanager
+    def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
+        pool = np.frombuffer(instructions["seeds"], dtype="<u8")
+        settings = self.config.of(FedKRSOSettings)
         # Not from rng itself: the batches must be those that any other method sees.
         choices = np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]
         form = AdapterLinear if self.config.compute_dtype == "bfloat16" else SubspaceLinear
-        with attached(self.module, self.targets, config.rank, form) as layers:
-            rso = RSO(layers, config.learning_rate, config.projection)
+        with attached(self.module, self.targets, settings.rank, form) as layers:
+            rso = RSO(layers, settings.learning_rate, settings.projection)
 
             def before_step(j: int) -> None:
-                if j % config.interval == 0:
+                if j % settings.interval == 0:
                     rso.start_interval(int(choices.choice(pool)))  # with replacement
 
-            optimizers = [rso, head_optimizer(self.head, config.learning_rate)]
-            loss = train(self.module, batches, optimizers, self.config, rng, before_step)
-        drawn = [seed for seed in pool.tolist() if seed in rso.accumulators]
-        return {
-            "seeds": np.array(drawn, dtype=np.uint64),
-            "accumulators": np.stack([flatten([rso.accumulators[seed]]) for seed in drawn]),
-            "head": flatten(self.head.values()),
-        }, loss
+            def update() -> dict[str, np.ndarray]:
+                drawn = [seed for seed in pool.tolist() if seed in rso.accumulators]
+                return {
+                    "seeds": np.array(drawn, dtype=np.uint64),
+                    "accumulators": np.stack([flatten([rso.accumulators[seed]]) for seed in drawn]),
+                    "head": flatten(self.head.values()),
+                }
+
+            yield Session([rso, head_optimizer(self.head, settings.learning_rate)], update, before_step)
 
     def optimized(self) -> list[nn.Parameter]:
         return list(self.head.values())
 
-    def trained(self) -> list[Tensor]:
-        return [matrix(layer) for layer in self.targets.values()] + super().trained()
+    def shared(self) -> list[Tensor]:
+        return [matrix(layer) for layer in self.targets.values()] + super().shared()
 
 
-class FedKRSO(FedTune):
+class FedKRSO(Method):
     """Server half: the seed pool and the average, seed by seed."""
 
-    local = FedKRSOLocal
-    incremental = True
+    half = FedKRSOLocal
+    settings = (FedKRSOSettings,)
     arxiv = "2602.03019"
     learning_rate_key = "fedkrso.learning-rate"
     rank_key = "fedkrso.rank"
 
     @classmethod
-    def entry_schema(cls, config: Config, shapes: Shapes) -> Schema:
-        return Schema(
-            {
-                "seeds": ("uint64", ("s",)),
-                "accumulators": (config.wire_dtype, ("s", shapes.outputs(config.fedkrso.rank))),
-                "head": (HEAD[config.wire_dtype], (shapes.head,)),
-            },
-            limits={"s": config.fedkrso.num_seeds},
-            optional=frozenset({"head"}),
-        )
+    def check_settings(cls, config: Config) -> None:
+        J = config.of(FedKRSOSettings).interval
+        rule = f"at least 1 and at most local-steps = {config.local_steps}"
+        need(1 <= J <= config.local_steps, "fedkrso.interval", J, rule)
 
-    @classmethod
-    def weights_size(cls, config: Config, shapes: Shapes) -> int:
-        return sum(m * n for m, n in shapes.targets.values()) + shapes.head
+    @property
+    def own(self) -> FedKRSOSettings:
+        return self.config.of(FedKRSOSettings)
 
-    @classmethod
-    def reply_schema(cls, config: Config, shapes: Shapes) -> Schema:
-        intervals = -(-config.local_steps // config.fedkrso.interval)
-        limit = min(intervals, config.fedkrso.num_seeds)  # at most one seed an interval
-        return Schema(cls.entry_schema(config, shapes).arrays, limits={"s": limit})
+    @property
+    def intervals(self) -> int:
+        """I, of one client and round."""
+        return -(-self.config.local_steps // self.own.interval)
+
+    @property
+    def reply(self) -> Schema:
+        Q = self.shapes.outputs(self.own.rank)
+        fields = {
+            "seeds": Field("uint64", ("s",), "key"),
+            "accumulators": Field(self.config.wire_dtype, ("s", Q), "update"),
+            "head": self.head_field(),
+        }
+        return Schema(fields, limits={"s": min(self.intervals, self.own.num_seeds)})  # at most one seed an interval
+
+    @property
+    def entry(self) -> Schema:
+        return replace(self.reply, limits={"s": self.own.num_seeds})
+
+    @property
+    def weights_size(self) -> int:
+        return sum(m * n for m, n in self.shapes.targets.values()) + self.shapes.head
 
     def paper_bytes(self) -> int:
-        config = self.config.fedkrso
-        return 8 * (config.num_seeds * self.shapes.outputs(config.rank) + self.shapes.head)
+        return 8 * (self.own.num_seeds * self.shapes.outputs(self.own.rank) + self.shapes.head)
+
+    def expected(self, clients: int) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, float]]:
+        drawn, used = (distinct_seeds(self.own.num_seeds, self.intervals * n) for n in (1, clients))
+        return {"s": drawn}, {"s": used}, {"drawn": drawn, "used": used}
+
+    def client_bytes(self, lengths: Mapping[str, float]) -> int:
+        """Every seed that a client draws after the first leaves an accumulator beside it."""
+        return round(4 * self.shapes.outputs(self.own.rank) * (lengths["s"] - 1))
+
+    def pool(self, round: int) -> np.ndarray:
+        """S^t."""
+        return draw_seeds(self.config.seed, round, self.own.num_seeds)
 
     def instructions(self, round: int) -> dict[str, Any]:
-        return {"seeds": draw_seeds(self.config.seed, round, self.config.fedkrso.num_seeds).tobytes()}
+        return {"seeds": self.pool(round).tobytes()}
 
-    def begin(self) -> None:
-        super().begin()
-        self.pool = draw_seeds(self.config.seed, self.round, self.config.fedkrso.num_seeds).tolist()
-
-    def check(self, arrays: Arrays) -> None:
-        seeds = arrays["seeds"].tolist()
-        stranger = next((seed for seed in seeds if seed not in self.pool), None)
+    def check(self, arrays: Arrays, round: int) -> None:
+        seeds, pool = arrays["seeds"].tolist(), set(self.pool(round).tolist())
+        stranger = next((seed for seed in seeds if seed not in pool), None)
         if stranger is not None:
             raise Refused(f"seed {stranger} is not in this round's pool")
         if len(set(seeds)) < len(seeds):
             raise Refused("a seed occurs twice")
 
-    def absorb(self, arrays: Arrays, weight: int, partition: int) -> None:
+    def summands(self, arrays: Arrays) -> Mapping[Any, np.ndarray]:
         by_seed = dict(zip(arrays["seeds"].tolist(), arrays["accumulators"], strict=True))
-        self.sums.add({**by_seed, "head": arrays["head"]}, weight)
+        return {**by_seed, "head": arrays["head"]}
 
-    def average(self, total_weight: int) -> dict[str, np.ndarray]:
-        used = [seed for seed in self.pool if seed in self.sums]
-        Q = self.shapes.outputs(self.config.fedkrso.rank)
-        averages = [self.sums.mean(seed, total_weight) for seed in used]  # who did not draw k counts as B_k = 0
+    def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
+        used = [seed for seed in self.pool(round).tolist() if seed in means]
+        averages = [means.mean(seed) for seed in used]  # who did not draw k counts as B_k = 0
+        Q = self.shapes.outputs(self.own.rank)
         return {
             "seeds": np.array(used, dtype=np.uint64),
             "accumulators": np.stack(averages) if used else np.zeros((0, Q), np.float32),
-            "head": self.sums.mean("head", total_weight),
+            "head": means.mean("head"),
         }

@@ -11,31 +11,52 @@ let the two drift apart. The first round moves B: B = 0 makes an A round a round
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord
 from torch import Tensor
 
-from fedkrso_app.config import Config
+from fedkrso_app.config import Config, Settings, choice, need, need_positive
 from fedkrso_app.core import lora, srd
-from fedkrso_app.core.fixed_point import FixedPointMeans
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import layer_key, philox
 from fedkrso_app.core.srd import Term
-from fedkrso_app.federation.round import FedTune
-from fedkrso_app.records import wire
-from fedkrso_app.records.ledger import Ledger
-from fedkrso_app.records.wire import HEAD, Refused, Schema
-from fedkrso_app.strategies.base import Arrays, Batches, LoraLocal, Shapes
-from fedkrso_app.training.loop import head_optimizer, train
+from fedkrso_app.records.schema import Field, Schema
+from fedkrso_app.records.wire import Refused
+from fedkrso_app.strategies.base import Arrays, Lora, LoraLocal, Means, Method, Shapes
+from fedkrso_app.training.loop import Session, head_optimizer
 
 logger = logging.getLogger("flwr")
 
 FACTORS = ("B", "A")  # the order in which they take turns
 _LARGEST = 1e6  # of an update's values; sound ones are far below 1
+
+
+@dataclass(frozen=True)
+class FedSRDSettings(Settings):
+    table = "fedsrd"
+    learning_rate: float
+    alpha: float  # least share of each update that is pruned
+    max_sparsity: float
+    compensate: str
+    download_sparsity: float  # p
+    rcond: float  # 0: torch's
+    sparsify_head: bool
+
+    def __post_init__(self) -> None:
+        need_positive("fedsrd.learning-rate", self.learning_rate)
+        choice("fedsrd.compensate", self.compensate, ["l1", "none"])
+        need(0 <= self.alpha < 1, "fedsrd.alpha", self.alpha, "at least 0 and below 1")
+        rule = f"at least fedsrd.alpha = {self.alpha} and below 1"
+        need(self.alpha <= self.max_sparsity < 1, "fedsrd.max-sparsity", self.max_sparsity, rule)
+        p = self.download_sparsity
+        need(0 <= p < 1, "fedsrd.download-sparsity", p, "at least 0 and below 1")
+        need(0 <= self.rcond < 1, "fedsrd.rcond", self.rcond, "at least 0 (torch's own) and below 1")
 
 
 def dare_rng(seed: int) -> np.random.Generator:
@@ -59,102 +80,118 @@ def add_broadcast(arrays: Arrays, pair: Mapping[str, Sequence[Tensor]], extra: S
 class FedSRDLocal(LoraLocal):
     """Client half: LoRA training, then pruning of what it changed."""
 
-    def initial(self) -> dict[str, np.ndarray]:
+    def state(self) -> dict[str, np.ndarray]:
         return {"head": flatten(self.head.values())}
 
     def apply(self, arrays: Arrays) -> None:
         """Add the broadcast delta to one factor (and to the head, where that is sparse too)."""
-        config = self.config.fedsrd
-        extra = self.state["head"] if config.sparsify_head else []
-        add_broadcast(arrays, self.state, extra, config.download_sparsity)
+        settings = self.config.of(FedSRDSettings)
+        extra = self.tensors["head"] if settings.sparsify_head else []
+        add_broadcast(arrays, self.tensors, extra, settings.download_sparsity)
         if "head" in arrays:
-            unflatten(arrays["head"], self.state["head"])
+            unflatten(arrays["head"], self.tensors["head"])
 
-    def train(self, batches: Batches, instructions: ConfigRecord, rng: np.random.Generator) -> tuple[dict, float]:
-        config = self.config.fedsrd
-        before = {name: [tensor.detach().clone() for tensor in tensors] for name, tensors in self.state.items()}
-        adamw = torch.optim.AdamW([*self.state["A"], *self.state["B"]], lr=config.learning_rate, weight_decay=0.0)
-        optimizers = [adamw, head_optimizer(self.head, config.learning_rate)]
-        loss = train(self.module, batches, optimizers, self.config, rng, constant_rate=True)
-        after = {name: [tensor.detach() for tensor in tensors] for name, tensors in self.state.items()}
-        pruned: dict[str, list[Tensor]] = {name: [] for name in self.state}
+    @contextmanager
+    def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
+        rate = self.config.of(FedSRDSettings).learning_rate
+        before = {name: [tensor.detach().clone() for tensor in tensors] for name, tensors in self.tensors.items()}
+        adamw = torch.optim.AdamW([*self.tensors["A"], *self.tensors["B"]], lr=rate, weight_decay=0.0)
+        yield Session([adamw, head_optimizer(self.head, rate)], lambda: self.update(before), constant_rate=True)
+
+    def update(self, before: Mapping[str, Sequence[Tensor]]) -> dict[str, np.ndarray]:
+        """The pruned changes since ``before``: a bitmap and the values that are left."""
+        sparsify_head = self.config.of(FedSRDSettings).sparsify_head
+        after = {name: [tensor.detach() for tensor in tensors] for name, tensors in self.tensors.items()}
+        pruned: dict[str, list[Tensor]] = {name: [] for name in self.tensors}
         for B, A, B_i, A_i in zip(before["B"], before["A"], after["B"], after["A"], strict=True):
             dB, dA = B_i - B, A_i - A
             I_B, I_A = srd.importance(dB, dA, A, B_i)
             pruned["B"].append(self.prune(dB, I_B))
             pruned["A"].append(self.prune(dA, I_A))
         parts = [*pruned["B"], *pruned["A"]]
-        if config.sparsify_head:
+        if sparsify_head:
             deltas = [new - old for new, old in zip(after["head"], before["head"], strict=True)]
             parts += [self.prune(delta, delta.abs()) for delta in deltas]
         update = flatten(parts)
         arrays = {"bits": srd.pack_bits(update != 0), "values": update[update != 0]}
-        return arrays if config.sparsify_head else {**arrays, "head": flatten(after["head"])}, loss
+        return arrays if sparsify_head else {**arrays, "head": flatten(after["head"])}
 
     def prune(self, delta: Tensor, scores: Tensor) -> Tensor:
         """Steps 3 to 5: ρ from the scores, the survivors, and their L1 norm restored if so configured."""
-        config = self.config.fedsrd
-        pruned = srd.prune(delta, scores, srd.sparsity(scores, config.alpha, config.max_sparsity))
-        return srd.compensate_l1(delta, pruned) if config.compensate == "l1" else pruned
+        settings = self.config.of(FedSRDSettings)
+        pruned = srd.prune(delta, scores, srd.sparsity(scores, settings.alpha, settings.max_sparsity))
+        return srd.compensate_l1(delta, pruned) if settings.compensate == "l1" else pruned
 
 
-class FedSRD(FedTune):
+class FedSRD(Method):
     """Server half. It holds the same (B, A) as every client, rebuilt from the ledger."""
 
-    local = FedSRDLocal
-    robust = False
-    incremental = True
+    half = FedSRDLocal
+    settings = (Lora, FedSRDSettings)
+    linear = False  # the factors of a sum are not a sum of factors
     arxiv = "2510.04601"
     learning_rate_key = "fedsrd.learning-rate"
     rank_key = "lora.rank"
 
-    def __init__(self, config: Config, shapes: Shapes, ledger: Ledger, *rest: Any) -> None:
-        super().__init__(config, shapes, ledger, *rest)
-        r = config.lora.rank
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        self.own, self.rank = config.of(FedSRDSettings), config.of(Lora).rank
         self.pair = {
-            "B": [torch.zeros(m, r) for m, _ in shapes.targets.values()],
-            "A": [lora.initial_A(config.seed, name, r, n) for name, (_, n) in shapes.targets.items()],
+            "B": [torch.zeros(m, self.rank) for m, _ in shapes.targets.values()],
+            "A": [lora.initial_A(config.seed, name, self.rank, n) for name, (_, n) in shapes.targets.items()],
         }
-        self.moved = -1  # the newest entry that is in the pair
+        self.version = -1  # the newest entry that is in the pair
 
-    @classmethod
-    def entry_schema(cls, config: Config, shapes: Shapes) -> Schema:
-        most = max(shapes.outputs(config.lora.rank), shapes.inputs(config.lora.rank)) + shapes.head
-        arrays: dict[str, Any] = {
-            "mask": ("uint64", (2,)),
-            "values": (config.wire_dtype, ("v",)),
-            "head": (HEAD[config.wire_dtype], (shapes.head,)),
-        }
-        return Schema(arrays, limits={"v": most}, optional=frozenset(arrays))
+    @property
+    def factors(self) -> int:
+        """L, the size of all B and all A."""
+        return self.shapes.outputs(self.rank) + self.shapes.inputs(self.rank)
 
-    @classmethod
-    def weights_size(cls, config: Config, shapes: Shapes) -> int:
-        r = config.lora.rank
-        return shapes.outputs(r) + shapes.inputs(r) + shapes.head
-
-    @classmethod
-    def reply_schema(cls, config: Config, shapes: Shapes) -> Schema:
-        size = cls.update_size(config, shapes)
-        arrays: dict[str, Any] = {"bits": ("uint8", (-(-size // 8),)), "values": (config.wire_dtype, ("v",))}
-        if not config.fedsrd.sparsify_head:
-            arrays["head"] = (HEAD[config.wire_dtype], (shapes.head,))
-        return Schema(arrays, limits={"v": size})
-
-    @staticmethod
-    def update_size(config: Config, shapes: Shapes) -> int:
+    @property
+    def update_size(self) -> int:
         """Elements of the vector that a bitmap of a reply covers: all B, all A, and the head if it is sparse."""
-        r = config.lora.rank
-        return shapes.outputs(r) + shapes.inputs(r) + (shapes.head if config.fedsrd.sparsify_head else 0)
+        return self.factors + (self.shapes.head if self.own.sparsify_head else 0)
+
+    @property
+    def reply(self) -> Schema:
+        fields = {
+            "bits": Field("uint8", (-(-self.update_size // 8),), "key"),
+            "values": Field(self.config.wire_dtype, ("v",), "update"),
+            **({} if self.own.sparsify_head else {"head": self.head_field()}),
+        }
+        return Schema(fields, limits={"v": self.update_size})
+
+    @property
+    def entry(self) -> Schema:
+        fields = {
+            "mask": Field("uint64", (2,), "key"),
+            "values": Field(self.config.wire_dtype, ("v",), "update"),
+            "head": replace(self.head_field(), optional=self.own.sparsify_head),  # then entry 0 alone has one
+        }
+        most = max(self.shapes.outputs(self.rank), self.shapes.inputs(self.rank)) + self.shapes.head
+        return Schema(fields, limits={"v": most})
+
+    @property
+    def weights_size(self) -> int:
+        return self.factors + self.shapes.head
 
     def paper_bytes(self) -> int:
         """The paper's mean sparsity up (94.8 %), one of two factors at p down, bitmaps both ways, a dense head."""
-        r, p = self.config.lora.rank, self.config.fedsrd.download_sparsity
-        L = self.shapes.outputs(r) + self.shapes.inputs(r)
+        L, p = self.factors, self.own.download_sparsity
         return round(L * (4 * 0.052 + 1 / 8) + L / 2 * (4 * (1 - p) + 1 / 8) + 8 * self.shapes.head)
 
-    def check(self, arrays: Arrays) -> None:
+    def expected(self, clients: int) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, float]]:
+        """Up, the values that pruning leaves at max-sparsity, which real updates come to: those at or above the
+        quantile of each matrix. Down, the share 1 - p of one factor; B and A take turns."""
+        rho = self.own.max_sparsity
+        sizes = [side * self.rank for shape in self.shapes.targets.values() for side in shape]
+        head = self.shapes.head if self.own.sparsify_head else 0
+        survivors = sum(size - math.ceil(rho * (size - 1)) for size in [*sizes, *([head] if head else [])])
+        return {"v": survivors}, {"v": (self.factors / 2 + head) * (1 - self.own.download_sparsity)}, {}
+
+    def check(self, arrays: Arrays, round: int) -> None:
         try:
-            mask = srd.unpack_bits(arrays["bits"], self.update_size(self.config, self.shapes))
+            mask = srd.unpack_bits(arrays["bits"], self.update_size)
         except ValueError as error:
             raise Refused(f"array 'bits': {error}") from None
         if mask.sum() != len(arrays["values"]):
@@ -163,30 +200,18 @@ class FedSRD(FedTune):
         if largest > _LARGEST:
             raise Refused(f"values up to {largest:g} are too large: products of factors must stay finite")
 
-    def begin(self) -> None:
-        self.updates: dict[int, tuple[Arrays, int]] = {}  # kept sparse; the factors of a sum are not a sum of factors
-        self.sums = FixedPointMeans()
-        for version in self.ledger.versions():
-            if version > self.moved:
-                self.move(wire.decode(self.ledger.read(version).arrays))
-                self.moved = version
+    def summands(self, arrays: Arrays) -> Mapping[Any, np.ndarray]:
+        return {"head": arrays["head"]} if "head" in arrays else {}
 
-    def absorb(self, arrays: Arrays, weight: int, partition: int) -> None:
-        if "head" in arrays:
-            self.sums.add({"head": arrays["head"]}, weight)
-        self.updates[partition] = (arrays, weight)
-
-    def average(self, total_weight: int) -> dict[str, np.ndarray]:
-        config, version = self.config.fedsrd, self.ledger.version + 1
+    def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
+        version, size = self.version + 1, self.update_size
         turn = (version - 1) % 2
         factor = FACTORS[turn]
-        size = self.update_size(self.config, self.shapes)
-        shares, deltas = [], []  # in the order of the partitions, whatever that of arrival
-        for partition in sorted(self.updates):
-            arrays, weight = self.updates[partition]
+        shares, deltas = [], []
+        for share, arrays in means.replies:
             update = np.zeros(size, np.float32)
             update[srd.unpack_bits(arrays["bits"], size)] = arrays["values"]
-            shares.append(weight / total_weight)
+            shares.append(share)
             deltas.append(torch.from_numpy(update))
         sizes = [tensor.numel() for name in FACTORS for tensor in self.pair[name]]
         layers = len(self.pair["B"])
@@ -198,38 +223,36 @@ class FedSRD(FedTune):
                 for p, parts in zip(shares, split, strict=True)
             ]
             target = self.represent(terms, B.shape[1])
-            moves.append(srd.least_squares_factors(target, B, A, factor, config.rcond or None))
+            moves.append(srd.least_squares_factors(target, B, A, factor, self.own.rcond or None))
         move = flatten(moves)
-        own = float(np.linalg.norm(flatten(self.pair[factor])))
-        ratio = float(np.linalg.norm(move)) / own if own else 0.0
+        size_of_factor = float(np.linalg.norm(flatten(self.pair[factor])))
+        ratio = float(np.linalg.norm(move)) / size_of_factor if size_of_factor else 0.0
         if ratio > 1:  # the paper reports below .03 for A and below .10 for B
             logger.warning(
                 "%s moves by %.1f times its own size: lower fedsrd.learning-rate, or set fedsrd.rcond = 1e-3",
                 factor,
                 ratio,
             )
-        if config.sparsify_head:
+        if self.own.sparsify_head:
             head = sum(p * delta[sum(sizes) :].double() for p, delta in zip(shares, deltas, strict=True))
             move = np.concatenate([move, head.float().numpy()])  # type: ignore[union-attr]
         seed = int(philox(self.config.seed, layer_key(f"dare/{version}")).random_raw(1)[0])
-        p = config.download_sparsity
+        p = self.own.download_sparsity
         mask = srd.dare_mask(move.shape, p, dare_rng(seed))
         values = (move[mask] / (1 - p)).astype(np.float32)
         entry: dict[str, np.ndarray] = {"mask": np.array([seed, turn], np.uint64), "values": values}
-        if not config.sparsify_head:
-            entry["head"] = self.sums.mean("head", total_weight)
-        return entry
+        return entry if self.own.sparsify_head else {**entry, "head": means.mean("head")}
+
+    def observe(self, version: int, arrays: Arrays) -> None:
+        """Add an entry's sparse delta to the server's pair."""
+        extra = [torch.zeros(self.shapes.head)] if self.own.sparsify_head else []  # the server keeps no head
+        add_broadcast(arrays, self.pair, extra, self.own.download_sparsity)
+        self.version = version
 
     def represent(self, terms: list[Term], rank: int) -> list[Term]:
         """The target W̄ as factor pairs: FedSRD takes its best approximation of rank r."""
         shares, Bs, As = zip(*terms, strict=True)
         return [(1.0, *srd.truncated_svd(list(Bs), list(As), list(shares), rank))]
-
-    def move(self, entry: Arrays) -> None:
-        """Add an entry's sparse delta to the server's pair."""
-        config = self.config.fedsrd
-        extra = [torch.zeros(self.shapes.head)] if config.sparsify_head else []  # the server keeps no head
-        add_broadcast(entry, self.pair, extra, config.download_sparsity)
 
 
 class FedSRDe(FedSRD):

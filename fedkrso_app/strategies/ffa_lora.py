@@ -1,6 +1,19 @@
 """FFA-LoRA (arXiv:2403.12313): FedIT with A frozen at one common draw, which makes the mean of the products exact."""
 
+from dataclasses import dataclass
+
+from fedkrso_app.config import Settings, need_positive
+from fedkrso_app.strategies.base import Lora
 from fedkrso_app.strategies.fedit import FedIT, FedITLocal
+
+
+@dataclass(frozen=True)
+class FFALoraSettings(Settings):
+    table = "ffa-lora"
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        need_positive("ffa-lora.learning-rate", self.learning_rate)
 
 
 class FFALoraLocal(FedITLocal):
@@ -9,12 +22,13 @@ class FFALoraLocal(FedITLocal):
     factors = ("B",)
 
     def learning_rate(self) -> float:
-        return self.config.ffa_lora.learning_rate
+        return self.config.of(FFALoraSettings).learning_rate
 
 
 class FFALora(FedIT):
     """Server half: the mean of B."""
 
-    local = FFALoraLocal
+    half = FFALoraLocal
+    settings = (Lora, FFALoraSettings)
     arxiv = "2403.12313"
     learning_rate_key = "ffa-lora.learning-rate"

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,40 +55,61 @@ def deterministic(device: torch.device) -> Iterator[None]:
         settings.fill_uninitialized_memory = fills
 
 
+@dataclass
+class Session:
+    """One client's round, for whoever drives it: optimizers, what happens before a step, and the update at the end.
+
+    ``update`` gives the arrays of the reply. With ``from_losses`` a step takes no gradients: ``optimizer.step`` gets a
+    closure that evaluates the step's loss at the parameters as they are, without dropout.
+    """
+
+    optimizers: Sequence[torch.optim.Optimizer]
+    update: Callable[[], dict[str, np.ndarray]]
+    before_step: Callable[[int], None] = lambda j: None
+    constant_rate: bool = False
+    from_losses: bool = False
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizers move."""
+        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
 def train(
     module: nn.Module,
     batches: Iterator[dict[str, Tensor]],
-    optimizers: Iterable[torch.optim.Optimizer],
+    session: Session,
     config: Config,
     rng: np.random.Generator,
-    before_step: Callable[[int], None] = lambda j: None,
-    constant_rate: bool = False,
 ) -> float:
     """``config.local_steps`` steps on ``module``; the mean of their losses.
 
     A step takes the mean gradient of ``gradient-accumulation`` batches, shortened to the L2 norm ``max-grad-norm``
     where that is not 0 and the gradient is longer; in a random subspace, E‖∇W Pᵀ‖² = ‖∇W‖².
 
-    Every parameter of ``optimizers`` is trained (``requires_grad`` is set here and taken back). Unless
-    ``constant_rate``, the learning rate rises over the first ``warmup`` share of the steps and falls as a cosine to 0.
-    Dropout is drawn from ``rng`` and leaves torch's global generators as they were. Raises :class:`TrainingError` when
-    the loss is no longer finite.
+    The session's parameters are trained (``requires_grad`` is set here and taken back). Unless its rate is constant,
+    the learning rate rises over the first ``warmup`` share of the steps and falls as a cosine to 0. Dropout is drawn
+    from ``rng`` and leaves torch's global generators as they were. Raises :class:`TrainingError` when the loss is no
+    longer finite.
     """
-    optimizers = list(optimizers)
-    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    steps = config.local_steps
+    parameters, steps = session.parameters, config.local_steps
     schedules = [
         get_constant_schedule(optimizer)
-        if constant_rate
+        if session.constant_rate
         else get_cosine_schedule_with_warmup(optimizer, int(config.warmup * steps), steps)
-        for optimizer in optimizers
+        for optimizer in session.optimizers
     ]
     device = parameters[0].device
     losses = torch.zeros(steps, device=device)
     shown = started = time.monotonic()
     was_training = module.training
-    module.train()
+    module.train(not session.from_losses)
     devices = [device] if device.type == "cuda" else []
+
+    def loss_of(batch: Mapping[str, Tensor]) -> Tensor:
+        with precision(config.compute_dtype, device):
+            return module(**batch).loss / config.gradient_accumulation
+
     with (
         torch.random.fork_rng(devices=devices),
         deterministic(device),
@@ -96,19 +118,26 @@ def train(
         torch.manual_seed(int(rng.integers(2**63)))
         try:
             for parameter in parameters:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(not session.from_losses)
             for j in range(steps):
-                before_step(j)
-                for _ in range(config.gradient_accumulation):
-                    batch = {name: value.to(device) for name, value in next(batches).items()}
-                    with precision(config.compute_dtype, device):
-                        loss = module(**batch).loss / config.gradient_accumulation
+                session.before_step(j)
+                of_step = (
+                    {name: value.to(device) for name, value in next(batches).items()}
+                    for _ in range(config.gradient_accumulation)
+                )
+                closure = None
+                if session.from_losses:
+                    held = list(of_step)
+                    closure = torch.no_grad()(lambda held=held: torch.stack([loss_of(b) for b in held]).sum())
+                    losses[j] = closure()
+                for batch in () if session.from_losses else of_step:
+                    loss = loss_of(batch)
                     loss.backward()
                     losses[j] += loss.detach()
-                if config.max_grad_norm:
+                if config.max_grad_norm and not session.from_losses:
                     nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                    optimizer.step()
+                for optimizer, schedule in zip(session.optimizers, schedules, strict=True):
+                    optimizer.step(closure)  # type: ignore[arg-type]
                     optimizer.zero_grad()
                     schedule.step()
                 if j + 1 < steps and time.monotonic() - shown > _PROGRESS_SECONDS:

@@ -1,0 +1,145 @@
+"""What a node keeps of a run on its disk, so that a fresh process soon has W^t, and its own state, again."""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fedkrso_app.records.ledger import Entry, Ledger, LedgerError
+
+_KEEP = 25  # entries on a node's disk: about the bytes of the weights themselves (RoBERTa-base, K = 10, r = 4)
+_FORGOTTEN = 14 * 86400  # seconds after which the files of a run that never ended are removed
+
+
+class NodeStore:
+    """Some entries and one W, and of each partition the arrays of role "personal".
+
+    Entries and W are those of a run, not of a partition: W^t is the same for all partitions, so the processes and nodes
+    of a machine share them. After each message they are at most ``keep`` entries and one copy of the trained weights.
+    Personal arrays outlive the run: :meth:`clear` moves them to ``<cache>/personal/<run>``, where export finds them.
+    """
+
+    def __init__(self, run: str, keep: int = _KEEP) -> None:
+        if not re.fullmatch("[0-9a-f]{16}", run):  # it becomes the name of a folder
+            raise ValueError(f"{run!r} is not the id of a run")
+        self.folder, self.released = cache() / "nodes" / run, cache() / "personal" / run
+        self.entries, self.keep = Ledger(self.folder), keep
+        for leftover in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+            with suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > 3600:
+                    leftover.unlink()
+
+    @property
+    def version(self) -> int:
+        """The newest version that these files lead to; -1 if none."""
+        return max(self.entries.version, self.weights_version)
+
+    @property
+    def weights_version(self) -> int:
+        """The version whose weights are here; -1 if none are."""
+        return max(self._weights(), default=-1)
+
+    def stamp(self, version: int) -> str:
+        """The digest of entry ``version``, from which its weights were made; "" if it is not here."""
+        for _ in range(2):  # another process may put weights in the place of the entry between two looks
+            try:
+                if version in self._weights():
+                    with safe_open(self._weights()[version], framework="numpy") as file:
+                        return file.metadata()["stamp"]
+                return self.entries.stamp(version)
+            except (LedgerError, SafetensorError, KeyError, OSError):
+                continue
+        return ""
+
+    def put(self, entry: Entry) -> None:
+        """Keep an entry, unless weights of a version as new are here already."""
+        if entry.version > self.weights_version:
+            self.entries.put(entry)
+
+    def put_weights(self, version: int, stamp: str, values: np.ndarray) -> None:
+        """Keep the weights of ``version`` in place of all entries that led to it. Whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{version:06d}.weights"
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            save_file({"values": values}, temporary, {"stamp": stamp, "crc32": str(crc32(values.data))})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        for older, file in self._weights().items():
+            if older < version:
+                file.unlink(missing_ok=True)
+        for older in self.entries.versions():
+            if older <= version:
+                self.entries.discard(older)
+
+    def weights(self, after: int, upto: int) -> tuple[int, np.ndarray | None]:
+        """The newest weights of a version in (after, upto], and that version; (-1, None) if there are none."""
+        for version, file in sorted(self._weights().items(), reverse=True):
+            if after < version <= upto:
+                try:
+                    with safe_open(file, framework="numpy") as opened:
+                        values = opened.get_tensor("values")
+                        if opened.metadata()["crc32"] == str(crc32(values.data)):
+                            return version, values
+                except (SafetensorError, KeyError, OSError):
+                    pass
+                file.unlink(missing_ok=True)  # damaged
+        return -1, None
+
+    def put_personal(self, partition: int, round: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep a partition's own arrays as they are after ``round``; those of the two newest rounds stay."""
+        kept = self._personal(partition)
+        kept.discard(round)  # the round is done again
+        kept.put(Entry(round, arrays))
+        for older in kept.versions()[:-2]:
+            kept.discard(older)
+
+    def personal(self, partition: int, before: int | None = None) -> Mapping[str, np.ndarray]:
+        """A partition's own arrays after its newest round (below ``before``); empty if it has none.
+
+        A message that comes twice, or a round that is done again, so begins with the same arrays. Raises LedgerError
+        if the file is damaged.
+        """
+        kept = self._personal(partition)
+        rounds = [round for round in kept.versions() if before is None or round < before]
+        return kept.read(rounds[-1]).arrays if rounds else {}
+
+    def _personal(self, partition: int) -> Ledger:
+        return Ledger(self.folder / f"personal-{partition}")
+
+    def clear(self) -> Path | None:
+        """Remove all files of this run but the personal arrays, and those of runs that ended long ago without a
+        farewell. Returns where the personal arrays are now, if there are any."""
+        moved = None
+        for own in sorted(self.folder.glob("personal-*")):
+            moved = self.released
+            moved.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(moved / own.name, ignore_errors=True)
+            shutil.move(own, moved / own.name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for other in self.folder.parent.glob("*"):
+            with suppress(OSError):
+                if time.time() - other.stat().st_mtime > _FORGOTTEN and not list(other.glob("personal-*")):
+                    shutil.rmtree(other)
+        return moved
+
+    def forget(self) -> None:
+        """Remove all files of this run, the personal arrays too: they belong to another history."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _weights(self) -> dict[int, Path]:
+        return {int(path.stem): path for path in self.folder.glob("*.weights")}
+
+
+def cache() -> Path:
+    """Where this machine keeps the files of its nodes."""
+    return Path(os.environ.get("FEDKRSO_CACHE") or "~/.cache/fedkrso").expanduser()

@@ -1,0 +1,172 @@
+"""What the server and its nodes say to each other: every record and every key that travels, with its checks.
+
+    query.join   Question        -> Answer            who a node is, and whether it can take part
+    train        Instructions    -> Status, Figures, the update
+    evaluate     Instructions    -> Status, the tally
+    query.leave  the run's id    -> nothing           the run is over
+
+Besides its instructions a train or evaluate message holds the ledger entries that the node lacks (``entry-<version>``),
+or the weights that they lead to (``weights-<version>``).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedkrso_app.records.wire import Refused, number
+
+JOIN, LEAVE, TRAIN, EVALUATE = "query.join", "query.leave", "train", "evaluate"
+UPDATE, TALLY = "update", "tally"  # the array records of the replies to train and evaluate
+_VERSIONS = 2**31  # all are below
+
+
+@dataclass(frozen=True)
+class Question:
+    """The server asks a node who it is. ``model`` is the digest of W^0 that it must have ("": any)."""
+
+    model: str
+    probe: str
+    run: str
+
+    def content(self) -> RecordDict:
+        return RecordDict({"join": ConfigRecord({"model": self.model, "probe": self.probe, "run": self.run})})
+
+    @classmethod
+    def read(cls, content: RecordDict) -> "Question":
+        record = _config(content, "join")
+        return cls(*(_text(record, key) for key in ("model", "probe", "run")))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A node says who it is and what it holds, or why it cannot take part (``error``)."""
+
+    partition: int = -1  # unknown
+    partitions: int = 0  # unknown
+    model: str = ""
+    version: int = -1  # it holds nothing of the run
+    stamp: str = ""  # of that version's entry
+    error: str = ""
+
+    def content(self) -> RecordDict:
+        record = ConfigRecord({"partition-id": self.partition})
+        if self.partition >= 0:
+            record["num-partitions"] = self.partitions
+        if self.error:
+            record["error"] = self.error
+        else:
+            record.update({"model": self.model, "version": self.version, "stamp": self.stamp})
+        return RecordDict({"join": record})
+
+    @classmethod
+    def read(cls, content: RecordDict) -> "Answer":
+        record = _config(content, "join")
+        partition = number(record, "partition-id", int, -1, 2**31)
+        partitions = number(record, "num-partitions", int, 1, 2**31) if "num-partitions" in record else 0
+        if "error" in record:
+            return cls(partition, partitions, error=_text(record, "error"))
+        version = number(record, "version", int, -1, _VERSIONS)
+        return cls(partition, partitions, _text(record, "model"), version, _text(record, "stamp"))
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What train and evaluate messages say beside the entries. ``method``: what the method adds for this round."""
+
+    run: str
+    version: int  # the reply must be made at this one
+    stamp: str  # of that version's entry
+    afresh: bool = False  # the node's files are not of this history: start without them
+    round: int = 0  # of a train message
+    method: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> ConfigRecord:
+        record = ConfigRecord({"run": self.run, "version": self.version, "stamp": self.stamp, "afresh": self.afresh})
+        record.update({"round": self.round} if self.round else {})
+        record.update(self.method)
+        return record
+
+    @classmethod
+    def read(cls, content: RecordDict, kind: str) -> "Instructions":
+        record = _config(content, kind)
+        known = ("run", "version", "stamp", "round", "afresh")
+        return cls(
+            _text(record, "run"),
+            number(record, "version", int, 0, _VERSIONS),
+            _text(record, "stamp"),
+            bool(record.get("afresh")),
+            number(record, "round", int, 1, _VERSIONS) if kind == TRAIN else 0,
+            {key: value for key, value in record.items() if key not in known},
+        )
+
+
+@dataclass(frozen=True)
+class Status:
+    """At which version a reply was made; or that the node must be brought up to date from there first."""
+
+    version: int
+    need_sync: bool = False
+
+    def record(self) -> ConfigRecord:
+        record = ConfigRecord({"version": self.version})
+        record.update({"need-sync": True} if self.need_sync else {})
+        return record
+
+    @classmethod
+    def read(cls, content: RecordDict, newest: int) -> "Status":
+        record = _config(content, "status")
+        return cls(number(record, "version", int, -1, newest), bool(record.get("need-sync")))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a client says of its training: rows, mean loss, seconds, peak memory in bytes."""
+
+    num_examples: int
+    train_loss: float
+    train_seconds: float
+    peak_bytes: int
+
+    def record(self) -> MetricRecord:
+        return MetricRecord({key.replace("_", "-"): value for key, value in vars(self).items()})
+
+    @classmethod
+    def read(cls, content: RecordDict) -> "Figures":
+        record = content.get("metrics")
+        if not isinstance(record, MetricRecord):
+            raise Refused("record 'metrics' is missing")
+        return cls(
+            number(record, "num-examples", int, 1, 2**31),
+            number(record, "train-loss", float, -1e30, 1e30),
+            number(record, "train-seconds", float, 0, 1e9),
+            number(record, "peak-bytes", int, 0, 2**62),
+        )
+
+
+def trained(status: Status, update: ArrayRecord, figures: Figures) -> RecordDict:
+    """The reply to a train message."""
+    return RecordDict({"status": status.record(), UPDATE: update, "metrics": figures.record()})
+
+
+def arrays(content: RecordDict, name: str) -> ArrayRecord:
+    """The array record ``name``. Raises :class:`Refused` if it is missing."""
+    record = content.get(name)
+    if not isinstance(record, ArrayRecord):
+        raise Refused(f"record {name!r} is missing")
+    return record
+
+
+def _config(content: RecordDict, name: str) -> ConfigRecord:
+    record = content.get(name)
+    if not isinstance(record, ConfigRecord):
+        raise Refused(f"record {name!r} is missing")
+    return record
+
+
+def _text(record: ConfigRecord, key: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise Refused(f"{key} = {value!r} is not of type str")
+    return value
