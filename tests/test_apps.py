@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedkrso_app import client_app, server_app
 from fedkrso_app.config import ConfigError
+from fedkrso_app.federation import client
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.training import model
@@ -82,7 +83,7 @@ def test_a_node_that_lost_its_entries_is_resynchronised_and_costs_one_share(run_
     def lose(partition, message, reply):
         if partition == 3 and message.content["train"]["round"] == 2:
             shutil.rmtree(node_files)
-            client_app.workplace.cache_clear()
+            client.workplace.cache_clear()
         return reply
 
     run = play(run_config | {"num-server-rounds": 5}, tamper=lose)
@@ -117,7 +118,7 @@ def test_example_weights_equal_a_hand_computation(run_config):
 
 def test_nodes_that_cannot_take_part_say_why(run_config):
     with pytest.raises(ConfigError, match=r"no node can take part: .*num-partitions"):
-        client_app.workplace.cache_clear()
+        client.workplace.cache_clear()
         grid = InProcessGrid(client_app.app, run_config, 2)
         for context in grid.contexts.values():
             context.node_config = {"partition-id": 0}
@@ -195,7 +196,7 @@ def test_clients_without_validation_rows_to_judge_on_are_found_before_round_one(
 def test_more_clients_than_rows_fail_with_the_reason_of_the_clients(run_config, monkeypatch):
     monkeypatch.setattr("fedkrso_app.federation.nodes._GATHERING", 0)  # 498 more would be waited for
     with pytest.raises(ConfigError, match="no node can take part: partition 0: num-supernodes = 500 must be 1 to 160"):
-        client_app.workplace.cache_clear()
+        client.workplace.cache_clear()
         grid = InProcessGrid(client_app.app, run_config, 2)
         for context in grid.contexts.values():
             context.node_config = {"partition-id": 0, "num-partitions": 500}

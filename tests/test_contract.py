@@ -10,13 +10,14 @@ from conftest import arrays_of, digest, play, replayed
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from transformers import AutoModelForSequenceClassification
 
-from fedkrso_app import client_app
+from fedkrso_app import data
+from fedkrso_app.federation import client
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.strategies import STRATEGIES, parse
+from fedkrso_app.strategies import STRATEGIES, make, parse
 from fedkrso_app.strategies.base import Shapes
-from fedkrso_app.training import model
+from fedkrso_app.training import loop, model
 from fedkrso_app.training.loop import TrainingError
 
 
@@ -34,9 +35,7 @@ def at_any_dtype(request, settings) -> dict:
 def arrays_in_a_reply(settings) -> list[str]:
     config = parse(settings)
     loaded = model.load(config.model, 2, 0)
-    return list(
-        STRATEGIES[config.strategy].reply_schema(config, Shapes.of(loaded.module, loaded.targets, loaded.head)).arrays
-    )
+    return list(make(config, Shapes.of(loaded)).reply.fields)
 
 
 def test_the_loss_falls(settings):
@@ -47,14 +46,14 @@ def test_the_loss_falls(settings):
 
 def test_every_method_trains_on_the_same_batches(run_config, monkeypatch):
     seen: dict[str, list] = {}
-    draw = client_app.data.batches
+    draw = data.batches
 
     def watched(*args):
         for batch in draw(*args):
             seen.setdefault(strategy, []).append(batch["input_ids"].tolist())
             yield batch
 
-    monkeypatch.setattr(client_app.data, "batches", watched)
+    monkeypatch.setattr(data, "batches", watched)
     for run_id, strategy in enumerate(STRATEGIES, start=1):
         play(run_config | {"strategy": strategy, "run-name": strategy, "num-server-rounds": 2}, run_id=run_id)
     assert len(seen["fedkrso"]) == 2 * 4 * 4 and all(batches == seen["fedkrso"] for batches in seen.values())
@@ -69,8 +68,8 @@ def test_the_clients_model_equals_the_servers_and_is_given_back_unchanged(at_any
     settings, seen = at_any_dtype, {}
 
     def look(partition, message, reply):
-        place = client_app.workplace(message.content["train"]["run"], parse(settings), 4)
-        seen.setdefault(place.replica.version, set()).add(model.state_digest(place.replica.method.plain_state()))
+        place = client.workplace(message.content["train"]["run"], parse(settings), 4)
+        seen.setdefault(place.replica.version, set()).add(model.state_digest(place.replica.local.plain_state()))
         return reply
 
     run = play(settings, tamper=look)
@@ -83,7 +82,7 @@ def test_the_clients_model_equals_the_servers_and_is_given_back_unchanged(at_any
 def test_only_what_an_optimizer_trains_asks_for_gradients(settings, monkeypatch):
     config, asked = parse(settings), set()
     loaded = model.load(config.model, 2, 0)
-    method = STRATEGIES[config.strategy].local(loaded.module, loaded.targets, loaded.head, config)
+    local = make(config, Shapes.of(loaded)).local(loaded)
     forward = type(loaded.module).forward
 
     def watch(self, *args, **kwargs):
@@ -93,8 +92,10 @@ def test_only_what_an_optimizer_trains_asks_for_gradients(settings, monkeypatch)
     monkeypatch.setattr(type(loaded.module), "forward", watch)
     batch = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "labels": torch.tensor([1])}
     seeds = np.arange(3, dtype=np.uint64).tobytes()
-    method.train(iter([batch] * config.local_steps), ConfigRecord({"seeds": seeds}), np.random.default_rng(0))
-    trained = {id(parameter) for parameter in method.optimized()}
+    rng = np.random.default_rng(0)
+    with local.session({"seeds": seeds}, rng) as session:
+        loop.train(local.module, iter([batch] * config.local_steps), session, config, rng)
+    trained = {id(parameter) for parameter in local.optimized()}
     expected = {name for name, parameter in loaded.module.named_parameters() if id(parameter) in trained}
     assert {name for name in asked if not name.endswith(".B")} == expected  # .B: where FedKRSO's gradients arrive
     assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
@@ -105,8 +106,8 @@ def test_partial_participation_catches_up_to_the_same_model(settings, dtype):
     seen = {}
 
     def look(partition, message, reply):
-        place = client_app.workplace(message.content["train"]["run"], parse(partial), 4)
-        seen[message.content["train"]["version"]] = model.state_digest(place.replica.method.plain_state())
+        place = client.workplace(message.content["train"]["run"], parse(partial), 4)
+        seen[message.content["train"]["version"]] = model.state_digest(place.replica.local.plain_state())
         return reply
 
     partial = settings | {"fraction-train": 0.5, "num-server-rounds": 5, "wire-dtype": dtype}
@@ -257,7 +258,7 @@ def test_a_reply_that_does_not_count_changes_nothing_but_the_divisor(settings, a
 @pytest.mark.parametrize("count", [2, 5])
 def test_identical_clients_equal_one(settings, count, monkeypatch):
     """Clients that train on the same rows with the same randomness: their mean is each of them."""
-    monkeypatch.setattr("fedkrso_app.client_app.stream", lambda seed, label, round, partition: _rng(round))
+    monkeypatch.setattr("fedkrso_app.federation.client.stream", lambda seed, label, round, partition: _rng(round))
     monkeypatch.setattr("fedkrso_app.data.partition", lambda train, task, n, *rest: [np.arange(40)] * n)
     one = play(settings | {"run-name": "one", "num-server-rounds": 1}, nodes=1)
     many = play(settings | {"run-name": "many", "num-server-rounds": 1}, nodes=count, run_id=2)

@@ -19,7 +19,8 @@ from fedkrso_app.federation.replica import NodeStore, Replica
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger, LedgerError
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies import STRATEGIES, make
+from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import model
 
 # Nodes
@@ -58,10 +59,11 @@ def test_a_long_catch_up_leaves_few_files(run_config, strategy, left):
     for version in Ledger(run.ledger).versions():
         store.put(Ledger(run.ledger).read(version))
     loaded = model.load(config.model, 2, config.seed)
-    method = STRATEGIES[strategy].local(loaded.module, loaded.targets, loaded.head, config)
-    Replica(method, store.entries, STRATEGIES[strategy].incremental, store).advance(6)
+    method = make(config, Shapes.of(loaded))
+    local = method.local(loaded)
+    Replica(local, store.entries, method.entry.span, store).advance(6)
     assert [path.suffix for path in sorted(store.folder.iterdir())] == left and store.version == 6
-    assert model.state_digest(method.plain_state()) == digest(run)
+    assert model.state_digest(local.plain_state()) == digest(run)
 
 
 class Later:

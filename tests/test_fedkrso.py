@@ -1,18 +1,21 @@
 """What holds for FedKRSO alone: the pool, the average by seed, one application per version, bytes at real sizes."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
 from conftest import arrays_of, default_config, play
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import RecordDict
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from fedkrso_app.core.projection import projection
 from fedkrso_app.core.subspace import matrix
+from fedkrso_app.federation.aggregate import aggregate
 from fedkrso_app.federation.replica import NeedSync, Replica
-from fedkrso_app.federation.round import no_figures
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Entry, Ledger
+from fedkrso_app.records.protocol import Figures, Instructions, Status, trained
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import parse
 from fedkrso_app.strategies.base import Shapes
@@ -28,60 +31,56 @@ def test_seeds_are_distinct_fresh_every_round_and_the_same_for_the_same_run():
 
 
 @pytest.fixture
-def strategy(tmp_path, config):
-    """Round 1 of a run on two layers of 3 × 4 and 2 × 3 with a head of 2 (r = 2, so Q = 10)."""
-    ledger = Ledger(tmp_path / "ledger")
-    ledger.append(Entry(0, {}, no_figures()))
-    made = FedKRSO(config, Shapes({"a": (3, 4), "b": (2, 3)}, head=2, parameters=20), ledger, "", "0" * 16)
-    made.round = 1
-    made.begin()
-    return made
+def method(config):
+    """On two layers of 3 × 4 and 3 × 3 with a head of 2 (r = 2, so Q = 12)."""
+    return FedKRSO(config, Shapes({"a": (3, 4), "b": (3, 3)}, head=2, parameters=23))
 
 
-def update(strategy, ks, value=1.0):
-    rows = [np.full(10, value * (k + 1), np.float32) for k in ks]
+def update(method, ks, value=1.0):
+    rows, pool = [np.full(12, value * (k + 1), np.float32) for k in ks], method.pool(1)
     return {
-        "seeds": np.array([strategy.pool[k] for k in ks], np.uint64),
+        "seeds": pool[ks],
         "accumulators": np.stack(rows),
         "head": np.array([value, -value], np.float32),
     }
 
 
-def test_a_seed_that_a_client_did_not_draw_counts_as_zero_and_the_divisor_is_everyone(strategy):
-    strategy.absorb(update(strategy, [0, 2]), 1, 0)
-    strategy.absorb(update(strategy, [2]), 1, 1)
-    strategy.absorb(update(strategy, [2], value=4.0), 2, 2)
-    entry = strategy.average(4)
-    assert entry["seeds"].tolist() == [strategy.pool[0], strategy.pool[2]]  # seed 1 was drawn by nobody
-    np.testing.assert_allclose(entry["accumulators"][0], np.full(10, 1 / 4))
-    np.testing.assert_allclose(entry["accumulators"][1], np.full(10, (3 + 3 + 2 * 12) / 4))
+def test_a_seed_that_a_client_did_not_draw_counts_as_zero_and_the_divisor_is_everyone(method):
+    sums = aggregate(method)
+    for partition, (reply, weight) in enumerate(
+        [(update(method, [0, 2]), 1), (update(method, [2]), 1), (update(method, [2], value=4.0), 2)]
+    ):
+        sums.add(method.summands(reply), reply, weight, partition)
+    entry = method.conclude(sums, 1)
+    assert entry["seeds"].tolist() == method.pool(1)[[0, 2]].tolist()  # seed 1 was drawn by nobody
+    np.testing.assert_allclose(entry["accumulators"][0], np.full(12, 1 / 4))
+    np.testing.assert_allclose(entry["accumulators"][1], np.full(12, (3 + 3 + 2 * 12) / 4))
     np.testing.assert_allclose(entry["head"], [(1 + 1 + 2 * 4) / 4, -(1 + 1 + 2 * 4) / 4])
 
 
-def test_seeds_outside_the_pool_or_twice_are_refused(strategy):
-    good = update(strategy, [0, 1])
-    strategy.check(good)
+def test_seeds_outside_the_pool_or_twice_are_refused(method):
+    good, first = update(method, [0, 1]), method.pool(1)[0]
+    method.check(good, 1)
     with pytest.raises(Refused, match="not in this round's pool"):
-        strategy.check(good | {"seeds": np.array([strategy.pool[0], 12345], np.uint64)})
+        method.check(good, 2)
+    with pytest.raises(Refused, match="not in this round's pool"):
+        method.check(good | {"seeds": np.array([first, 12345], np.uint64)}, 1)
     with pytest.raises(Refused, match="occurs twice"):
-        strategy.check(good | {"seeds": np.array([strategy.pool[0]] * 2, np.uint64)})
+        method.check(good | {"seeds": np.array([first] * 2, np.uint64)}, 1)
 
 
-def test_a_client_can_send_no_more_seeds_than_it_has_intervals(strategy, config):
-    schema = FedKRSO.reply_schema(config, strategy.shapes)  # four steps, intervals of two
-    wire.unpack(wire.pack(update(strategy, [0, 1])), schema)
+def test_a_client_can_send_no_more_seeds_than_it_has_intervals(method):
+    wire.unpack(wire.pack(update(method, [0, 1])), method.reply)  # four steps, intervals of two
     with pytest.raises(Refused, match="at most 2"):
-        wire.unpack(wire.pack(update(strategy, [0, 1, 2])), schema)
+        wire.unpack(wire.pack(update(method, [0, 1, 2])), method.reply)
 
 
 def test_apply_equals_the_sum_over_seeds_and_layers(model_folder, config):
     loaded, plain = (model.load(str(model_folder), 2, 0) for _ in range(2))
-    method = FedKRSOLocal(loaded.module, loaded.targets, loaded.head, config)
-    rng = np.random.default_rng(0)
-    entry = method.initial()
-    seeds = np.array([7, 2**63 + 1], np.uint64)
-    entry |= {"seeds": seeds, "accumulators": rng.normal(size=(2, entry["accumulators"].shape[1])).astype(np.float32)}
-    method.apply(entry)
+    local, rng = FedKRSOLocal(loaded, config), np.random.default_rng(0)
+    seeds, Q = np.array([7, 2**63 + 1], np.uint64), Shapes.of(loaded).outputs(2)
+    entry = local.state() | {"seeds": seeds, "accumulators": rng.normal(size=(2, Q)).astype(np.float32)}
+    local.apply(entry)
     start = 0
     for name, layer in plain.targets.items():
         W = matrix(layer).double()
@@ -95,13 +94,12 @@ def test_apply_equals_the_sum_over_seeds_and_layers(model_folder, config):
 
 def test_no_version_is_applied_twice_and_none_is_skipped(model_folder, config, tmp_path):
     loaded = model.load(str(model_folder), 2, 0)
-    method = FedKRSOLocal(loaded.module, loaded.targets, loaded.head, config)
-    applied = []
-    method.apply = applied.append
+    local, applied = FedKRSOLocal(loaded, config), []
+    local.apply = applied.append
     store = Ledger(tmp_path / "store")
     for version in (0, 1, 3):
         store.put(Entry(version, {"version": np.array([version])}))
-    replica = Replica(method, store, incremental=True)
+    replica = Replica(local, store, span=None)
     replica.advance(1)
     replica.advance(1)
     assert [int(arrays["version"][0]) for arrays in applied] == [0, 1]
@@ -128,18 +126,18 @@ def test_clients_receive_seeds_accumulators_and_the_head_and_never_weights(run_c
 
 def test_every_upload_reproduces_the_clients_end_weights(run_config, monkeypatch):
     """Σ over the uploaded accumulators, from W^t, gives the weights that training ended with."""
-    ends, starts = [], []
-    train = FedKRSOLocal.train
+    ends, starts, names, replies = [], [], [], []
+    session = FedKRSOLocal.session
 
-    def watch(self, batches, instructions, rng):
+    @contextmanager
+    def watched(self, instructions, rng):
         starts.append([matrix(layer).clone() for layer in self.targets.values()])
-        result = train(self, batches, instructions, rng)
+        with session(self, instructions, rng) as opened:
+            yield opened
         ends.append([matrix(layer).clone() for layer in self.targets.values()])
         names.append(list(self.targets))
-        return result
 
-    names, replies = [], []
-    monkeypatch.setattr(FedKRSOLocal, "train", watch)
+    monkeypatch.setattr(FedKRSOLocal, "session", watched)
     play(run_config | {"num-server-rounds": 1}, tamper=lambda p, m, r: replies.append(r) or r)
     for before, after, layers, reply in zip(starts, ends, names, replies, strict=True):
         arrays, start = arrays_of(reply), 0
@@ -160,7 +158,7 @@ def roberta_base() -> Shapes:
             RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
         )
     head = {name: p for name, p in module.named_parameters() if not name.startswith("roberta.")}
-    return Shapes.of(module, model.find_targets(module), head)
+    return Shapes.of(model.LoadedModel(module, None, model.find_targets(module), head, (), frozenset()))
 
 
 # wire-dtype -> bytes of a value in an accumulator and in the head, a scale of two bytes for 128 values included
@@ -168,7 +166,7 @@ BYTES = {"float32": (4, 4), "float16": (2, 2), "int8": (65 / 64, 65 / 64), "int4
 
 
 @pytest.mark.parametrize(("dtype", "count"), [("float32", 1), ("float32", 6), *((dtype, 10) for dtype in BYTES)])
-def test_bytes_at_roberta_base_size_are_within_one_percent_of_the_formula(roberta_base, tmp_path, dtype, count):
+def test_bytes_at_roberta_base_size_are_within_one_percent_of_the_formula(roberta_base, dtype, count):
     config = parse(default_config() | {"local-steps": 100, "wire-dtype": dtype})
     Q, h = roberta_base.outputs(4), roberta_base.head
     rng = np.random.default_rng(0)
@@ -177,15 +175,12 @@ def test_bytes_at_roberta_base_size_are_within_one_percent_of_the_formula(robert
         "accumulators": rng.standard_normal((count, Q), dtype=np.float32),
         "head": rng.standard_normal(h, dtype=np.float32),
     }
-    arrays = FedKRSO.encode_entry(arrays, config, roberta_base, 1)
-    ledger = Ledger(tmp_path)
-    ledger.append(Entry(0, {}, no_figures()))
-    ledger.append(Entry(1, arrays, no_figures() | {"round": 1}))
-    strategy = FedKRSO(config, roberta_base, ledger, "", "0" * 16)
-    strategy.round = 2
-    reply = RecordDict({"status": ConfigRecord({"version": 1}), "update": wire.pack(arrays)})
-    for content in (reply, strategy.message_content(0, "train", {"round": 1, **strategy.instructions(1)})):
+    method = FedKRSO(config, roberta_base)
+    arrays = wire.encode(arrays, method.entry, rng)
+    reply = trained(Status(1), wire.pack(arrays), Figures(1, 0.5, 1.0, 1))
+    question = Instructions("0" * 16, 1, "0" * 64, round=1, method=method.instructions(1)).record()
+    for content in (reply, RecordDict({"entry-1": wire.pack(arrays), "train": question})):
         assert wire.measured_bytes(content) == pytest.approx(
             BYTES[dtype][0] * count * Q + BYTES[dtype][1] * h, rel=0.01
         )
-    assert strategy.paper_bytes() == 31_279_120
+    assert method.paper_bytes() == 31_279_120

@@ -1,12 +1,14 @@
 """What holds for FedSRD and FedSRD-e: sparse both ways, both sides at the same pair, bytes by the formula."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
 from conftest import arrays_of, digest, play, replayed, replica
 
-from fedkrso_app import client_app
 from fedkrso_app.core.flat import flatten
+from fedkrso_app.federation import client
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.strategies import STRATEGIES, parse
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
@@ -51,20 +53,19 @@ def test_a_broadcast_keeps_about_a_fifth_of_one_factor(settings):
 @pytest.mark.parametrize("dtype", ["float32", "int4"])
 def test_the_server_and_every_client_hold_the_same_pair_bit_for_bit(settings, dtype, monkeypatch):
     settings, servers, clients = settings | {"wire-dtype": dtype}, {}, {}
-    average = FedSRD.average
+    conclude = FedSRD.conclude
 
-    def keep(self, total):
-        version = self.ledger.version
-        servers[version] = {name: flatten(tensors).tobytes() for name, tensors in self.pair.items()}
-        return average(self, total)
+    def keep(self, means, round):
+        servers[self.version] = {name: flatten(tensors).tobytes() for name, tensors in self.pair.items()}
+        return conclude(self, means, round)
 
     def look(partition, message, reply):
-        method = client_app.workplace(message.content["train"]["run"], parse(settings), 4).replica.method
-        pair = {name: flatten(method.state[name]).tobytes() for name in ("B", "A")}
+        local = client.workplace(message.content["train"]["run"], parse(settings), 4).replica.local
+        pair = {name: flatten(local.tensors[name]).tobytes() for name in ("B", "A")}
         clients.setdefault(message.content["train"]["version"], []).append(pair)
         return reply
 
-    monkeypatch.setattr(FedSRD, "average", keep)
+    monkeypatch.setattr(FedSRD, "conclude", keep)
     play(settings, tamper=look)
     assert len(servers) == 4
     assert all(pair == servers[version] for version, pairs in clients.items() for pair in pairs)
@@ -83,19 +84,20 @@ def test_without_sparsification_and_with_one_client_a_B_round_takes_over_the_cli
         "strategy": "fedsrd-e", "fedsrd.alpha": 0.0, "fedsrd.max-sparsity": 0.0, "fedsrd.compensate": "none",
         "fedsrd.download-sparsity": 0.0, "num-server-rounds": 1,
     }  # fmt: skip
-    local, ends = STRATEGIES["fedsrd-e"].local, []
-    train = local.train
+    half, ends = STRATEGIES["fedsrd-e"].half, []
+    session = half.session
 
-    def train_B_only(self, batches, instructions, rng):
-        A = [tensor.detach().clone() for tensor in self.state["A"]]
-        for tensor in self.state["A"]:
+    @contextmanager
+    def train_B_only(self, instructions, rng):
+        A = [tensor.detach().clone() for tensor in self.tensors["A"]]
+        for tensor in self.tensors["A"]:
             tensor.requires_grad_(True).register_hook(torch.zeros_like)
-        arrays, loss = train(self, batches, instructions, rng)
-        assert all(torch.equal(a, b) for a, b in zip(A, self.state["A"], strict=True))
-        ends.append(flatten(self.state["B"]))
-        return arrays, loss
+        with session(self, instructions, rng) as opened:
+            yield opened
+        assert all(torch.equal(a, b) for a, b in zip(A, self.tensors["A"], strict=True))
+        ends.append(flatten(self.tensors["B"]))
 
-    monkeypatch.setattr(local, "train", train_B_only)
+    monkeypatch.setattr(half, "session", train_B_only)
     run = play(settings, nodes=1)
     values = Ledger(run.ledger).read(1).arrays["values"]
     np.testing.assert_allclose(values, ends[0], rtol=0, atol=2e-7)
@@ -104,7 +106,7 @@ def test_without_sparsification_and_with_one_client_a_B_round_takes_over_the_cli
 def test_a_factor_that_jumps_is_told_and_rcond_tames_it(run_config, caplog):
     def largest(rcond):
         run = play(run_config | {"strategy": "fedsrd-e", "fedsrd.rcond": rcond, "run-name": str(rcond)})
-        return max(float(A.abs().max()) for A in replica(run).state["A"])
+        return max(float(A.abs().max()) for A in replica(run).tensors["A"])
 
     run_config |= {"fraction-train": 0.5, "num-server-rounds": 4}
     wild = largest(0.0)

@@ -31,7 +31,7 @@ def test_roberta_has_the_papers_sizes(size, Q, h, layers):
     with torch.device("meta"):
         module = AutoModelForSequenceClassification.from_config(settings)
     head = {name: p for name, p in module.named_parameters() if not name.startswith("roberta.")}
-    shapes = Shapes.of(module, model.find_targets(module), head)
+    shapes = Shapes.of(model.LoadedModel(module, None, model.find_targets(module), head, (), frozenset()))
     assert (shapes.outputs(4), shapes.inputs(4), shapes.head, len(shapes.targets)) == (Q, Q, h, layers)
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import default_config, play
-from flwr.app import ConfigRecord
 from transformers import AlbertConfig, RobertaConfig
 from typer.testing import CliRunner
 
@@ -17,23 +16,24 @@ from fedkrso_app.config import ConfigError
 from fedkrso_app.runs import plan
 from fedkrso_app.runs.compare import settings
 from fedkrso_app.runs.memory import SETTINGS, client_memory
-from fedkrso_app.strategies import STRATEGIES, parse
+from fedkrso_app.strategies import STRATEGIES, make, parse
 from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.strategies.fedkrso import distinct_seeds
 from fedkrso_app.training import model
 from fedkrso_app.training.activations import activation_memory
 
 MIB = 2**20
 KINDS = ("weights", "gradients", "optimizer", "activations", "peak")
-SEEDS = ConfigRecord({"seeds": np.arange(3, dtype="<u8").tobytes()})
+SEEDS = {"seeds": np.arange(3, dtype="<u8").tobytes()}
 
 
 def figures(config, folder, device):
     """Bytes by setting of ``activation-memory`` for a RoBERTa in ``folder``, on a batch of full length."""
     loaded = model.outline(str(folder), 2) if device == "meta" else model.load(str(folder), 2, 0)
     with torch.device(device):
-        method = STRATEGIES[config.strategy].local(loaded.module, loaded.targets, loaded.head, config)
+        local = make(config, Shapes.of(loaded)).local(loaded)
         inputs = plan.batch(loaded, plan.data.task("glue/sst2"), config)
-        counted, refused = client_memory(method, inputs, SEEDS)
+        counted, refused = client_memory(local, inputs, SEEDS)
     assert not refused
     return counted
 
@@ -85,9 +85,7 @@ def test_the_total_is_at_least_all_that_must_be_there_at_once(config, model_fold
 
 def predicted(run_config, clients):
     config = parse(run_config)
-    loaded = model.outline(config.model, 2)
-    with plan._server(config, Shapes.of(loaded.module, loaded.targets, loaded.head)) as strategy:
-        return plan.traffic(strategy, clients)
+    return plan.traffic(make(config, Shapes.of(model.outline(config.model, 2))), clients)[0]
 
 
 CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one, nothing dropped on the way down
@@ -115,7 +113,7 @@ def test_the_bytes_planned_hold_the_entries_that_a_client_missed(run_config, mon
     lines = play(settings, nodes=4).metrics()
     last = [max((line["round"] for line in lines if node in line["partitions"]), default=0) for node in range(4)]
     heard = sum(max(0, round - 1) for round in last) / 4  # who is asked is drawn: take what was
-    monkeypatch.setattr(plan, "entries_heard", lambda share, rounds: heard)
+    monkeypatch.setattr(plan, "entries_received", lambda share, rounds: heard)
     down = sum(line["downlink_bytes"] for line in lines)
     assert 6 * 2 * predicted(settings, 4)["down"] == pytest.approx(down, rel=0.01)
     assert sum(line.get("catchup_bytes", 0) for line in lines) > 0.1 * down
@@ -124,21 +122,19 @@ def test_the_bytes_planned_hold_the_entries_that_a_client_missed(run_config, mon
 def test_expected_seeds_and_entries_are_the_means_of_draws():
     rng = np.random.default_rng(0)
     drawn = [len(set(rng.integers(10, size=5))) for _ in range(4000)]
-    assert plan.distinct_seeds(10, 5) == pytest.approx(np.mean(drawn), abs=5 * np.std(drawn) / 4000**0.5)
+    assert distinct_seeds(10, 5) == pytest.approx(np.mean(drawn), abs=5 * np.std(drawn) / 4000**0.5)
     asked = rng.random((4000, 9)) < 0.3  # run × round: whether the client is asked
     last = np.where(asked.any(1), 9 - asked[:, ::-1].argmax(1), 0)
     heard = np.maximum(last - 1, 0)  # round t brings entries 1 to t - 1
-    assert plan.entries_heard(0.3, 9) == pytest.approx(heard.mean(), abs=5 * heard.std() / 4000**0.5)
-    assert plan.entries_heard(1.0, 9) == 8
+    assert plan.entries_received(0.3, 9) == pytest.approx(heard.mean(), abs=5 * heard.std() / 4000**0.5)
+    assert plan.entries_received(1.0, 9) == 8
 
 
 def test_an_outline_has_the_shapes_of_the_model_and_needs_its_config_alone(model_folder, tmp_path):
     shutil.copy(model_folder / "config.json", tmp_path)
     loaded, outline = model.load(str(model_folder), 3, 0), model.outline(str(tmp_path), 3)
     assert all(parameter.is_meta for parameter in outline.module.parameters())
-    assert Shapes.of(outline.module, outline.targets, outline.head) == Shapes.of(
-        loaded.module, loaded.targets, loaded.head
-    )
+    assert Shapes.of(outline) == Shapes.of(loaded)
     assert list(outline.head) == list(loaded.head)
 
 

@@ -1,5 +1,7 @@
 """Quantised numbers: bounded, unbiased, the same bits from the same seed; what nobody could have encoded is refused."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,11 @@ from fedkrso_app.core.projection import stream
 from fedkrso_app.core.quantize import BLOCK, FORMATS
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
-from fedkrso_app.records.wire import Refused, Schema
-from fedkrso_app.strategies import parse
+from fedkrso_app.records.schema import Field, Schema
+from fedkrso_app.records.wire import Refused
+from fedkrso_app.strategies import make, parse
+from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.training import model
 
 LENGTHS = [0, 1, 2, 127, 128, 129, 777]
 
@@ -126,8 +131,13 @@ def test_codes_and_scales_cost_what_the_format_says():
 
 
 def schema(form: str) -> Schema:
-    arrays = {"k": ("uint64", ("s",)), "B": (form, ("s", 131)), "head": (form, (5,)), "values": (form, ("v",))}
-    return Schema(arrays, limits={"s": 3, "v": 300}, optional=frozenset({"head"}))
+    fields = {
+        "k": Field("uint64", ("s",), "key"),
+        "B": Field(form, ("s", 131)),
+        "head": Field(form, (5,), "state", optional=True),
+        "values": Field(form, ("v",)),
+    }
+    return Schema(fields, limits={"s": 3, "v": 300})
 
 
 def good(form: str) -> dict[str, np.ndarray]:
@@ -149,7 +159,7 @@ def test_encoded_arrays_survive_the_wire_bit_for_bit(form):
 
 def test_float32_is_itself_and_draws_nothing():
     rng, arrays = stream(0), {"B": rough(7)}
-    plain = Schema({"B": ("float32", ("s", 7))}, limits={"s": 3})
+    plain = Schema({"B": Field("float32", ("s", 7))}, limits={"s": 3})
     assert wire.encode(arrays, plain, rng)["B"] is arrays["B"] and wire.decode(arrays)["B"] is arrays["B"]
     assert rng.bit_generator.random_raw() == stream(0).bit_generator.random_raw()
     assert plain.encoded() == plain
@@ -246,7 +256,7 @@ def test_the_next_entry_is_the_last_plus_the_mean_update_up_to_its_own_grid(run_
     second = [wire.decode(arrays_of(reply)) for reply in replies[4:]]
     for name in {"head", "parameters", "A", "B"} & set(entry):
         exact = last[name] + np.mean([update[name] for update in second], axis=0, dtype=np.float64)
-        grid = wire.HEAD[dtype] if name == "head" else wire.STATE[dtype]
+        grid = make(run.config, Shapes.of(model.load(run.config.model, 2, 0))).entry.fields[name].dtype
         bound = largest_error(exact[None], grid)[0]
         assert (np.abs(entry[name] - exact) <= bound * 1.01 + 1e-7).all()
 
@@ -254,14 +264,15 @@ def test_the_next_entry_is_the_last_plus_the_mean_update_up_to_its_own_grid(run_
 def test_a_heads_error_on_the_way_up_is_a_step_of_the_update_and_not_of_the_head(run_config, monkeypatch):
     from fedkrso_app.strategies.fedkrso import FedKRSOLocal
 
-    heads, replies, train = [], [], FedKRSOLocal.train
+    heads, replies, session = [], [], FedKRSOLocal.session
 
-    def watch(self, *args):
-        result = train(self, *args)
-        heads.append(result[0]["head"])
-        return result
+    @contextmanager
+    def watched(self, *args):
+        with session(self, *args) as opened:
+            yield opened
+            heads.append(opened.update()["head"])
 
-    monkeypatch.setattr(FedKRSOLocal, "train", watch)
+    monkeypatch.setattr(FedKRSOLocal, "session", watched)
     small = run_config | {"wire-dtype": "int8", "num-server-rounds": 1, "fedkrso.learning-rate": 1e-6}
     run = play(small, tamper=lambda partition, message, reply: replies.append(reply) or reply)
     start = wire.decode(Ledger(run.ledger).read(0).arrays)["head"]

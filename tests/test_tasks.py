@@ -14,14 +14,15 @@ from typer.testing import CliRunner
 
 from fedkrso_app import cli, client_app, data, server_app
 from fedkrso_app.config import ConfigError
-from fedkrso_app.data import files, language
+from fedkrso_app.data import files, language, loading
+from fedkrso_app.federation import client
 from fedkrso_app.strategies import STRATEGIES, parse
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for cached in (data.load, data.resolve, data._hub, files.warn):
+    for cached in (data.load, data.resolve, loading._hub, files.warn):
         cached.cache_clear()
 
 
@@ -296,7 +297,7 @@ def test_a_node_that_numbers_its_labels_in_another_way_is_told(run_config, tmp_p
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.csv").write_text(table(*(f"w{i},{labels[i % 2]}" for i in range(20))))
     keys = run_config | {"task": "text-classification", "data-dir": str(tmp_path / "server")}
-    client_app.workplace.cache_clear()
+    client.workplace.cache_clear()
     grid = InProcessGrid(client_app.app, keys, 2)
     for context in grid.contexts.values():
         context.node_config = dict(context.node_config) | {"data-dir": str(tmp_path / "node")}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig, RobertaConfig
 
-from fedkrso_app.training.loop import train
+from fedkrso_app.training.loop import Session, train
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 MODELS = {
@@ -38,7 +38,7 @@ def test_training_ends_at_the_weights_of_the_default_and_leaves_the_model_as_it_
         module = model("encoder with biases and dropout")
         optimizer = torch.optim.SGD(module.roberta.encoder.parameters(), lr=0.1)
         settings = dataclasses.replace(config, activation_memory=chosen)
-        train(module, iter([batch()] * 4), [optimizer], settings, np.random.default_rng(0))
+        train(module, iter([batch()] * 4), Session([optimizer], dict), settings, np.random.default_rng(0))
         assert not any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
         ends.append(nn.utils.parameters_to_vector(module.parameters()))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-9, atol=1e-12)
@@ -53,7 +53,8 @@ def ends_of(config, batches, optimizer=torch.optim.SGD, **settings):
     parameters = list(module.roberta.encoder.parameters())
     settings = {"local_steps": 2, "warmup": 0.0, **settings}
     config = dataclasses.replace(config, **settings)
-    train(module, iter(batches), [optimizer(parameters, lr=0.1)], config, np.random.default_rng(0), constant_rate=True)
+    session = Session([optimizer(parameters, lr=0.1)], dict, constant_rate=True)
+    train(module, iter(batches), session, config, np.random.default_rng(0))
     return nn.utils.parameters_to_vector(parameters)
 
 

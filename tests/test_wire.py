@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedkrso_app.records.wire import Refused, Schema, measured_bytes, number, pack, unpack
+from fedkrso_app.records.schema import Field, Schema
+from fedkrso_app.records.wire import Refused, measured_bytes, number, pack, unpack
 
-SCHEMA = Schema({"seeds": ("uint64", ("s",)), "B": ("float32", ("s", 6)), "head": ("float32", (4,))}, limits={"s": 3})
+SCHEMA = Schema(
+    {"seeds": Field("uint64", ("s",)), "B": Field("float32", ("s", 6)), "head": Field("float32", (4,))}, limits={"s": 3}
+)
 
 
 def good() -> dict[str, np.ndarray]:
