@@ -25,7 +25,7 @@ from fedkrso_app.records.protocol import TALLY, Answer, Figures, Instructions, Q
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Arrays, Shapes
-from fedkrso_app.training import loop, model
+from fedkrso_app.training import loop, model, threads
 
 logger = logging.getLogger("flwr")
 
@@ -154,6 +154,7 @@ def identity(node_config: Mapping[str, Any]) -> tuple[int, int]:
 def workplace_of(context: Any, run: str) -> Workplace:
     """That of a node. A ``data-dir`` of its own wins over the run's, and is its own share as a whole."""
     config, partitions = parse(context.run_config), identity(context.node_config)[1]
+    threads.hold(config.torch_threads)
     if "data-dir" in context.node_config:
         config, partitions = replace(config, data_dir=str(context.node_config["data-dir"])), 0
     return workplace(run, config, partitions)
