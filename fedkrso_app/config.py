@@ -6,6 +6,7 @@ types and what values make sense together. The settings of a method are declared
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,11 @@ def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def resolved_path(path: str) -> Path:
     """``path`` as an absolute one, a leading ``~`` expanded."""
     return Path(path).expanduser().resolve()
+
+
+def cache() -> Path:
+    """The folder of this machine's files: what its nodes hold of a run, the embedded model."""
+    return Path(os.environ.get("FEDKRSO_CACHE") or "~/.cache/fedkrso").expanduser()
 
 
 def names(text: str) -> list[str]:

@@ -16,6 +16,7 @@ from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.projection import probe, stream
 from fedkrso_app.federation import evaluation
+from fedkrso_app.federation.discretion import told
 from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.transforms import transforms
@@ -148,6 +149,8 @@ def identity(node_config: Mapping[str, Any]) -> tuple[int, int]:
     partition, partitions = int(node_config["partition-id"]), int(node_config["num-partitions"])
     if not 0 <= partition < partitions:
         raise ConfigError(f"partition-id = {partition} is not below num-partitions = {partitions}.")
+    if not isinstance(share := node_config.get("share-errors", False), bool):
+        raise ConfigError(f"share-errors = {share!r} is neither true nor false; write it without quotes.")
     return partition, partitions
 
 
@@ -184,7 +187,7 @@ def join(message: Message, context: Any) -> Answer:
         version = place.store.version
         return replace(answer, model=place.digest, version=version, stamp=place.store.stamp(version))
     except ConfigError as error:
-        return replace(answer, error=str(error))
+        return replace(answer, error=told(error, context.node_config))
 
 
 def leave(message: Message, context: Any) -> None:
