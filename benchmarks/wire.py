@@ -4,7 +4,7 @@
 
 Builds each method on RoBERTa-base and RoBERTa-large *shapes* (a model from its config on the meta device: no weights),
 fills its records with random numbers and counts the bytes that Flower would serialise, headers included. FedKRSO
-has two rows: with all K = 10 seeds both ways, as the paper counts it, and with the seeds that ten clients draw on average.
+has two rows: with all K = 10 seeds both ways, as the paper counts it, and with those that ten clients draw on average.
 """
 
 import argparse
