@@ -2,11 +2,15 @@
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.x509 import load_pem_x509_certificate
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -27,6 +31,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run, from its config to its model."""
+    warn_before_expiry()
     try:
         config = parse(context.run_config)
         tracking.check(config.tracker)
@@ -138,6 +143,20 @@ def play(
         digest = model.state_digest(state)
     folder.complete(digest)
     logger.info("%s", run.closing_table(folder, task.metric))
+
+
+def warn_before_expiry() -> None:
+    """Warn of each certificate in ``FEDKRSO_CERTIFICATE`` (files; deploy/superlink.sh sets it) with a week or less."""
+    for file in filter(None, os.environ.get("FEDKRSO_CERTIFICATE", "").split(os.pathsep)):
+        try:
+            end = load_pem_x509_certificate(Path(file).read_bytes()).not_valid_after_utc
+        except (OSError, ValueError) as error:
+            logger.warning("The certificate %s cannot be read: %s", file, error)
+            continue
+        if end - datetime.now(UTC) <= timedelta(days=7):
+            logger.warning(
+                "The certificate %s is valid until %s UTC: renew it by deploy/keys.sh.", file, f"{end:%F %R}"
+            )
 
 
 @contextmanager
