@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -252,3 +253,11 @@ def replayed(run: Run, version: int | None = None) -> str:
 
 def arrays_of(reply: Message) -> dict[str, np.ndarray]:
     return {name: array.numpy() for name, array in reply.content["update"].items()}
+
+
+def expire(keys: Path, days: int) -> None:
+    """Sign the server's certificate of deploy/keys.sh anew, with an end ``days`` from now."""
+    names = ["-subj", "/CN=near", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subprocess.run(["openssl", "req", "-new", "-key", "server.key", "-out", "csr", *names], cwd=keys, check=True)
+    sign = ["openssl", "x509", "-req", "-in", "csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-copy_extensions", "copy"]
+    subprocess.run([*sign, "-days", str(days), "-out", "server.pem"], cwd=keys, check=True, capture_output=True)
