@@ -17,7 +17,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, digest, play
+from helpers import ROOT, digest, play
 
 from fedkrso_app.runs.folder import Run
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import arrays_of, default_config, play
 from flwr.app import ConfigRecord, RecordDict
+from helpers import arrays_of, default_config, play
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from fedkrso_app.config import parse

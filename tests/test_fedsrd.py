@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import arrays_of, digest, play, replayed, replica
+from helpers import arrays_of, digest, play, replayed, replica
 
 from fedkrso_app import client_app
 from fedkrso_app.config import parse

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import default_config, play
 from flwr.app import ConfigRecord
+from helpers import default_config, play
 from transformers import AlbertConfig, RobertaConfig
 from typer.testing import CliRunner
 
