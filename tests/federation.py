@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, expire
+from helpers import ROOT, expire
 
 NODES = 3
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")

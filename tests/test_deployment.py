@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, digest, play
 from federation import NODES, answers, started
+from helpers import ROOT, digest, play
 
 from fedkrso_app.runs.folder import Run
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import datasets
 import pytest
 import typer
-from conftest import ROOT, default_config, play
 from flwr.cli.app import app as flower
 from flwr.common.config import parse_config_args
 from flwr.proto.federation_config_pb2 import SimulationConfig
+from helpers import ROOT, default_config, play
 from test_families import build
 from typer.testing import CliRunner
 
