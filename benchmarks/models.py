@@ -27,7 +27,7 @@ from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear
 from fedkrso_app.training.activations import activation_memory
 from fedkrso_app.training.loop import head_optimizer, precision
-from fedkrso_app.training.model import find_targets
+from fedkrso_app.training.model import LoadedModel, find_targets
 
 PEERS = ("floor", "fedkrso", "a-frozen", "lora", "full")
 RANK, RATE = 4, 1e-4
@@ -48,6 +48,11 @@ def classifier(size: str, attention: str = "sdpa") -> Any:
 def head_of(module: Any) -> dict[str, nn.Parameter]:
     base = module.base_model_prefix + "."
     return {name: p for name, p in sorted(module.named_parameters()) if not name.startswith(base)}
+
+
+def loaded(module: nn.Module) -> LoadedModel:
+    """A classifier as the app would have loaded it, without a tokenizer."""
+    return LoadedModel(module, None, find_targets(module), head_of(module), classes=(), new=frozenset())
 
 
 def batch(rows: int, tokens: int) -> dict[str, Tensor]:

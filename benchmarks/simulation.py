@@ -33,21 +33,20 @@ from benchmarks.models import show
 from fedkrso_app.data.embedded import pretraining as embedded
 from fedkrso_app.runs.compare import Settings, settings
 
-_PACK = {"fedkrso_app.strategies.fedkrso:FedKRSO.encode_reply": "pack", "fedkrso_app.client_app:wire.pack": "pack"}
 APPS: dict[str, Any] = {
     "fedkrso": {
         "client": "fedkrso_app.client_app:app",
         "server": "fedkrso_app.server_app:app",
         "client_parts": {
-            "fedkrso_app.replica:Replica.advance": "rebuild",
-            "fedkrso_app.strategies.fedkrso:train": "train",
-            **_PACK,
+            "fedkrso_app.federation.replica:Replica.advance": "rebuild",
+            "fedkrso_app.training.loop:train": "train",
+            "fedkrso_app.federation.client:Workplace._encoded": "pack",
         },
         "server_parts": {
-            "fedkrso_app.strategies.round:FedTune._ask": "aggregate",
-            "fedkrso_app.strategies.round:FedTune._accept": "aggregate",
-            "fedkrso_app.strategies.round:FedTune._close": "aggregate",
-            "fedkrso_app.metrics:tally": "evaluate",
+            "fedkrso_app.federation.round:Round._ask": "aggregate",
+            "fedkrso_app.federation.round:Round._accept": "aggregate",
+            "fedkrso_app.federation.round:Round._close": "aggregate",
+            "fedkrso_app.training.metrics:tally": "evaluate",
         },
     },
     "peer": {
@@ -61,7 +60,7 @@ APPS: dict[str, Any] = {
         "server_parts": {
             "flwr.serverapp.strategy:FedAvg.configure_train": "aggregate",
             "flwr.serverapp.strategy:FedAvg.aggregate_train": "aggregate",
-            "fedkrso_app.metrics:tally": "evaluate",
+            "fedkrso_app.training.metrics:tally": "evaluate",
         },
     },
 }

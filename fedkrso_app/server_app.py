@@ -1,8 +1,12 @@
 """Run config -> folder -> rounds -> model."""
 
 import logging
+import os
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+from cryptography.x509 import load_pem_x509_certificate
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -24,6 +28,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run, from its config to its model."""
+    warn_before_expiry()
     try:
         config = parse(context.run_config)
         tracking.check(config.tracker)
@@ -58,3 +63,17 @@ def main(grid: Grid, context: Context) -> None:
     finally:
         folder.unlock()
     logger.info("Run directory: %s", folder.path)
+
+
+def warn_before_expiry() -> None:
+    """Warn of each certificate in ``FEDKRSO_CERTIFICATE`` (files; deploy/superlink.sh sets it) with a week or less."""
+    for file in filter(None, os.environ.get("FEDKRSO_CERTIFICATE", "").split(os.pathsep)):
+        try:
+            end = load_pem_x509_certificate(Path(file).read_bytes()).not_valid_after_utc
+        except (OSError, ValueError) as error:
+            logger.warning("The certificate %s cannot be read: %s", file, error)
+            continue
+        if end - datetime.now(UTC) <= timedelta(days=7):
+            logger.warning(
+                "The certificate %s is valid until %s UTC: renew it with deploy/keys.sh.", file, f"{end:%F %R}"
+            )

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import digest, play, replayed, replica
+from helpers import digest, play, replayed, replica
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
@@ -116,7 +116,7 @@ def moved(run, *options) -> dict[int, dict[str, float]]:
 def test_the_way_of_each_layer_equals_the_gram_matrices_of_seeds_and_accumulators(run):
     """‖Σ_k B_k P_k‖² = Σ_kj tr(B_kᵀ B_j · P_j P_kᵀ), from the entry alone: no weight and no product of m × n."""
     shapes = {name: matrix(layer).shape for name, layer in replica(run).targets.items()}
-    r, told = run.config.fedkrso.rank, moved(run)
+    r, told = run.info["config"]["fedkrso.rank"], moved(run)
     assert list(told) == [0, 1, 2, 3] and told[0] == {}
     for version in (1, 2, 3):
         arrays, start = Ledger(run.ledger).read(version).arrays, 0
@@ -138,7 +138,8 @@ def test_the_way_of_each_layer_is_that_of_the_product_of_the_factors(run_config,
     products = {}
     for version in (2, 3):
         pairs = {name: lora.factors(layer) for name, layer in replica(run, version).layers.items()}
-        scale = run.config.lora.alpha / run.config.lora.rank
+        settings = run.info["config"]
+        scale = settings["lora.alpha"] / settings["lora.rank"]
         products[version] = {name: scale * B.detach().double() @ A.detach().double() for name, (A, B) in pairs.items()}
     told = moved(run)[3]
     for name, product in products[3].items():

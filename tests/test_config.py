@@ -1,7 +1,7 @@
 """The config's door: good settings get types, bad ones one sentence that names the key and the mend."""
 
 import pytest
-from conftest import default_config
+from helpers import default_config
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.strategies import parse

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import arrays_of, digest, play, replayed
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from helpers import arrays_of, digest, play, replayed
 from test_contract import reply_target
 from typer.testing import CliRunner
 

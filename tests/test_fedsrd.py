@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import arrays_of, digest, play, replayed, replica
+from helpers import arrays_of, digest, play, replayed, replica
 
 from fedkrso_app.core.flat import flatten
 from fedkrso_app.federation import client

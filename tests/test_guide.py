@@ -12,16 +12,17 @@ from pathlib import Path
 import datasets
 import pytest
 import typer
-from conftest import ROOT, default_config, play
 from flwr.cli.app import app as flower
 from flwr.common.config import parse_config_args
 from flwr.proto.federation_config_pb2 import SimulationConfig
+from helpers import ROOT, default_config, play
 from test_families import build
 from typer.testing import CliRunner
 
 from fedkrso_app import cli, data
 from fedkrso_app.config import resolved_path
 from fedkrso_app.data import files, loading
+from fedkrso_app.data.tasks import declared
 from fedkrso_app.runs import compare
 from fedkrso_app.strategies import parse
 
@@ -53,7 +54,7 @@ class Reader:
     def cut(self, settings: dict) -> dict:
         """``settings``, checked as they are, and then made small."""
         settings, self.count = default_config() | settings, self.count + 1
-        task = data.declared(parse(settings))
+        task = declared(parse(settings))
         resumed = settings["resume"] and resolved_path(settings["resume"]).name
         small = {"local-steps": 2, "batch-size": 4, "fedkrso.interval": 1, "num-server-rounds": 2 if resumed else 1}
         small |= {"model": str(self.folders["decoder" if task.language else "encoder"])}

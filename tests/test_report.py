@@ -5,7 +5,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from conftest import default_config
+from helpers import default_config
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.runs import report, results

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, digest, play
+from helpers import ROOT, digest, play
 
 from fedkrso_app.runs.folder import Run
 

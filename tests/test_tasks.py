@@ -6,13 +6,13 @@ import math
 import datasets
 import numpy as np
 import pytest
-from conftest import WORDS, InProcessGrid, default_config, play
 from flwr.app import Context, RecordDict
+from helpers import WORDS, Grid, default_config, play
 from test_families import assert_same, build, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from fedkrso_app import cli, client_app, data, server_app
+from fedkrso_app import cli, data, server_app
 from fedkrso_app.config import ConfigError
 from fedkrso_app.data import files, language, loading
 from fedkrso_app.federation import client
@@ -298,7 +298,7 @@ def test_a_node_that_numbers_its_labels_in_another_way_is_told(run_config, tmp_p
         (tmp_path / name / "train.csv").write_text(table(*(f"w{i},{labels[i % 2]}" for i in range(20))))
     keys = run_config | {"task": "text-classification", "data-dir": str(tmp_path / "server")}
     client.workplace.cache_clear()
-    grid = InProcessGrid(client_app.app, keys, 2)
+    grid = Grid(keys, 2)
     for context in grid.contexts.values():
         context.node_config = dict(context.node_config) | {"data-dir": str(tmp_path / "node")}
     with pytest.raises(ConfigError, match=r"label names \(b, c\), which the key labels settles"):

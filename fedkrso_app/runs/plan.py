@@ -110,7 +110,7 @@ def traffic(method: Method, clients: int) -> tuple[dict[str, float], Mapping[str
     share = asked / clients
     up, down, costs = method.expected(asked)
 
-    answer = protocol.trained(Status(1), wire.pack({}), Figures(1, 0.5, 1.0, 1))
+    answer = protocol.trained(Status(1), wire.pack({}), Figures(1000, 0.5, 1.0, 2**30))  # numbers of the usual size
     answer.pop(protocol.UPDATE)
     costs = {**costs, "up": wire.measured_bytes(answer) + record_bytes(method.reply.travelling, up)}
 
