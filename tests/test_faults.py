@@ -156,7 +156,7 @@ def test_a_node_whose_data_is_wrong_is_named_and_takes_part_once_it_is_mended(
         return reply
 
     def prepare(grid):
-        grid.contexts[102].node_config["data-dir"] = str(own.parent)
+        grid.contexts[102].node_config.update({"data-dir": str(own.parent), "share-errors": True})
 
     run = play(run_config | {"num-server-rounds": 4}, tamper=mend, prepare=prepare)
     assert [line["partitions"] for line in run.metrics()[1:]] == [[0, 1, 3], [0, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
