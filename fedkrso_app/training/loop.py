@@ -93,10 +93,13 @@ def train(
     longer finite.
     """
     parameters, steps = session.parameters, config.local_steps
+    rising = int(config.warmup * steps + 1e-9)  # .29 × 100 is 28.999…
     schedules = [
         get_constant_schedule(optimizer)
         if session.constant_rate
-        else get_cosine_schedule_with_warmup(optimizer, int(config.warmup * steps), steps)
+        else get_cosine_schedule_with_warmup(
+            optimizer, int(config.warmup * steps + 1e-9), steps
+        )  # .29 × 100 is 28.999…
         for optimizer in session.optimizers
     ]
     device = parameters[0].device
