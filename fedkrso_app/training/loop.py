@@ -97,9 +97,7 @@ def train(
     schedules = [
         get_constant_schedule(optimizer)
         if session.constant_rate
-        else get_cosine_schedule_with_warmup(
-            optimizer, int(config.warmup * steps + 1e-9), steps
-        )  # .29 × 100 is 28.999…
+        else get_cosine_schedule_with_warmup(optimizer, rising, steps)
         for optimizer in session.optimizers
     ]
     device = parameters[0].device
