@@ -6,6 +6,7 @@ types and what values make sense together. The settings of a method are declared
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ class Config:
     max_grad_norm: float
     activation_memory: str
     compute_dtype: str
+    torch_threads: int
     weighting: str
     aggregation: str
     max_update_norm: float
@@ -118,6 +120,11 @@ def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def resolved_path(path: str) -> Path:
     """``path`` as an absolute one, a leading ``~`` expanded."""
     return Path(path).expanduser().resolve()
+
+
+def cache() -> Path:
+    """The folder of this machine's files: what its nodes hold of a run, the embedded model."""
+    return Path(os.environ.get("FEDKRSO_CACHE") or "~/.cache/fedkrso").expanduser()
 
 
 def names(text: str) -> list[str]:
@@ -211,6 +218,7 @@ def _check(c: Config) -> None:
     for key in ("round-timeout", "dirichlet-alpha"):
         need_positive(key, values[key])
     need(c.max_length >= 4, "max-length", c.max_length, "at least 4 tokens")
+    need(1 <= c.torch_threads <= 1024, "torch-threads", c.torch_threads, "between 1 and 1024")
     need(0 < c.fraction_train <= 1, "fraction-train", c.fraction_train, "above 0 and at most 1")
     need(0 <= c.holdout < 1, "holdout", c.holdout, "a share of the training rows, at least 0 and below 1")
     need(0 <= c.warmup < 1, "warmup", c.warmup, "a share of the local steps, at least 0 and below 1")

@@ -16,6 +16,7 @@ from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.projection import probe, stream
 from fedkrso_app.federation import evaluation
+from fedkrso_app.federation.discretion import told
 from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.transforms import transforms
@@ -25,7 +26,7 @@ from fedkrso_app.records.protocol import TALLY, Answer, Figures, Instructions, Q
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Arrays, Shapes
-from fedkrso_app.training import loop, model
+from fedkrso_app.training import loop, model, threads
 
 logger = logging.getLogger("flwr")
 
@@ -148,12 +149,15 @@ def identity(node_config: Mapping[str, Any]) -> tuple[int, int]:
     partition, partitions = int(node_config["partition-id"]), int(node_config["num-partitions"])
     if not 0 <= partition < partitions:
         raise ConfigError(f"partition-id = {partition} is not below num-partitions = {partitions}.")
+    if not isinstance(share := node_config.get("share-errors", False), bool):
+        raise ConfigError(f"share-errors = {share!r} is neither true nor false; write it without quotes.")
     return partition, partitions
 
 
 def workplace_of(context: Any, run: str) -> Workplace:
     """That of a node. A ``data-dir`` of its own wins over the run's, and is its own share as a whole."""
     config, partitions = parse(context.run_config), identity(context.node_config)[1]
+    threads.hold(config.torch_threads)
     if "data-dir" in context.node_config:
         config, partitions = replace(config, data_dir=str(context.node_config["data-dir"])), 0
     return workplace(run, config, partitions)
@@ -183,7 +187,7 @@ def join(message: Message, context: Any) -> Answer:
         version = place.store.version
         return replace(answer, model=place.digest, version=version, stamp=place.store.stamp(version))
     except ConfigError as error:
-        return replace(answer, error=str(error))
+        return replace(answer, error=told(error, context.node_config))
 
 
 def leave(message: Message, context: Any) -> None:
