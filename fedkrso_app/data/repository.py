@@ -114,6 +114,13 @@ def fetch(repository: Repository, patterns: Sequence[str]) -> Path:
     return Path(folder)
 
 
+def files(repository: Repository) -> list[str]:
+    """The names of all files of a pinned ``repository``; none where the hub does not answer."""
+    with contextlib.suppress(Exception):
+        return HfApi().list_repo_files(repository.name, repo_type=repository.kind, revision=repository.commit)
+    return []
+
+
 def verify(folder: Path) -> None:
     """Raise :class:`ConfigError` (a reason) for a cached file in ``folder`` that is not what the hub has.
 
@@ -155,7 +162,7 @@ def progress(repository: Repository) -> Iterator[None]:
 
 def why(error: BaseException) -> str:
     """What an error of the hub means, whole and in words, and the way out where there is one."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     token = "set HF_TOKEN where the server and the clients run (flwr run's first SuperLink keeps its environment)"
     if isinstance(error, GatedRepoError):
         return f"it is gated: ask for access on its page, then {token}: {said}"

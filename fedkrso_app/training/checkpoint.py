@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fedkrso_app.config import ConfigError
-from fedkrso_app.data.repository import Repository, pinned, verify
+from fedkrso_app.data.repository import Repository, files, pinned, verify
 from fedkrso_app.data.repository import fetch as download
 
 logger = logging.getLogger("flwr")
@@ -79,9 +79,7 @@ def weight_files(folder: Path) -> list[Path]:
             if missing := [file.name for file in files if not file.is_file()]:
                 raise ConfigError(f"{name} names files that are missing: {_listed(missing)}")
             return files
-    held = sorted(file.name for file in folder.iterdir())
-    gguf = " (GGUF is for inference and cannot be trained)" if any(name.endswith(".gguf") for name in held) else ""
-    raise ConfigError(f"there are no weights: neither {' nor '.join(WEIGHTS[::2])}, only {_listed(held)}{gguf}")
+    raise ConfigError(_no_weights([file.name for file in folder.iterdir()]))
 
 
 def parts(index: Path) -> list[str]:
@@ -148,6 +146,15 @@ def _adapter(folder: Path) -> str:
     return "it is an adapter (adapter_config.json), not a model: merge it into its base model and save that"
 
 
+def _no_weights(held: Sequence[str]) -> str:
+    return f"there are no weights: neither {' nor '.join(WEIGHTS[::2])}, only {_listed(held)}{_gguf(held)}"
+
+
+def _gguf(held: Sequence[str]) -> str:
+    found = any(name.endswith(".gguf") for name in held)
+    return " (GGUF is a format for inference: take the model that it was made from)" if found else ""
+
+
 def _refuse_pointer(file: Path) -> None:
     if file.is_file() and file.stat().st_size < 1024:
         with open(file, "rb") as opened:
@@ -188,6 +195,8 @@ def fetch(repository: Repository, weights: bool) -> Path:
     """
     found = repository if repository.commit and "/" in repository.name else pinned(repository)
     folder = download(found, [CONFIG, "adapter_config.json", *_SMALL, *VOCABULARIES])
+    if not (folder / CONFIG).is_file() and not _adapter(folder):
+        raise ConfigError(f"the repository has no {CONFIG}, only {_listed(files(found))}{_gguf(files(found))}")
     if not weights:
         return folder
     for name in WEIGHTS:
@@ -196,5 +205,7 @@ def fetch(repository: Repository, weights: bool) -> Path:
             if name.endswith(".index.json"):
                 download(found, parts(folder / name))
             break
+    else:
+        raise ConfigError(_no_weights(files(found)))
     verify(folder)
     return folder

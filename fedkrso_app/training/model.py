@@ -119,7 +119,7 @@ def _settings(folder: Path, num_labels: int, classes: Sequence[str] = ()) -> Any
     kinds = {0: None, 1: "regression"}
     settings.problem_type = kinds.get(num_labels, "single_label_classification")
     if getattr(settings, "auto_map", None):
-        checkpoint.say("the code that %s brings (auto_map) is not run: transformers has this family itself", folder)
+        checkpoint.say("the code that it brings (auto_map) is not run; transformers has %s itself", settings.model_type)
         del settings.auto_map  # or what is exported would ask for that code
     return settings
 

@@ -32,7 +32,7 @@ def load(folder: Path, needed: bool = True) -> Any:
     if tokenizer is not None and has_vocabulary(folder, names) and len(tokenizer) > len(set(tokenizer.all_special_ids)):
         return tokenizer
     if needed:
-        raise ConfigError(f"{folder} has no tokenizer files: save its tokenizer there by save_pretrained")
+        raise ConfigError(f"{folder} has no tokenizer files: put those of its model there (tokenizer.json)")
     return None
 
 
