@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
 
@@ -53,16 +52,6 @@ def splits(text: str) -> datasets.DatasetDict:
         logger.info("%s: the labels of its split 'test' are not public; it is left out.", text)
         del loaded["test"]
     return loaded
-
-
-def named(rows: datasets.Dataset) -> datasets.Dataset:
-    """``rows`` with the names of classes instead of their ids; no value where the label is hidden (-1)."""
-    for column, feature in rows.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            ids = rows.with_format("arrow")[:][column]
-            names = pa.array(feature.names).take(pc.if_else(pc.less(ids, 0), None, ids).combine_chunks())
-            rows = rows.remove_columns(column).add_column(column, names)  # type: ignore[arg-type]
-    return rows
 
 
 def _folder(text: str) -> Any:
