@@ -83,7 +83,7 @@ def main(grid: Grid, context: Context) -> None:
     def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord:
         loaded.module.load_state_dict(arrays.to_torch_state_dict())
         batches = data.evaluation_batches(validation, task, loaded.tokenizer, 4 * config.batch_size, config.max_length)
-        score, loss = metrics.result(task.metric, metrics.tally(loaded.module, batches, task.num_labels))
+        score, loss = metrics.result(task.metric, metrics.tally(loaded.module, batches, task.metric, task.num_labels))
         return MetricRecord({"metric": score, "loss": loss})
 
     strategy = FedAvg(fraction_evaluate=0.0)

@@ -39,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
         for split in ("train", "validation") if here else ():
             data.load(task, config.data_dir, split, config.holdout)
         loaded = model.load(
-            config.model, task.num_labels, config.seed, task.classes, weights=here, on_device=config.on_device
+            config.model, task.num_labels, config.seed, task.classes, weights=here, device=config.weights_device
         )
         method = make(config, Shapes.of(loaded))
         digest = loaded.digest() if here else ""

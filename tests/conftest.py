@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from fedkrso_app import data
-from fedkrso_app.config import Config, parse
+from fedkrso_app.config import Config
+from fedkrso_app.strategies import parse
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,12 @@
 
 import functools
 import logging
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedkrso_app import data
@@ -27,6 +25,7 @@ from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Arrays, Shapes
 from fedkrso_app.training import loop, model, threads
+from fedkrso_app.training.device import device, peak_bytes, reset_peak
 
 logger = logging.getLogger("flwr")
 
@@ -66,7 +65,7 @@ class Workplace:
 
     def _load(self) -> model.LoadedModel:
         c = self.config
-        return model.load(c.model, self.task.num_labels, c.seed, self.task.classes, on_device=c.on_device)
+        return model.load(c.model, self.task.num_labels, c.seed, self.task.classes, device=c.weights_device)
 
     def take(self, content: RecordDict, instructions: Instructions) -> None:
         """Keep what a message brings and advance to the version that it names. Raises :class:`NeedSync`."""
@@ -105,8 +104,8 @@ class Workplace:
         examples, c = self.share("train", partition), self.config
         rng = stream(c.seed, "client", instructions.round, partition)
         batches = data.batches(examples, self.task, self.model.tokenizer, c.batch_size, c.max_length, rng)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        used = device(c.device)
+        reset_peak(used)
         start = self.replica.local.state() if self.transforms else {}
         with self.replica.lend() as local:
             local.adopt(self.store.personal(partition, before=instructions.round))
@@ -117,7 +116,7 @@ class Workplace:
             self.store.put_personal(partition, instructions.round, own)
         update = self._encoded(arrays, start, stream(c.seed, "reply", instructions.round, partition))
         seconds = time.monotonic() - started
-        figures = Figures(len(examples), loss, seconds, peak_bytes())
+        figures = Figures(len(examples), loss, seconds, peak_bytes(used))
         return protocol.trained(Status(instructions.version), update, figures)
 
     def _encoded(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> ArrayRecord:
@@ -212,10 +211,3 @@ def up_to_date(
     except NeedSync:
         return RecordDict({"status": Status(place.replica.version, need_sync=True).record()})
     return work(place, partition, instructions)
-
-
-def peak_bytes() -> int:
-    """Peak memory: of the GPU in this message, or of this process since it began."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -50,7 +50,8 @@ class Server:
         span = method.entry.span
         self.ledger = Ledger(folder.ledger, keep=span and span + 1)
         self.ledger.recover()
-        self.tally_schema = Schema({"tally": Field("float64", (2 + metrics.moments_size(task.num_labels),), "update")})
+        size = metrics.tally_size(task.metric, task.num_labels)
+        self.tally_schema = Schema({"tally": Field("float64", (size,), "update")})
         self.replica = None
         if config.evaluate == "server":
             self.replica = Replica(method.local(loaded), self.ledger, span)
@@ -67,7 +68,7 @@ class Server:
         return self.replica.state()
 
     def score(self, tally: np.ndarray) -> tuple[float, float]:
-        metrics.check(tally, self.task.num_labels)
+        metrics.check(tally, self.task.metric, self.task.num_labels)
         return metrics.result(self.task.metric, tally)
 
     def report(self, figures: dict[str, Any]) -> None:
