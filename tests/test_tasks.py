@@ -223,9 +223,7 @@ def test_a_dataset_that_cannot_be_is_named_in_one_sentence(keys, message):
 
 def test_without_a_network_the_error_names_the_dataset_and_its_configuration(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ConfigError, match=r"'nyu-mll/glue:mrpc' could not be loaded \(HF_HUB_OFFLINE is set, and .* not in"
-    ):
+    with pytest.raises(ConfigError, match=r"'nyu-mll/glue:mrpc' could not be loaded \(HF_HUB_OFFLINE is set, and"):
         data.resolve(parse(default_config() | {"task": "text-pair", "dataset": "nyu-mll/glue:mrpc"}))
 
 
