@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from fedkrso_app.config import ConfigError, resolved_path
+from fedkrso_app.data import pairs
 from fedkrso_app.data.embedded import pretraining as embedded
 
 
@@ -63,6 +64,8 @@ def load(
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     _settle(module, tokenizer)
+    if num_labels:
+        pairs.add_border(tokenizer)
     new = set(info["missing_keys"])
     targets, head = _parts(name, module, num_labels, new)
     module.eval()
