@@ -47,6 +47,8 @@ def main(grid: Grid, context: Context) -> None:
         loaded = model.load(
             config.model, task.num_labels, config.seed, task.classes, weights=here, device=config.weights_device
         )
+        for split in ("train", "validation") if here else ():
+            data.check(task, config.data_dir, split, config.holdout, loaded.tokenizer)
         method = make(config, Shapes.of(loaded))
         digest = loaded.digest() if here else ""
         folder = run.resume(asked, digest) if asked.resume else run.create(asked, digest, hub.commits(config))

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from fedkrso_app.config import Config, ConfigError, resolved_path
 from fedkrso_app.data import cells, files, hub, language, turns
+from fedkrso_app.data.pairs import has_border
 from fedkrso_app.data.rows import TEXT, Rows, of_dataset, warn, wordy
 from fedkrso_app.data.tasks import GLUE, Task, declared, listed, sorted_names, with_columns
 
@@ -332,20 +333,29 @@ def _labels(rows: Rows, task: Task, judge: Callable[[np.ndarray, str, Callable[[
 
 
 def check(task: Task, data_dir: str, split: str, holdout: float, tokenizer: Any) -> None:
-    """See that every answer of an instruction task has a place in the tokenizer's chat template.
+    """See that the tokenizer can lay out what ``task`` reads: pairs with a border, every answer in its chat template.
 
-    Raises :class:`ConfigError` with the row of the first that has none.
+    Raises :class:`ConfigError`, with the row of the first answer that has no place.
     """
+    if not task.language and len(task.columns) == 2 and not has_border(tokenizer):
+        raise ConfigError(
+            f"{task.name} reads pairs, and the model's tokenizer has no token to put between them; "
+            "take a tokenizer with a separator or an end token."
+        )
     if task.name != "instruction" or not tokenizer.chat_template:
         return
-    rows = load(task, data_dir, split, holdout)
-    for start in range(0, len(rows), 1000):
-        part = rows[start : start + 1000]
-        for i, row in enumerate(language.conversations([part[c] for c in task.columns if c in part])):
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "the model's tokenizer has a chat template and cannot say where its tokens are; take another."
+        )
+    examples = load(task, data_dir, split, holdout)
+    for start in range(0, len(examples), 1000):
+        part: Any = examples[start : start + 1000]
+        for i, turns_of_row in enumerate(language.conversations([part[c] for c in task.columns if c in part])):
             try:
-                language.placed(row, tokenizer)
+                language.placed(turns_of_row, tokenizer)
             except ValueError as error:
                 where = _load(task, data_dir, split, holdout)[1](start + i)
                 raise ConfigError(
-                    f"{split} data, {where}: {error}; fix or remove the row, or take another model."
+                    f"{where} of {split}: {error}; fix or remove the row, or take another model."
                 ) from None

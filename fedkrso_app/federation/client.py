@@ -64,6 +64,11 @@ class Workplace:
         scheme = c.partition if split == "train" else "iid"
         return data.partition(examples, self.task, self._partitions, scheme, c.dirichlet_alpha, c.seed)
 
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def check(self, split: str) -> None:
+        """See that the tokenizer can lay out a split's rows, once in this process."""
+        data.check(self.task, self.config.data_dir, split, self.config.holdout, self.model.tokenizer)
+
     def _load(self) -> model.LoadedModel:
         c = self.config
         return model.load(c.model, self.task.num_labels, c.seed, self.task.classes, device=c.weights_device)
@@ -172,9 +177,11 @@ def join(message: Message, context: Any) -> Answer:
         NodeStore(asked.run).pin(asked.commits)
         place = workplace_of(context, asked.run)
         place.share("train", partition)
+        place.check("train")
         if place.config.evaluate == "clients":
             try:
                 place.share("validation", partition)
+                place.check("validation")
             except ConfigError as error:
                 raise ConfigError(f"evaluate = 'clients' reads validation rows here, and {error}") from None
         if asked.probe != probe():
