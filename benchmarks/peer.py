@@ -1,6 +1,6 @@
-"""The pattern in use elsewhere: a plain Flower FedAvg app that builds its model inside every ``train`` and sends the
-whole state both ways. Model, shares, batches, number of steps and evaluation are those of this app's FedFFT; torch's
-AdamW trains every parameter. Rows and shares are kept between messages, as in Flower's templates; the model is not.
+"""The common pattern: a plain Flower FedAvg app that builds its model inside every ``train`` and sends the whole state
+both ways. Model, partitions, batches, number of steps and evaluation are those of this app's FedFFT; torch's AdamW
+trains every parameter. Rows and partitions are kept between messages, as in Flower's templates; the model is not.
 """
 
 import functools
