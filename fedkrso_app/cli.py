@@ -290,11 +290,12 @@ def _steps(run: "Run", entries: Ledger, versions: Sequence[int]) -> tuple[Any, I
     from fedkrso_app.federation.replica import NeedSync, Replica
     from fedkrso_app.strategies import make
     from fedkrso_app.strategies.base import Shapes
-    from fedkrso_app.training import model
+    from fedkrso_app.training import model, threads
 
     config = run.config
+    threads.hold(config.torch_threads)
     task = data.resolve(config)
-    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, on_device=config.on_device)
+    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=config.weights_device)
     if run.info["model_digest"] not in ("", loaded.digest()):
         raise ConfigError(f"model = {config.model!r} has other weights than when {run.path} was made.")
     method = make(config, Shapes.of(loaded))

@@ -18,7 +18,7 @@ from fedkrso_app.runs import tracking
 from fedkrso_app.runs.server import Server
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Shapes
-from fedkrso_app.training import model
+from fedkrso_app.training import model, threads
 from fedkrso_app.training.activations import TrainingError
 
 logger = logging.getLogger("flwr")
@@ -32,13 +32,14 @@ def main(grid: Grid, context: Context) -> None:
     try:
         config = parse(context.run_config)
         tracking.check(config.tracker)
+        threads.hold(config.torch_threads)
         here = config.evaluate == "server"  # otherwise there need be no data and no weights on the server
         task = data.resolve(config, look=here or bool(config.data_dir or config.dataset))
         # What is wrong with data or model is found here, before any client starts.
         for split in ("train", "validation") if here else ():
             data.load(task, config.data_dir, split, config.holdout)
         loaded = model.load(
-            config.model, task.num_labels, config.seed, task.classes, weights=here, on_device=config.on_device
+            config.model, task.num_labels, config.seed, task.classes, weights=here, device=config.weights_device
         )
         method = make(config, Shapes.of(loaded))
         digest = loaded.digest() if here else ""

@@ -6,20 +6,26 @@ import io
 import json
 import logging
 import re
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from fedkrso_app.config import ConfigError
+from fedkrso_app.config import ConfigError, cache
 
 logger = logging.getLogger("flwr")
 
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 # A sentence may well be "null" or "NA": only an empty cell is a missing one.
 _CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+
+_SCRATCH = "reading-"  # start of the names of folders
 
 
 def find(root: Path, name: str, split: str, needed: bool = True) -> list[Path]:
@@ -57,14 +63,16 @@ def read(files: Sequence[Path], skip: bool) -> datasets.Dataset:
     """
     kind, names = _FORMATS[files[0].suffix], ", ".join(map(str, files))
     paths = [glob.escape(str(f)) for f in files]  # datasets takes paths for patterns
-    options = _CSV if kind == "csv" else {}
+    options = dict(_CSV) if kind == "csv" else {}
     # Its reader pads short rows of csv and shifts long ones, so they are looked at first.
     broken = _broken(files) if kind == "csv" else []
     for file in files if kind == "json" else ():
         _text(file)  # its reader finds out late, and raises an error that names no file
     try:
         if not broken:
-            return datasets.load_dataset(kind, data_files=paths, split="train", **options)  # type: ignore[arg-type]
+            with _scratch() as folder:
+                options |= {"cache_dir": folder, "keep_in_memory": True}
+                return datasets.load_dataset(kind, data_files=paths, split="train", **options)  # type: ignore[arg-type]
     except Exception as error:  # each format's reader raises errors of its own
         broken = _broken(files)
         if not broken:
@@ -81,6 +89,22 @@ def read(files: Sequence[Path], skip: bool) -> datasets.Dataset:
         return _in_memory(rows, kind)
     except Exception as error:  # pandas and Arrow raise errors of their own
         raise ConfigError(f"{names}: what is left could not be read as {kind} ({error}).") from error
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder for the copy that datasets makes of what it reads; it is gone as soon as the rows are in memory.
+
+    Its own cache would keep the user's rows after the run. Only the owner can look into the folder. A process that was
+    killed while it read leaves its folder; whoever reads next removes it after an hour.
+    """
+    cache().mkdir(parents=True, exist_ok=True)
+    for leftover in cache().glob(f"{_SCRATCH}*"):
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 3600:
+                shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=cache(), ignore_cleanup_errors=True) as folder:
+        yield folder
 
 
 @lru_cache(maxsize=256)

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import torch
 
 from fedkrso_app.config import Config, ConfigError, resolved_path
-from fedkrso_app.data import files, language
+from fedkrso_app.data import files, hub, language
 from fedkrso_app.data.partitions import partition
 from fedkrso_app.data.tasks import GLUE, TEXTS, Task, declared, sorted_names, task, with_columns
 
@@ -54,7 +54,7 @@ def resolve(config: Config, look: bool = True) -> Task:
     found = with_columns(found, {field.name: str(field.type) for field in train.schema}, source)
     if found.language or found.regression or found.classes:
         return found
-    declares = {} if config.data_dir or not config.dataset else _hub(config.dataset)["train"].features
+    declares = {} if config.data_dir or not config.dataset else hub.splits(config.dataset)["train"].features
     if isinstance(declares.get(found.label), datasets.ClassLabel):
         classes = tuple(declares[found.label].names)
         return replace(found, classes=classes, num_labels=len(classes))
@@ -75,11 +75,16 @@ def load(task: Task, data_dir: str, split: str, holdout: float = 0.0) -> dataset
     ``embedded/*`` comes with the package; ``glue/*`` from files in ``data_dir`` (``<task>/<split>*`` or
     ``<split>*``, as parquet, csv, jsonl or json), or from the hub if that is empty; any other task likewise, from the
     hub dataset that it names, whose split "test" stands in where it has no "validation".
+    A task with ``rows`` has as many of each split, drawn at random, the same in every process.
     With ``holdout`` above 0 that share of the training rows stands in for the validation split (to choose settings
     without looking at the rows that are reported on), and "train" is the rest. Before that, where the user's own data
     holds no validation split, a tenth of the training rows becomes one. Raises :class:`ConfigError` where the data is
     missing, empty or not what the task needs.
     """
+    if task.rows:
+        every = load(replace(task, rows=0), data_dir, split, holdout)
+        chosen = np.random.default_rng(0).permutation(len(every))[: task.rows]
+        return every.select(np.sort(chosen))
     if holdout:
         return _part(load(task, data_dir, "train"), holdout, split)
     if task.own and not _has_validation(task, data_dir):
@@ -111,12 +116,13 @@ def _whole(task: Task, data_dir: str, split: str) -> datasets.Dataset:
     if data_dir or task.own:
         source, rows, here = _read(task, data_dir, split)
         return _checked(rows, task, source, here)
+    repository = task.dataset or f"{GLUE}:{task.folder}"
     try:
-        loaded = datasets.load_dataset(GLUE, name, split=split)
-    except Exception as error:  # the hub, HTTP and datasets libraries each raise errors of their own
+        loaded = hub.splits(repository)[split]
+    except (ConfigError, KeyError) as error:
         mend = f"set data-dir to a folder with {name}/{split}.parquet, or take task='embedded/entailment'"
         raise ConfigError(f"{task.name} could not be loaded from the hub ({error}); {mend}.") from error
-    return _checked(loaded, task, f"{GLUE}, {name}, on the hub")
+    return _checked(loaded, task, f"{repository} on the hub")
 
 
 def _read(task: Task, data_dir: str, split: str) -> tuple[str, datasets.Dataset, list[Path]]:
@@ -124,7 +130,7 @@ def _read(task: Task, data_dir: str, split: str) -> tuple[str, datasets.Dataset,
     if data_dir or not task.dataset:
         here = _files(task, data_dir, split)
         return ", ".join(map(str, here)), files.read(here, task.skip), here
-    splits = _hub(task.dataset)
+    splits = hub.splits(task.dataset)
     if split not in splits:
         if split == "train" or "test" not in splits:
             listed = ", ".join(splits)
@@ -133,43 +139,21 @@ def _read(task: Task, data_dir: str, split: str) -> tuple[str, datasets.Dataset,
             )
         split = "test"
         files.warn(f"{task.dataset} has no split 'validation': 'test' stands in.")
-    return f"{task.dataset} ({split})", _named(splits[split]), []
+    return f"{task.dataset} ({split})", hub.named(splits[split]), []
 
 
 def _has_validation(task: Task, data_dir: str) -> bool:
     """Whether the user's own data has rows for evaluation."""
     if data_dir or not task.dataset:
         return bool(_files(task, data_dir, "validation", needed=False))
-    return bool({"validation", "test"} & set(_hub(task.dataset)))
-
-
-@lru_cache(maxsize=2)
-def _hub(dataset: str) -> datasets.DatasetDict:
-    """All splits of a hub dataset, ``name`` or ``name:configuration``."""
-    name, _, configuration = dataset.partition(":")
-    try:
-        return datasets.load_dataset(name, configuration or None)  # type: ignore[return-value]
-    except Exception as error:  # the hub, HTTP and datasets libraries each raise errors of their own
-        reason = " ".join(str(error).split())
-        mend = "check the name, 'name:configuration' where it has several, and the network; or put files into data-dir"
-        raise ConfigError(f"dataset = {dataset!r} could not be loaded ({reason}); {mend}.") from error
-
-
-def _named(rows: datasets.Dataset) -> datasets.Dataset:
-    """``rows`` with the names of classes in the place of their ids; -1 is how a dataset says that there is none."""
-    for column, feature in rows.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            ids = _table(rows)[column]
-            names = pa.array(feature.names).take(pc.if_else(pc.less(ids, 0), None, ids).combine_chunks())
-            rows = rows.remove_columns(column).add_column(column, names)  # type: ignore[arg-type]
-    return rows
+    return bool({"validation", "test"} & set(hub.splits(task.dataset)))
 
 
 def _files(task: Task, data_dir: str, split: str, needed: bool = True) -> list[Path]:
     if not data_dir:
         mend = "set data-dir to a folder with train.csv in it, or dataset to the name of one on the hub"
         raise ConfigError(f"task = {task.name!r} reads your own files: {mend}.")
-    return files.find(resolved_path(data_dir), task.name.rpartition("/")[2], split, needed)
+    return files.find(resolved_path(data_dir), task.folder, split, needed)
 
 
 def _checked(examples: datasets.Dataset, task: Task, source: str, here: Sequence[Path] = ()) -> datasets.Dataset:

@@ -10,12 +10,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from fedkrso_app.config import Config
+from fedkrso_app.config import Config, is_local
 from fedkrso_app.data.tasks import GLUE, Task
 from fedkrso_app.runs.folder import Run, asked_in
 from fedkrso_app.runs.results import text
 from fedkrso_app.strategies import STRATEGIES
-from fedkrso_app.training.model import is_local
 
 
 def write(run: Run, task: Task, round: int, folder: Path) -> None:

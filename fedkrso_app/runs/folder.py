@@ -137,7 +137,7 @@ def create(config: Config, model_digest: str) -> Run:
     )
     path = resolved_path(config.output_dir) / name
     try:
-        path.mkdir(parents=True)
+        path.mkdir(mode=0o700, parents=True)  # a ledger, a model and figures of other people's data
     except FileExistsError:
         raise ConfigError(
             f"{path} is there already: choose another run-name, remove it, or go on with it by resume='{path}'."
