@@ -76,9 +76,9 @@ def compare(
     continues an interrupted comparison: it keeps complete runs and resumes incomplete ones. Ctrl-C also stops the
     current run. If a run fails, the comparison continues and the exit code is 1.
 
-    --engine process makes each run in one process, whose clients train one after another on one core (OMP_NUM_THREADS
-    overrides that). The models are the same, bit for bit; small models take less time, since no SuperLink and no Ray
-    start. Peak memory is then that of server and clients together.
+    --engine process makes each run in one process, where the clients train one after another. The models are the same
+    bit for bit. Small models take less time, because no SuperLink and no Ray start. Client memory is then that of the
+    process, server included.
 
     --sweep chooses the learning rate of each method for each partition: as many rates for every method, each twice the
     one before, around the rate in the settings (4 rates: ×0.5, ×1, ×2, ×4), with seed 0. They are judged by the mean
@@ -148,19 +148,27 @@ def plan(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders that hold some.")],
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: report.html in the first RUN.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the metric over bytes alone, as a PNG picture.")
+    ] = None,
 ) -> None:
     """Draw runs as one HTML file that needs no network: metric over rounds and over bytes, costs, settings.
 
-    Runs that differ in nothing but the seed are drawn as one line with a band.
+    Runs that differ in nothing but the seed are drawn as one line with a band. --picture draws one small picture
+    instead, for a README.
     """
     with explained():
+        from fedkrso_app.runs import pictures
         from fedkrso_app.runs import report as r
-        from fedkrso_app.runs.results import find_runs
+        from fedkrso_app.runs.results import find_runs, lines
 
-        file = output or runs[0] / "report.html"
+        file = picture or output or runs[0] / "report.html"
         found = find_runs(runs)
         with err.status(f"Drawing {len(found)} runs"):
-            r.write(found, file)
+            if picture:
+                pictures.save(lines(found), picture)
+            else:
+                r.write(found, file)
     out.print(str(file), **_PLAIN)
 
 
