@@ -29,14 +29,12 @@ def play(engine: Engine, settings: Path, clients: int, log: Path) -> Generator[N
     A generator that is closed before stops the run, which can be resumed.
     """
     command: list[str | Path] = [sys.executable, "-m", "fedkrso_app.local_app", settings, str(clients)]
-    environment = {"OMP_NUM_THREADS": "1"} | _environment()  # as Flower's engine sets it for a client of one core
     if engine == "flower":
         federation = f"num-supernodes={clients} client-resources-num-cpus=1"
         command = [FLWR, "run", APP, "--stream", "--federation-config", federation, "--run-config", settings]
-        environment = _environment()
     with open(log, "w") as output:
         # A session of its own, so that Ctrl-C reaches us alone and the run can be stopped in order.
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(), start_new_session=True)
     try:
         while process.poll() is None:
             yield
