@@ -149,8 +149,7 @@ def test_a_token_that_has_a_letter_of_the_answer_is_learned(tokenizer):
     """ "Q:w2" is one word of this tokenizer: its letters are the mark's and the answer's."""
     tokenizer.chat_template = "{% for m in messages %}w9 Q:{{ m.content }} {% endfor %}</s>"
     batch = language.batch([[messages(TURNS[:2])]], tokenizer, 64)
-    assert [len(ids) for ids in batch["input_ids"]] == [len(["w9", "Q:w1", "w9", "Q:w2", "w3", "</s>"])] or True
-    assert int((batch["labels"] != -100).sum()) == len(["w2", "w3", "</s>"])
+    assert learned(batch, tokenizer) == ["w9 <unk> w9 [<unk> w3 </s>]"]
 
 
 BAD = {
