@@ -2,17 +2,17 @@
 
     python -m benchmarks.growth [--size base] [--repeats 3] [--output growth.png] [--json]
 
-FedKRSO on RoBERTa shapes; r = 4, K = 10, J = 10, 100 local steps, ten clients, 8 × 64 tokens unless said otherwise.
+FedKRSO on RoBERTa shapes; r = 4, K = 10, J = 10, 100 local steps, ten clients, 8 × 64 tokens, except where one varies.
 
 step         CPU seconds of one thread over the rank and over the rows of the batch. Formula: multiplications and
              additions, scaled to the point at r = 4 or at 8 rows. A token costs 4·m·n in every target layer (forward
              and gradient of the input), 2·r·(m + n) for the projections and, in every block, 12·t·d for attention; a
-             step costs 2·r·m·n a layer for W ← W + B P.
-up, down     bytes of one client and round over K and over J, measured on real records, mean over clients and rounds.
+             step costs 2·r·m·n per layer for W ← W + B P.
+up, down     bytes per client and round over K and over J, measured on real records, mean over clients and rounds.
              Formula: 4·(s·Q + h), where s is the expected number of distinct seeds among those drawn with replacement:
-             K·(1 − (1 − 1/K)^I) with I the intervals of one client for the way up, of all clients for the way down.
-server       peak MiB over the number of replies (benchmarks/server.py). Formula: 20·(K·Q + h) bytes, whatever their
-             number: totals of 8 bytes and three float32 copies of the average on its way to the ledger.
+             K·(1 − (1 − 1/K)^I) with I the intervals of one client (up) or of all clients (down).
+server       peak MiB over the number of replies (benchmarks/server.py). Formula: 20·(K·Q + h) bytes for any number:
+             totals of 8 bytes and three float32 copies of the average on its way to the ledger.
 rebuild      CPU seconds over the rounds missed (benchmarks/replica.py). Formula: proportional, scaled to one round.
 """
 
@@ -27,15 +27,15 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import replica, server, wire
-from benchmarks.models import RANK, RATE, SIZES, batch, classifier, head_of, medians, show
+from benchmarks.models import RANK, RATE, SIZES, batch, classifier, head_of, loaded, medians, show
 from fedkrso_app.config import Config
 from fedkrso_app.core.projection import stream
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import SubspaceLinear
 from fedkrso_app.runs.compare import settings
-from fedkrso_app.runs.plan import distinct_seeds
 from fedkrso_app.strategies import parse
 from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.strategies.fedkrso import FedKRSO, FedKRSOSettings, distinct_seeds
 from fedkrso_app.training.loop import head_optimizer
 from fedkrso_app.training.model import find_targets
 
@@ -53,7 +53,7 @@ def rows(size: str, repeats: int) -> list[Row]:
     """Every point of every panel."""
     with torch.device("meta"):
         module = classifier(size)
-    shapes = Shapes.of(module, find_targets(module), head_of(module))
+    shapes = Shapes.of(loaded(module))
     return [*steps(size, shapes, repeats), *traffic(shapes), *memory(size, shapes), *rebuild(size, repeats)]
 
 
@@ -104,8 +104,9 @@ def steps(size: str, shapes: Shapes, repeats: int) -> list[Row]:
 
 def drawn(config: Config, round: int, client: int) -> set[int]:
     """Which of the K seeds one client draws in a round."""
-    intervals = -(-config.local_steps // config.fedkrso.interval)
-    return set(stream(round, "draws", client).integers(config.fedkrso.num_seeds, size=intervals).tolist())
+    own = config.of(FedKRSOSettings)
+    intervals = -(-config.local_steps // own.interval)
+    return set(stream(round, "draws", client).integers(own.num_seeds, size=intervals).tolist())
 
 
 def traffic(shapes: Shapes) -> list[Row]:
@@ -114,12 +115,13 @@ def traffic(shapes: Shapes) -> list[Row]:
     @functools.cache
     def measured(count: int) -> dict[str, int]:
         lengths = {"s": count}
-        return wire.measure("fedkrso", shapes, _config(num_seeds=max(KS)), lengths, lengths)
+        return wire.measure(FedKRSO(_config(num_seeds=max(KS)), shapes), lengths, lengths)
 
     result = []
     cases = [("K", K, _config(num_seeds=K)) for K in KS] + [("J", J, _config(interval=J)) for J in JS]
     for over, at, config in cases:
-        K, intervals = config.fedkrso.num_seeds, -(-STEPS // config.fedkrso.interval)
+        own = config.of(FedKRSOSettings)
+        K, intervals = own.num_seeds, -(-STEPS // own.interval)
         sets = [[drawn(config, round, client) for client in range(CLIENTS)] for round in range(ROUNDS)]
         counts = {
             "up": [len(seeds) for of_round in sets for seeds in of_round],
@@ -127,7 +129,7 @@ def traffic(shapes: Shapes) -> list[Row]:
         }
         for way, draws in (("up", intervals), ("down", CLIENTS * intervals)):
             bytes = statistics.fmean(measured(count)[way] for count in counts[way])
-            formula = 4 * (distinct_seeds(K, draws) * shapes.outputs(config.fedkrso.rank) + shapes.head)
+            formula = 4 * (distinct_seeds(K, draws) * shapes.outputs(own.rank) + shapes.head)
             point = {"cost": f"{way}, MB", "over": over, "at": at}
             result.append({**point, "measured": bytes / 1e6, "formula": formula / 1e6})
     return result
@@ -135,8 +137,8 @@ def traffic(shapes: Shapes) -> list[Row]:
 
 def memory(size: str, shapes: Shapes) -> list[Row]:
     """The server's peak over the number of replies."""
-    config = _config()
-    formula = 20 * (config.fedkrso.num_seeds * shapes.outputs(config.fedkrso.rank) + shapes.head) / 2**20
+    own = _config().of(FedKRSOSettings)
+    formula = 20 * (own.num_seeds * shapes.outputs(own.rank) + shapes.head) / 2**20
     return [
         {
             "cost": "server, MiB",
@@ -150,7 +152,7 @@ def memory(size: str, shapes: Shapes) -> list[Row]:
 
 
 def rebuild(size: str, repeats: int) -> list[Row]:
-    """The time to bring W up to date over the rounds that were missed."""
+    """The time to rebuild W over the number of missed rounds."""
     seconds = {}
     for missed in MISSED:
         parts = {row["part"]: row["seconds"] for row in replica.rows(size, missed, repeats)}
@@ -168,7 +170,7 @@ def rebuild(size: str, repeats: int) -> list[Row]:
 
 
 def draw(rows: Sequence[Row], title: str, file: Path) -> None:
-    """One panel for each thing that cost grows over, as a picture."""
+    """Plot one panel per variable."""
     overs = list(dict.fromkeys(row["over"] for row in rows))
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     figure.suptitle(title)

@@ -1,6 +1,6 @@
 """The peers of the benchmarks: one RoBERTa with random weights, made trainable in five ways; clock, memory, table.
 
-floor        frozen backbone: gradients flow through to the embeddings, only the head learns
+floor        frozen backbone; gradients flow through to the embeddings, only the head learns
 fedkrso      this app's layers and optimizer
 a-frozen     peft LoRA on the same layers, A frozen
 lora         peft LoRA on the same layers
@@ -27,7 +27,7 @@ from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear
 from fedkrso_app.training.activations import activation_memory
 from fedkrso_app.training.loop import head_optimizer, precision
-from fedkrso_app.training.model import find_targets
+from fedkrso_app.training.model import LoadedModel, find_targets
 
 PEERS = ("floor", "fedkrso", "a-frozen", "lora", "full")
 RANK, RATE = 4, 1e-4
@@ -48,6 +48,11 @@ def classifier(size: str, attention: str = "sdpa") -> Any:
 def head_of(module: Any) -> dict[str, nn.Parameter]:
     base = module.base_model_prefix + "."
     return {name: p for name, p in sorted(module.named_parameters()) if not name.startswith(base)}
+
+
+def loaded(module: nn.Module) -> LoadedModel:
+    """A classifier as the app would have loaded it, without a tokenizer."""
+    return LoadedModel(module, None, find_targets(module), head_of(module), classes=(), new=frozenset())
 
 
 def batch(rows: int, tokens: int) -> dict[str, Tensor]:
@@ -108,8 +113,8 @@ class Peer:
 
 
 def medians(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each call, on one thread, in turn (so that a slow spell meets all alike); one call each to
-    warm up. CPU time, because it differs least from an idle machine's clock when others use the machine."""
+    """Median CPU seconds of each call on one thread. Calls are interleaved, so that a slow phase affects all of them;
+    each is warmed up once. CPU time depends least on what else the machine does."""
     torch.set_num_threads(1)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):

@@ -1,6 +1,6 @@
-"""The pattern in use elsewhere: a plain Flower FedAvg app that builds its model inside every ``train`` and sends the
-whole state both ways. Model, shares, batches, number of steps and evaluation are those of this app's FedFFT; torch's
-AdamW trains every parameter. Rows and shares are kept between messages, as in Flower's templates; the model is not.
+"""The common pattern: a plain Flower FedAvg app that builds its model inside every ``train`` and sends the whole state
+both ways. Model, partitions, batches, number of steps and evaluation are those of this app's FedFFT; torch's AdamW
+trains every parameter. Rows and partitions are kept between messages, as in Flower's templates; the model is not.
 """
 
 import functools
@@ -16,6 +16,7 @@ from fedkrso_app import data
 from fedkrso_app.config import Config
 from fedkrso_app.core.projection import stream
 from fedkrso_app.strategies import parse
+from fedkrso_app.strategies.fedfft import FedFFTSettings
 from fedkrso_app.training import metrics
 from fedkrso_app.training.model import LoadedModel, load
 
@@ -41,7 +42,7 @@ def restore(config: Config, record: ArrayRecord) -> LoadedModel:
 
 
 def fit(module: Any, batches: Any, config: Config) -> float:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=config.fedfft.learning_rate)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=config.of(FedFFTSettings).learning_rate)
     module.train()
     total = 0.0
     for _ in range(config.local_steps):

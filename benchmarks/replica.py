@@ -1,4 +1,4 @@
-"""A round that a node missed: what it costs to rebuild W^t, beside the least that must be moved through memory.
+"""What it costs to rebuild W^t after a missed round, beside the memory traffic that no rebuild avoids.
 
     python -m benchmarks.replica [--size base] [--missed 3] [--repeats 5] [--json]
 
@@ -8,7 +8,7 @@ bandwidth    read and write every target weight once (W ← c·W, in place): the
 advance      Replica.advance over the ledger's entries: reading and checking an entry, drawing, folding
 apply        the same without the ledger: drawing and folding
 draw         the projections alone: numpy's Philox and Box–Muller, K for every layer
-fold         W ← W + Σ_k B_k P_k alone, projections at hand
+fold         W ← W + Σ_k B_k P_k alone, with the projections given
 """
 
 import argparse
@@ -21,15 +21,14 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.models import classifier, head_of, medians, show
+from benchmarks.models import classifier, head_of, loaded, medians, show
 from fedkrso_app.core.projection import projections
 from fedkrso_app.core.subspace import fold, matrix
 from fedkrso_app.federation.replica import Replica
 from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.runs.compare import settings
 from fedkrso_app.strategies import parse
-from fedkrso_app.strategies.fedkrso import FedKRSO, FedKRSOLocal, draw_seeds
-from fedkrso_app.training.model import find_targets
+from fedkrso_app.strategies.fedkrso import FedKRSOLocal, FedKRSOSettings, draw_seeds
 
 
 class _Products(TorchDispatchMode):
@@ -45,13 +44,14 @@ class _Products(TorchDispatchMode):
 
 
 def rows(size: str, missed: int, repeats: int) -> list[dict[str, Any]]:
-    """One row per part: CPU seconds a round, the ratio to the bandwidth limit, and matrix products a round."""
+    """One row per part: CPU seconds per round, the ratio to the bandwidth limit, and matrix products per round."""
     config = parse(settings(None, []))
-    K, r, kind = config.fedkrso.num_seeds, config.fedkrso.rank, config.fedkrso.projection
+    own = config.of(FedKRSOSettings)
+    K, r, kind = own.num_seeds, own.rank, own.projection
     module = classifier(size)
     head = head_of(module)
-    method = FedKRSOLocal(module, find_targets(module), head, config)
-    weights = {name: matrix(layer) for name, layer in method.targets.items()}
+    local = FedKRSOLocal(loaded(module), config)
+    weights = {name: matrix(layer) for name, layer in local.targets.items()}
     rng = np.random.default_rng(0)
     Q = r * sum(W.shape[0] for W in weights.values())
 
@@ -63,8 +63,8 @@ def rows(size: str, missed: int, repeats: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder))
         for version in range(missed + 1):
-            ledger.append(Entry(version, update(version) if version else method.initial()))
-        replica = Replica(method, ledger, FedKRSO.incremental)
+            ledger.append(Entry(version, update(version) if version else local.state()))
+        replica = Replica(local, ledger, span=None)
         entry = update(1)
         seeds = entry["seeds"].tolist()
 
@@ -89,7 +89,7 @@ def rows(size: str, missed: int, repeats: int) -> list[dict[str, Any]]:
         calls = {
             "bandwidth": bandwidth,
             "advance": advance,
-            "apply": lambda: method.apply(entry),
+            "apply": lambda: local.apply(entry),
             "draw": draw,
             "fold": fold_all,
         }

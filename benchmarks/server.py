@@ -2,16 +2,16 @@
 
     python -m benchmarks.server [--size base] [--clients 10 100 1000] [--json]
 
-FedKRSO on RoBERTa shapes, K = 10 seeds in every reply, r = 4. A generator makes the replies one at a time; making them
-does not count. CPU milliseconds of one thread per reply, every reply handled in all these ways:
+FedKRSO on RoBERTa shapes, K = 10 seeds in every reply, r = 4. A generator makes the replies one at a time, outside
+the clock. CPU milliseconds of one thread per reply, every reply handled in all these ways:
 
-aggregate    FedTune.aggregate_train: counting bytes, checking, unpacking, adding, and at the end one ledger entry
-add          FixedPointMeans.add alone, the sum that no order of arrival can change
+aggregate    Round.aggregate_train: counting bytes, checking, decoding, adding, and at the end one ledger entry
+add          FixedPointMeans.add alone: the sum whose bits do not depend on the order
 sum64        total += x with a float64 total: as wide as the exact sum, but its bits depend on the order
 sum32        total += x with a float32 total
 
-"peak MiB" is the most that Python and numpy held at once, the reply in hand included, in a second pass (tracemalloc
-slows the clock).
+"peak MiB" is the maximum that Python and numpy held, the current reply included, in a second pass
+(tracemalloc is slow).
 """
 
 import argparse
@@ -25,20 +25,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from benchmarks.models import classifier, head_of, show
-from fedkrso_app.config import Config
+from benchmarks.models import classifier, loaded, show
 from fedkrso_app.core.fixed_point import FixedPointMeans
-from fedkrso_app.federation.round import no_figures
+from fedkrso_app.federation.nodes import Nodes
+from fedkrso_app.federation.round import Round, no_figures
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Entry, Ledger
+from fedkrso_app.records.protocol import Figures, Status, trained
 from fedkrso_app.runs.compare import settings
 from fedkrso_app.strategies import parse
 from fedkrso_app.strategies.base import Shapes
-from fedkrso_app.strategies.fedkrso import FedKRSO, draw_seeds
-from fedkrso_app.training.model import find_targets
+from fedkrso_app.strategies.fedkrso import FedKRSO
 
 Arrays = dict[str, np.ndarray]
 _POOL = 4  # different replies; each is packed anew whenever it is its turn
@@ -48,11 +48,11 @@ def rows(size: str, clients: list[int]) -> list[dict[str, Any]]:
     """One row per number of clients."""
     with torch.device("meta"):
         module = classifier(size)
-    shapes = Shapes.of(module, find_targets(module), head_of(module))
+    shapes = Shapes.of(loaded(module))
     config = parse(settings(None, []) | {"local-steps": 100, "fedkrso.interval": 10})
-    seeds = draw_seeds(config.seed, 1, config.fedkrso.num_seeds)
-    rng = np.random.default_rng(0)
-    shape = (len(seeds), shapes.outputs(config.fedkrso.rank))
+    method = FedKRSO(config, shapes)
+    seeds, rng = method.pool(1), np.random.default_rng(0)
+    shape = (len(seeds), shapes.outputs(method.own.rank))
     pool = [
         {
             "seeds": seeds,
@@ -61,11 +61,11 @@ def rows(size: str, clients: list[int]) -> list[dict[str, Any]]:
         }
         for _ in range(_POOL)
     ]
-    return [{"clients": count, **_time(config, shapes, pool, count)} for count in clients]
+    return [{"clients": count, **_time(method, pool, count)} for count in clients]
 
 
-def _time(config: Config, shapes: Shapes, pool: list[Arrays], clients: int) -> dict[str, float]:
-    """Milliseconds a reply, the ratios, and the peak."""
+def _time(method: FedKRSO, pool: list[Arrays], clients: int) -> dict[str, float]:
+    """Milliseconds per reply, the ratios, and the peak."""
     others = _others(pool[0])
     seconds = dict.fromkeys(("aggregate", *others), 0.0)
 
@@ -75,9 +75,9 @@ def _time(config: Config, shapes: Shapes, pool: list[Arrays], clients: int) -> d
             call(arrays)
             seconds[name] += time.process_time() - start
 
-    seconds["aggregate"] = _aggregate(config, shapes, pool, clients, beside)
+    seconds["aggregate"] = _aggregate(method, pool, clients, beside)
     tracemalloc.start()
-    _aggregate(config, shapes, pool, clients, lambda arrays: None)
+    _aggregate(method, pool, clients, lambda arrays: None)
     peak = tracemalloc.get_traced_memory()[1] / 2**20
     tracemalloc.stop()
     return {
@@ -108,9 +108,7 @@ def _others(some: Arrays) -> dict[str, Callable[[Arrays], None]]:
     return {"add": add, "sum64": bare(np.float64), "sum32": bare(np.float32)}
 
 
-def _aggregate(
-    config: Config, shapes: Shapes, pool: list[Arrays], clients: int, beside: Callable[[Arrays], None]
-) -> float:
+def _aggregate(method: FedKRSO, pool: list[Arrays], clients: int, beside: Callable[[Arrays], None]) -> float:
     """CPU seconds of ``aggregate_train`` over ``clients`` replies, without making them and without ``beside``."""
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # Flower sets them inside a run
     elsewhere = 0.0
@@ -121,15 +119,7 @@ def _aggregate(
             start = time.process_time()
             arrays = pool[number % len(pool)]
             beside(arrays)
-            content = RecordDict(
-                {
-                    "status": ConfigRecord({"version": 0}),
-                    "update": wire.pack(arrays),
-                    "metrics": MetricRecord(
-                        {"num-examples": 1, "train-loss": 0.5, "train-seconds": 1.0, "peak-bytes": 1}
-                    ),
-                }
-            )
+            content = trained(Status(0), wire.pack(arrays), Figures(1, 0.5, 1.0, 1))
             reply = Message(content, reply_to=message)
             del content
             elsewhere += time.process_time() - start
@@ -139,7 +129,8 @@ def _aggregate(
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder))
         ledger.append(Entry(0, {}, no_figures()))
-        strategy = FedKRSO(config, shapes, ledger, "", "0" * 16)
+        nodes = Nodes("", "0" * 16, 60.0, ledger)
+        strategy = Round(method, [], ledger, Ledger(Path(folder) / "server"), nodes, host=None)  # type: ignore[arg-type]
         asked = []
         for node in range(clients):
             message = Message(RecordDict(), node, "train")
@@ -147,7 +138,7 @@ def _aggregate(
             asked.append(message)
         # What configure_train leaves behind once the messages are out.
         strategy.round, strategy._started, strategy._figures = 1, time.monotonic(), no_figures()
-        strategy._asked = [(message, node) for node, message in enumerate(asked)]
+        strategy._asked, strategy._training = [(message, node) for node, message in enumerate(asked)], True
         strategy.nodes.partitions = {node: node for node in range(clients)}
         start = time.process_time()
         strategy.aggregate_train(1, replies(asked))

@@ -1,39 +1,36 @@
-"""Bytes of one client and round, measured on each method's real records, beside the formula and the paper's Table III.
+"""Bytes per client and round, measured on each method's real records, beside the formula and the paper's Table III.
 
-    python -m benchmarks.wire [--json]     # also: --dtypes for the other number formats, --time for what they take
+    python -m benchmarks.wire [--json]     # --dtypes: the other number formats; --time: their encoding and decoding
 
 Builds each method on RoBERTa-base and RoBERTa-large *shapes* (a model from its config on the meta device: no weights),
-fills its records with random numbers and counts the bytes that Flower would serialise, headers included. FedKRSO stands
-twice: with all K = 10 seeds both ways, as the paper counts it, and with the seeds that ten clients really draw.
+fills its records with random numbers and counts the bytes that Flower would serialise, headers included. FedKRSO
+has two rows: with all K = 10 seeds both ways, as the paper counts it, and with those that ten clients draw on average.
 """
 
 import argparse
 import json
-import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import RecordDict
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
-from fedkrso_app.config import Config
-from fedkrso_app.core import quantize, srd
+from fedkrso_app.core import quantize
 from fedkrso_app.core.projection import stream
-from fedkrso_app.federation.round import FedTune, no_figures
 from fedkrso_app.records import wire
-from fedkrso_app.records.ledger import Entry, Ledger
-from fedkrso_app.records.wire import Schema
+from fedkrso_app.records.protocol import Figures, Instructions, Status, trained
+from fedkrso_app.records.schema import Schema
 from fedkrso_app.runs.compare import settings
-from fedkrso_app.strategies import STRATEGIES, parse
-from fedkrso_app.strategies.base import Shapes
-from fedkrso_app.training.model import find_targets
+from fedkrso_app.strategies import STRATEGIES, make, parse
+from fedkrso_app.strategies.base import Method, Shapes
+from fedkrso_app.training.model import LoadedModel, find_targets
+
+CLIENTS = 10
 
 # FedKRSO, arXiv:2602.03019, Table III as printed: bytes of one client and round, both ways, "GB".
 TABLE_III = {
@@ -55,111 +52,66 @@ def shapes(size: str) -> Shapes:
             RobertaConfig(**common, **(large if size == "large" else {}))
         )
     head = {name: p for name, p in module.named_parameters() if not name.startswith("roberta.")}
-    return Shapes.of(module, find_targets(module), head)
+    return Shapes.of(LoadedModel(module, None, find_targets(module), head, (), frozenset()))
 
 
-def draws(config: Config) -> tuple[float, float]:
-    """Mean numbers of distinct seeds that one client draws and that ten clients use, over 20 rounds."""
-    K, intervals = config.fedkrso.num_seeds, config.local_steps // config.fedkrso.interval
-    drawn, used = [], []
-    for round in range(20):
-        sets = [set(stream(round, "draws", client).integers(K, size=intervals)) for client in range(10)]
-        drawn += [len(chosen) for chosen in sets]
-        used.append(len(set().union(*sets)))
-    return float(np.mean(drawn)), float(np.mean(used))
-
-
-def fill(schema: Schema, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Random arrays that fit ``schema``."""
+def fill(schema: Schema, lengths: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """Random arrays that fit ``schema``, with its letters' lengths rounded."""
     rng = np.random.default_rng(0)
     arrays: dict[str, np.ndarray] = {}
-    for name, (dtype, shape) in schema.arrays.items():
-        real = tuple(lengths.get(n, n) if isinstance(n, str) else n for n in shape)
-        if dtype.startswith("float") or dtype in quantize.FORMATS:
+    for name, field in schema.fields.items():
+        real = tuple(round(lengths[n]) if isinstance(n, str) else n for n in field.shape)
+        if field.dtype.startswith("float") or field.dtype in quantize.FORMATS:
             arrays[name] = rng.standard_normal(real, dtype=np.float32)
         else:
-            arrays[name] = rng.integers(np.iinfo(dtype).max, size=real, dtype=dtype)
+            arrays[name] = rng.integers(np.iinfo(field.dtype).max, size=real, dtype=field.dtype)
     return arrays
 
 
-def measure(name: str, size: Shapes, config: Config, up: Mapping[str, int], down: Mapping[str, int]) -> dict[str, int]:
-    """Bytes up and down of one client, with the free lengths of the two schemas set."""
-    strategy_class = STRATEGIES[name]
-    schema = strategy_class.reply_schema(config, size)
-    reply = wire.encode(fill(schema, up), schema, stream(0, "reply"))
-    content = RecordDict(
-        {
-            "status": ConfigRecord({"version": 1}),
-            "update": wire.pack(reply),
-            "metrics": MetricRecord({"num-examples": 1, "train-loss": 0.5, "train-seconds": 1.0, "peak-bytes": 1}),
-        }
+def measure(method: Method, up: Mapping[str, float], down: Mapping[str, float]) -> dict[str, int]:
+    """Bytes up and down per client and round, for these lengths of a reply and of an entry."""
+    reply, entry = (
+        wire.pack(wire.encode(fill(schema.travelling, lengths), schema, stream(0, "benchmark")))
+        for schema, lengths in ((method.reply, up), (method.entry, down))
     )
-    with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(Path(folder))
-        entry = fill(strategy_class.entry_schema(config, size), down)
-        if "mask" in entry:  # FedSRD's values are as many as its mask says
-            entry = {"mask": np.array([1, 0], np.uint64), "head": entry["head"]}
-            mask = srd.dare_mask((size.outputs(config.lora.rank),), config.fedsrd.download_sparsity, _dare_rng())
-            entry["values"] = np.ones(int(mask.sum()), np.float32)
-        ledger.append(Entry(0, {}, no_figures()))
-        strategy: FedTune = strategy_class(config, size, ledger, "", "0" * 16)
-        ledger.put(Entry(1, strategy_class.encode_entry(entry, config, size, 1), no_figures()))
-        strategy.round = 1
-        downlink = wire.measured_bytes(strategy.message_content(0, "train", {"round": 1, **strategy.instructions(1)}))
-    return {"up": wire.measured_bytes(content), "down": downlink, "formula": strategy.paper_bytes()}
-
-
-def _dare_rng() -> np.random.Generator:
-    from fedkrso_app.strategies.fedsrd import dare_rng
-
-    return dare_rng(1)
+    instructions = Instructions("0" * 16, 1, "0" * 64, round=1, method=method.instructions(1)).record()
+    return {
+        "up": wire.measured_bytes(trained(Status(1), reply, Figures(1000, 0.5, 1.0, 2**30))),
+        "down": wire.measured_bytes(RecordDict({"entry-1": entry, "train": instructions})),
+        "formula": method.paper_bytes(),
+    }
 
 
 def rows(dtype: str = "float32", models: Sequence[str] = ("base", "large")) -> list[dict[str, Any]]:
-    """One row per model size and method, with numbers in the format ``dtype``."""
-    config = parse(settings(None, []) | {"local-steps": 100, "wire-dtype": dtype})
-    K = config.fedkrso.num_seeds
-    drawn, used = draws(config)
+    """One row per model size and method, with numbers in the format ``dtype``, at the mean lengths for ten clients.
+    Where those are expected values of a draw, a row at the largest lengths too, as the papers count."""
     result = []
     for label in models:
         size = shapes(label)
-        L = size.outputs(config.lora.rank) + size.inputs(config.lora.rank)
-        sparse = {"v": round(L * (1 - config.fedsrd.max_sparsity))}
         for name in STRATEGIES:
-            row = {"model": f"RoBERTa-{label}", "method": name, "paper": TABLE_III[label].get(name, "")}
-            lengths = {"s": K} if name == "fedkrso" else sparse
-            result.append({**row, **measure(name, size, config, lengths, lengths)})
-            if name == "fedkrso":  # bytes are linear in the number of seeds: measure at K and at 0, and interpolate
-                full, none = result[-1], measure(name, size, config, {"s": 0}, {"s": 0})
-                some = {
-                    way: round(none[way] + (full[way] - none[way]) * count / K)
-                    for way, count in (("up", drawn), ("down", used))
-                }
-                Q, h = size.outputs(config.fedkrso.rank), size.head
-                formula = round(4 * (drawn * Q + h) + 4 * (used * Q + h))
+            method = make(parse(settings(None, []) | {"local-steps": 100, "wire-dtype": dtype, "strategy": name}), size)
+            up, down, figures = method.expected(CLIENTS)
+            row = {"model": f"RoBERTa-{label}", "paper": "", "note": ""}
+            known = {"paper": TABLE_III[label].get(name, ""), "note": NOTES.get(name, "")}
+            if figures:
                 result.append(
-                    {
-                        **row,
-                        "method": f"fedkrso, {drawn:.2f} drawn, {used:.2f} used",
-                        "paper": "",
-                        **some,
-                        "formula": formula,
-                    }
+                    {**row, **known, "method": name, **measure(method, method.reply.limits, method.entry.limits)}
                 )
-    for row in result:
-        row["both"] = row["up"] + row["down"]
-        row["note"] = NOTES.get(row["method"], "")
-    return result
+                expected = ", ".join(f"{value:.2f} {what}" for what, value in figures.items())
+                result.append({**row, "method": f"{name}, {expected}", **measure(method, up, down)})
+            else:
+                result.append({**row, **known, "method": name, **measure(method, up, down)})
+    return [{**row, "both": row["up"] + row["down"]} for row in result]
 
 
 def times(repeats: int = 15) -> list[dict[str, Any]]:
-    """What a FedKRSO reply of RoBERTa-base takes to encode and decode: seconds, and how many bare copies of it in
-    memory. Medians of interleaved repeats; the reply has the mean number of drawn seeds, rounded up."""
+    """Seconds to encode and decode a FedKRSO reply of RoBERTa-base, and their ratio to a bare copy of it in memory.
+    Medians of interleaved repeats; the reply has the mean number of drawn seeds, rounded."""
     size, result = shapes("base"), []
     for dtype in quantize.FORMATS:
-        config = parse(settings(None, []) | {"local-steps": 100, "wire-dtype": dtype})
-        schema = STRATEGIES["fedkrso"].reply_schema(config, size)
-        reply = fill(schema, {"s": math.ceil(draws(config)[0])})
+        method = make(parse(settings(None, []) | {"local-steps": 100, "wire-dtype": dtype}), size)
+        schema = method.reply
+        reply = fill(schema, method.expected(CLIENTS)[0])
         seconds: dict[str, list[float]] = {"copy": [], "encode": [], "decode": []}
         for _ in range(repeats):
             start = time.perf_counter()
@@ -186,7 +138,9 @@ def main() -> None:
     if chosen.time:
         result = times()
     elif chosen.dtypes:
-        result = [{"wire_dtype": dtype, **row} for dtype in wire.HEAD for row in rows(dtype, ["base"])]
+        result = [
+            {"wire_dtype": dtype, **row} for dtype in ("float32", *quantize.FORMATS) for row in rows(dtype, ["base"])
+        ]
     else:
         result = rows()
     if chosen.json:

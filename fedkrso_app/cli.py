@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -61,6 +61,9 @@ def compare(
         Path | None, typer.Option(help="Folder of the runs; default: compare-TASK in output-dir.")
     ] = None,
     clients: Annotated[int, typer.Option(min=1, help="Clients of the simulated federation.")] = 10,
+    engine: Annotated[
+        Literal["flower", "process"], typer.Option(help="Flower's simulation, or each run in one process; see above.")
+    ] = "flower",
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Choose each method's learning rate first, see above.")
     ] = False,
@@ -70,8 +73,12 @@ def compare(
     """Run methods on the same clients, partitions and seeds, and print what they reach and what they cost.
 
     The folder gets one run and one log per method, partition and seed, results.csv and results.json. The same command
-    goes on where it was interrupted: complete runs are kept, begun ones resumed. Ctrl-C stops the run under way too.
-    A run that fails does not keep the others from being made; the exit code is then 1.
+    continues an interrupted comparison: it keeps complete runs and resumes incomplete ones. Ctrl-C also stops the
+    current run. If a run fails, the comparison continues and the exit code is 1.
+
+    --engine process makes each run in one process, where the clients train one after another. The models are the same
+    bit for bit. Small models take less time, because no SuperLink and no Ray start. Client memory is then that of the
+    process, server included.
 
     --sweep chooses the learning rate of each method for each partition: as many rates for every method, each twice the
     one before, around the rate in the settings (4 rates: ×0.5, ×1, ×2, ×4), with seed 0. They are judged by the mean
@@ -83,7 +90,9 @@ def compare(
 
         base = c.settings(config, set_ or [])
         folder = output or Path(str(base["output-dir"])) / f"compare-{base['task']}".replace("/", "-")
-        plan = c.Plan(base, names(strategies), names(partitions or base["partition"]), _numbers(seeds), folder, clients)
+        plan = c.Plan(
+            base, names(strategies), names(partitions or base["partition"]), _numbers(seeds), folder, clients, engine
+        )
         choices: list[dict[str, Any]] = []
         try:
             if sweep:
@@ -91,7 +100,7 @@ def compare(
                 err.print(_sweep_table(choices, c.LAST, c.HOLDOUT))
             failures = plan.run(choices, err)
         except KeyboardInterrupt:
-            err.print("Stopped, the run under way too. The same command goes on from here.")
+            err.print("Stopped, the current run too. The same command continues from here.")
             raise typer.Exit(130) from None
         command = shlex.join(["fedkrso", *sys.argv[1:]])
         facts = plan.save(command)
@@ -139,19 +148,27 @@ def plan(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders that hold some.")],
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: report.html in the first RUN.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the metric over bytes alone, as a PNG picture.")
+    ] = None,
 ) -> None:
     """Draw runs as one HTML file that needs no network: metric over rounds and over bytes, costs, settings.
 
-    Runs that differ in nothing but the seed are drawn as one line with a band.
+    Runs that differ in nothing but the seed are drawn as one line with a band. --picture draws one small picture
+    instead, for a README.
     """
     with explained():
+        from fedkrso_app.runs import pictures
         from fedkrso_app.runs import report as r
-        from fedkrso_app.runs.results import find_runs
+        from fedkrso_app.runs.results import find_runs, lines
 
-        file = output or runs[0] / "report.html"
+        file = picture or output or runs[0] / "report.html"
         found = find_runs(runs)
         with err.status(f"Drawing {len(found)} runs"):
-            r.write(found, file)
+            if picture:
+                pictures.save(lines(found), picture)
+            else:
+                r.write(found, file)
     out.print(str(file), **_PLAIN)
 
 
@@ -273,11 +290,12 @@ def _steps(run: "Run", entries: Ledger, versions: Sequence[int]) -> tuple[Any, I
     from fedkrso_app.federation.replica import NeedSync, Replica
     from fedkrso_app.strategies import make
     from fedkrso_app.strategies.base import Shapes
-    from fedkrso_app.training import model
+    from fedkrso_app.training import model, threads
 
     config = run.config
+    threads.hold(config.torch_threads)
     task = data.resolve(config)
-    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, on_device=config.on_device)
+    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=config.weights_device)
     if run.info["model_digest"] not in ("", loaded.digest()):
         raise ConfigError(f"model = {config.model!r} has other weights than when {run.path} was made.")
     method = make(config, Shapes.of(loaded))

@@ -5,9 +5,9 @@ import time
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkrso_app.federation import client
+from fedkrso_app.federation import client, discretion
 
-app = ClientApp()
+app = ClientApp(mods=[discretion.careful])
 
 
 @app.query("join")

@@ -6,6 +6,7 @@ types and what values make sense together. The settings of a method are declared
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,12 @@ class Config:
 
     strategy: str
     model: str
+    model_revision: str
     task: str
     data_dir: str
     dataset: str
+    dataset_revision: str
+    rows: int
     text_columns: str
     label_column: str
     labels: str
@@ -55,7 +59,9 @@ class Config:
     gradient_accumulation: int
     max_grad_norm: float
     activation_memory: str
+    device: str
     compute_dtype: str
+    torch_threads: int
     weighting: str
     aggregation: str
     max_update_norm: float
@@ -76,8 +82,13 @@ class Config:
 
     @property
     def on_device(self) -> bool:
-        """Whether W^t itself may lie on the GPU; else it stays in the host's memory, and a copy computes."""
+        """Whether W^t itself may lie on the device; else it stays in the host's memory, and a copy computes."""
         return self.compute_dtype == "float32"
+
+    @property
+    def weights_device(self) -> str:
+        """Where W^t lies: a ``device``."""
+        return self.device if self.on_device else "cpu"
 
     def to_dict(self) -> dict[str, Any]:
         """The flat mapping with the user's keys (``fedkrso.num-seeds``) that :func:`parse` takes."""
@@ -104,7 +115,24 @@ def parse(run_config: Mapping[str, Any], tables: Sequence[type[Settings]]) -> Co
     built = tuple(_build(table, table.table + ".", run_config) for table in tables)
     config = _build(Config, "", run_config, tables=built)
     _check(config)
-    return config
+    return _revised(config)
+
+
+def _revised(c: Config) -> Config:
+    """``c`` with the revisions in the names, ``org/name@revision``."""
+    changes: dict[str, Any] = {}
+    for key, name, revision in (
+        ("model", c.model, c.model_revision),
+        ("dataset", c.dataset, c.dataset_revision),
+    ):
+        if not revision or (key == "dataset" and c.task.startswith("glue/") and not c.data_dir):
+            continue
+        if not name or name == "embedded" or is_local(name.partition(":")[0]):
+            raise ConfigError(f"{key}-revision = {revision!r} needs {key} to be a name of the hub; leave it empty.")
+        if (before := name.partition("@")[2].partition(":")[0]) not in ("", revision):
+            raise ConfigError(f"{key} = {name!r} and {key}-revision = {revision!r} differ; leave {key}-revision empty.")
+        changes[key] = name if before else f"{name}@{revision}"
+    return dataclasses.replace(c, **changes)
 
 
 def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -118,6 +146,16 @@ def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def resolved_path(path: str) -> Path:
     """``path`` as an absolute one, a leading ``~`` expanded."""
     return Path(path).expanduser().resolve()
+
+
+def cache() -> Path:
+    """The folder of this machine's files: what its nodes hold of a run, the embedded model."""
+    return Path(os.environ.get("FEDKRSO_CACHE") or "~/.cache/fedkrso").expanduser()
+
+
+def is_local(name: str) -> bool:
+    """Whether a model or dataset of this ``name`` is a folder of this machine."""
+    return name.startswith(("~", "/", ".")) or resolved_path(name).is_dir()
 
 
 def names(text: str) -> list[str]:
@@ -197,6 +235,7 @@ def _check(c: Config) -> None:
     need(0 <= c.max_update_norm < float("inf"), "max-update-norm", c.max_update_norm, "0 (no bound) or above")
     choice("wire-dtype", c.wire_dtype, ["float32", "float16", "int8", "int4"])
     choice("activation-memory", c.activation_memory, ["keep", "recompute", "checkpoint"])
+    choice("device", c.device, ["auto", "cpu", "cuda", "mps", "xpu"])
     choice("compute-dtype", c.compute_dtype, ["float32", "bfloat16"])
     need(0 <= c.max_grad_norm < float("inf"), "max-grad-norm", c.max_grad_norm, "0 (no bound) or above")
     choice("evaluate", c.evaluate, ["server", "clients", "off"])
@@ -210,7 +249,9 @@ def _check(c: Config) -> None:
         need(values[key] >= 1, key, values[key], "at least 1")
     for key in ("round-timeout", "dirichlet-alpha"):
         need_positive(key, values[key])
+    need(c.rows >= 0, "rows", c.rows, "0 (all) or above")
     need(c.max_length >= 4, "max-length", c.max_length, "at least 4 tokens")
+    need(1 <= c.torch_threads <= 1024, "torch-threads", c.torch_threads, "between 1 and 1024")
     need(0 < c.fraction_train <= 1, "fraction-train", c.fraction_train, "above 0 and at most 1")
     need(0 <= c.holdout < 1, "holdout", c.holdout, "a share of the training rows, at least 0 and below 1")
     need(0 <= c.warmup < 1, "warmup", c.warmup, "a share of the local steps, at least 0 and below 1")

@@ -1,33 +1,19 @@
-"""A tiny model and corpus on disk, a grid that runs the ClientApp in this process, and whole runs on it."""
+"""A tiny model and corpus on disk, and the settings of runs on them."""
 
-import json
-import os
-import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
+from helpers import WORDS, default_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from fedkrso_app import client_app, data, server_app
-from fedkrso_app.config import Config, resolved_path
-from fedkrso_app.federation import client
-from fedkrso_app.federation.replica import Replica
-from fedkrso_app.records.ledger import Ledger
-from fedkrso_app.runs.folder import Run
-from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Local, Shapes
-from fedkrso_app.training import model
-
-ROOT = Path(__file__).parent.parent
-WORDS = [f"w{number}" for number in range(40)]
+from fedkrso_app import data
+from fedkrso_app.config import Config
+from fedkrso_app.strategies import parse
 
 
 @pytest.fixture(autouse=True)
@@ -96,15 +82,6 @@ def node_files(tmp_path) -> Path:
     return tmp_path / "cache" / "nodes"
 
 
-def default_config() -> dict:
-    """The defaults as Flower hands them over: flat, tables joined by a dot."""
-    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    flat = {}
-    for key, value in tables.items():
-        flat |= {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
-
-
 @pytest.fixture
 def run_config(model_folder, data_folder, tmp_path) -> dict:
     """Three rounds of four steps on the tiny model; change entries before use."""
@@ -161,94 +138,3 @@ def sites(run_config, data_folder, tmp_path) -> tuple[dict, list[Path]]:
     shares = data.partition(train, task, 3, "natural", 0.5, settings["seed"])
     of_client = [train["site"][int(rows[0])] for rows in shares]  # the seed decides who is whose
     return settings, [write(tmp_path / "device" / str(i), site) for i, site in enumerate(of_client)]
-
-
-class InProcessGrid:
-    """Flower's grid with nodes 100, 101, … that run ``app`` here. ``tamper(partition, message, reply)`` may change,
-    replace or drop (None) a reply; ``order`` rearranges those that arrive together. With ``devices``, every node
-    has a disk of its own and every message meets a process that knows nothing, as in a deployment."""
-
-    def __init__(
-        self,
-        app: ClientApp,
-        run_config: dict,
-        nodes: int,
-        tamper: Callable[[int, Message, Message], Message | None] = lambda partition, message, reply: reply,
-        order: Callable[[list], list] = list,
-        run_id: int = 1,
-        devices: bool = False,
-    ) -> None:
-        self.disks = Path(os.environ["FEDKRSO_CACHE"]) if devices else None
-        self.app, self.tamper, self.order, self.sent = app, tamper, order, []
-        self.contexts = {
-            100 + id: Context(
-                run_id=run_id,
-                node_id=100 + id,
-                node_config={"partition-id": id, "num-partitions": nodes},
-                state=RecordDict(),
-                run_config=run_config,
-            )
-            for id in range(nodes)
-        }
-        self._replies: dict[str, Message] = {}
-
-    def get_node_ids(self):
-        return list(self.contexts)
-
-    def push_messages(self, messages):
-        ids = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = f"message-{len(self.sent)}"
-            self.sent.append(message)
-            ids.append(message.metadata.message_id)
-            context = self.contexts[message.metadata.dst_node_id]
-            partition = context.node_config["partition-id"]
-            if self.disks:
-                os.environ["FEDKRSO_CACHE"] = f"{self.disks}-{partition}"  # the fixture puts it back
-                client.workplace.cache_clear()
-            try:
-                reply = self.app(message, context)
-            except Exception as error:
-                reply = Message(Error(code=2, reason=str(error)), reply_to=message)
-            asked = message.metadata.message_type in ("train", "evaluate")
-            reply = self.tamper(partition, message, reply) if asked else reply
-            if reply is not None:
-                self._replies[message.metadata.message_id] = reply
-        return ids
-
-    def pull_messages(self, ids):
-        return self.order([self._replies.pop(id) for id in list(ids) if id in self._replies])
-
-
-def play(run_config, nodes=4, run_id=1, prepare=lambda grid: None, **options) -> Run:
-    """One whole run, on a grid that ``prepare`` may change before; the folder it made."""
-    client.workplace.cache_clear()
-    grid = InProcessGrid(client_app.app, run_config, nodes, run_id=run_id, **options)
-    prepare(grid)
-    context = Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=run_config)
-    server_app.app(grid, context)
-    return Run(resolved_path(run_config["output-dir"]) / run_config["run-name"])
-
-
-def digest(run: Run) -> str:
-    return json.loads((run.path / "result.json").read_text())["digest"]
-
-
-def replica(run: Run, version: int | None = None) -> Local:
-    """The half beside the model at ``version``, from W^0 and the ledger alone."""
-    config = run.config
-    task = data.resolve(config)
-    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, on_device=config.on_device)
-    method = make(config, Shapes.of(loaded))
-    local, ledger = method.local(loaded), Ledger(run.ledger)
-    Replica(local, ledger, method.entry.span).advance(ledger.version if version is None else version)
-    return local
-
-
-def replayed(run: Run, version: int | None = None) -> str:
-    """The digest of the weights that W^0 and the ledger lead to."""
-    return model.state_digest(replica(run, version).plain_state())
-
-
-def arrays_of(reply: Message) -> dict[str, np.ndarray]:
-    return {name: array.numpy() for name, array in reply.content["update"].items()}

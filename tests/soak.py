@@ -22,11 +22,9 @@ def child(folder: Path) -> None:
     """One process that makes or resumes the run in ``folder``."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
-    from conftest import default_config, play
-    from flwr.supercore.task_identity import TaskIdentity
+    from helpers import default_config, play
 
     torch.set_num_threads(1)
-    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
     resume = str(folder) if (folder / "config.json").is_file() else ""
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import InProcessGrid, arrays_of, digest, play, replayed
 from flwr.app import Context, RecordDict
+from helpers import Grid, arrays_of, digest, play, replayed
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedkrso_app import client_app, server_app
+from fedkrso_app import server_app
 from fedkrso_app.config import ConfigError
 from fedkrso_app.federation import client
 from fedkrso_app.records.ledger import Ledger
@@ -119,7 +119,7 @@ def test_example_weights_equal_a_hand_computation(run_config):
 def test_nodes_that_cannot_take_part_say_why(run_config):
     with pytest.raises(ConfigError, match=r"no node can take part: .*num-partitions"):
         client.workplace.cache_clear()
-        grid = InProcessGrid(client_app.app, run_config, 2)
+        grid = Grid(run_config, 2)
         for context in grid.contexts.values():
             context.node_config = {"partition-id": 0}
         server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))
@@ -197,7 +197,7 @@ def test_more_clients_than_rows_fail_with_the_reason_of_the_clients(run_config, 
     monkeypatch.setattr("fedkrso_app.federation.nodes._GATHERING", 0)  # 498 more would be waited for
     with pytest.raises(ConfigError, match="no node can take part: partition 0: num-supernodes = 500 must be 1 to 160"):
         client.workplace.cache_clear()
-        grid = InProcessGrid(client_app.app, run_config, 2)
+        grid = Grid(run_config, 2)
         for context in grid.contexts.values():
             context.node_config = {"partition-id": 0, "num-partitions": 500}
         server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import play
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from helpers import play
 
 from benchmarks import growth, memory, models, peer, replica, server, simulation, step
 from fedkrso_app.runs.memory import Storage

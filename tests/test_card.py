@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from conftest import play
+from helpers import play
 from huggingface_hub import ModelCard
 from test_cli import call
 from transformers import RobertaForSequenceClassification

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import digest, play, replayed, replica
+from helpers import digest, play, replayed, replica
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import digest, play
+from helpers import digest, play
 
 
 def test_per_client_figures_are_those_of_the_replies_and_add_up(run_config):

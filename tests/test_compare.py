@@ -10,11 +10,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers import digest, play
 from typer.testing import CliRunner
 
 from fedkrso_app import cli
 from fedkrso_app.config import ConfigError
-from fedkrso_app.runs import compare
+from fedkrso_app.runs import compare, engines
+from fedkrso_app.runs.folder import Run
 
 FLWR = """#!{python}
 import json, pathlib, sys, time, tomllib
@@ -59,7 +61,7 @@ def flwr(tmp_path, monkeypatch):
     calls.write_text("")
     script.write_text(FLWR.format(python=sys.executable, calls=str(calls)))
     script.chmod(0o755)
-    monkeypatch.setattr(compare, "FLWR", script)
+    monkeypatch.setattr(engines, "FLWR", script)
 
     def act(**plan) -> list[list[str]]:
         (tmp_path / "plan.json").write_text(json.dumps(plan))
@@ -146,7 +148,7 @@ def test_ctrl_c_stops_the_run_and_leaves_it_to_be_resumed(flwr, command, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(compare, "_last", press)
         result = command("--seeds", "0,1")
-    assert result.exit_code == 130 and "goes on from here" in result.stderr
+    assert result.exit_code == 130 and "continues from here" in result.stderr
     assert flwr()[-1] == ["stop", "77"]
     assert command("--seeds", "0,1").exit_code == 0
     assert started(flwr)[-1]["resume"].endswith("fedkrso-iid-seed1")
@@ -154,7 +156,11 @@ def test_ctrl_c_stops_the_run_and_leaves_it_to_be_resumed(flwr, command, tmp_pat
 
 @pytest.mark.parametrize(
     "options, key",
-    [(["--set", "local-steps=11"], "local-steps = 20, now it is 11"), (["--clients", "3"], "--clients 10, not 3")],
+    [
+        (["--set", "local-steps=11"], "local-steps = 20, now it is 11"),
+        (["--clients", "3"], "--clients 10, not 3"),
+        (["--engine", "process"], "--clients 10, not 10 --engine process"),
+    ],
 )
 def test_a_folder_with_other_settings_is_refused_by_name(flwr, command, options, key):
     command("--seeds", "0")
@@ -253,6 +259,33 @@ def test_what_the_user_can_mend_ends_with_one_sentence_before_anything_runs(flwr
     result = command(*options)
     assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
     assert not flwr()
+
+
+def test_the_process_engine_survives_ctrl_c_and_a_failed_run_and_gives_the_bits_of_a_whole_run(
+    run_config, tmp_path, monkeypatch
+):
+    file, out = tmp_path / "settings.toml", tmp_path / "out"
+    file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in run_config.items()))
+    options = ["compare", "--engine", "process", "--clients", "3", "--config", str(file), "--output", str(out)]
+    options += ["--strategies", "fedkrso,fedfft", "--seeds", "0", "--set", "fedkrso.rank=999"]  # no layer has that
+
+    def press(config):
+        if compare._rounds(config) >= 1:
+            raise KeyboardInterrupt
+        return ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "_last", press)
+        assert CliRunner().invoke(cli.app, options).exit_code == 130
+    run = Run(out / "fedfft-iid-seed0")
+    assert run.status == "interrupted"
+    monkeypatch.setattr("sys.argv", ["fedkrso", *options])
+    result = CliRunner().invoke(cli.app, options)
+    assert result.exit_code == 1 and "fedkrso-iid-seed0: failed: fedkrso.rank = 999" in result.stderr
+    facts = json.loads((out / "results.json").read_text())
+    assert facts["engine"] == "process" and "--engine process" in facts["command"]
+    assert [(row["strategy"], row["seeds"]) for row in facts["rows"]] == [("fedkrso", 0), ("fedfft", 1)]
+    assert digest(run) == digest(play(run_config | {"strategy": "fedfft"}, nodes=3))
 
 
 def test_a_plan_without_an_app_folder_is_an_error_that_says_so(monkeypatch, tmp_path):

@@ -1,7 +1,7 @@
 """The config's door: good settings get types, bad ones one sentence that names the key and the mend."""
 
 import pytest
-from conftest import default_config
+from helpers import default_config
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.strategies import parse
@@ -45,6 +45,7 @@ BAD = {
     "unknown weighting": ({"weighting": "size"}, "weighting = 'size' is not one of uniform, examples"),
     "unknown evaluation": ({"evaluate": "client"}, "evaluate = 'client'"),
     "unknown memory setting": ({"activation-memory": "keeps"}, "Did you mean 'keep'"),
+    "no threads": ({"torch-threads": 0}, "torch-threads = 0 is impossible: it must be between 1 and 1024"),
     "negative seed": ({"seed": -1}, "seed = -1"),
     "all held out": ({"holdout": 1.0}, "holdout = 1.0"),
     "folder in the run's name": ({"run-name": "a/b"}, "run-name = 'a/b'"),

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import arrays_of, digest, play, replayed
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from helpers import arrays_of, digest, play, replayed
 from transformers import AutoModelForSequenceClassification
 
 from fedkrso_app import data

@@ -8,20 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import arrays_of, digest, play, replayed
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from helpers import arrays_of, digest, play, replayed
 from test_contract import reply_target
 from typer.testing import CliRunner
 
 from fedkrso_app import cli
 from fedkrso_app.config import ConfigError
-from fedkrso_app.federation.replica import NodeStore, Replica
+from fedkrso_app.federation.replica import Replica
+from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger, LedgerError
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.strategies import STRATEGIES, make
 from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.strategies.fedkrso import FedKRSO
 from fedkrso_app.training import model
+from fedkrso_app.training.activations import TrainingError
 
 # Nodes
 
@@ -156,7 +159,7 @@ def test_a_node_whose_data_is_wrong_is_named_and_takes_part_once_it_is_mended(
         return reply
 
     def prepare(grid):
-        grid.contexts[102].node_config["data-dir"] = str(own.parent)
+        grid.contexts[102].node_config.update({"data-dir": str(own.parent), "share-errors": True})
 
     run = play(run_config | {"num-server-rounds": 4}, tamper=mend, prepare=prepare)
     assert [line["partitions"] for line in run.metrics()[1:]] == [[0, 1, 3], [0, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
@@ -594,3 +597,40 @@ def test_only_the_nodes_need_have_data(run_config, data_folder, tmp_path):
 def test_more_replies_than_nodes_are_asked_are_refused_before_anyone_trains(run_config):
     with pytest.raises(ConfigError, match=r"min-replies = 3 is out of reach: fraction-train = 0.5 of 4 nodes are 2"):
         play(run_config | {"fraction-train": 0.5, "min-replies": 3})
+
+
+def test_exactly_min_replies_are_enough_and_one_less_is_not(run_config):
+    silent = lambda partition, message, reply: reply if partition < 2 else None  # noqa: E731
+    quick = run_config | {"round-timeout": 0.3, "num-server-rounds": 1}
+    assert play(quick | {"min-replies": 2}, tamper=silent).metrics()[-1]["version"] == 1
+    with pytest.raises(TrainingError, match="none of 1 rounds published anything"):
+        play(quick | {"min-replies": 3, "run-name": "few"}, tamper=silent, run_id=2)
+
+
+def test_an_average_that_is_not_finite_is_never_published(run_config, monkeypatch, caplog):
+    conclude = FedKRSO.conclude
+
+    def broken(self, means, round):
+        arrays = conclude(self, means, round)
+        return arrays if round != 2 else arrays | {"head": np.full_like(arrays["head"], np.inf)}
+
+    monkeypatch.setattr(FedKRSO, "conclude", broken)
+    run = play(run_config)
+    assert [line["version"] for line in run.metrics()] == [0, 1, 1, 2]
+    assert "the average of head is not finite: nothing is published" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["fedkrso", "fedit"])
+def test_max_update_norm_measures_what_a_reply_moves(run_config, strategy, caplog):
+    """By another route: the norm of the accumulators as they are, of everything else as a difference to entry 0."""
+    replies = []
+    settings = run_config | {"strategy": strategy, "num-server-rounds": 1}
+    run = play(settings, nodes=2, tamper=lambda partition, message, reply: replies.append(reply) or reply)
+    start, norms = Ledger(run.ledger).read(0).arrays, []
+    for reply in replies:
+        moved = [a - start[n] if n in start else a for n, a in arrays_of(reply).items() if n != "seeds"]
+        norms.append(float(np.sqrt(sum(np.square(part.astype(np.float64)).sum() for part in moved))))
+    between = settings | {"max-update-norm": sum(norms) / 2, "run-name": "between"}
+    line = play(between, nodes=2, run_id=2).metrics()[-1]
+    assert (line["clients"], line["refused"], line["partitions"]) == (1, 1, [int(np.argmin(norms))])
+    assert f"its update has norm {max(norms):.4g}" in caplog.text

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import arrays_of, default_config, play
 from flwr.app import RecordDict
+from helpers import arrays_of, default_config, play
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from fedkrso_app.core.projection import projection

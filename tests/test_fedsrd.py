@@ -5,9 +5,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import arrays_of, digest, play, replayed, replica
+from flwr.app import Array
+from helpers import arrays_of, digest, play, replayed, replica
 
+from fedkrso_app.core import srd
 from fedkrso_app.core.flat import flatten
+from fedkrso_app.core.projection import layer_key, philox
 from fedkrso_app.federation import client
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.strategies import STRATEGIES, parse
@@ -112,3 +115,26 @@ def test_a_factor_that_jumps_is_told_and_rcond_tames_it(run_config, caplog):
     wild = largest(0.0)
     assert "A moves by" in caplog.text and "set fedsrd.rcond" in caplog.text
     assert largest(1e-2) < 0.1 * wild
+
+
+def test_the_broadcast_is_the_move_on_its_mask_over_what_dare_keeps(settings, monkeypatch):
+    """Every value is the least squares' own one, divided by 1 − p, where the mask that its seed draws says so."""
+    moves, solve = [], srd.least_squares_factors
+    monkeypatch.setattr(srd, "least_squares_factors", lambda *args: moves.append(solve(*args)) or moves[-1])
+    run = play(settings | {"num-server-rounds": 1, "fedsrd.download-sparsity": 0.75})
+    arrays = Ledger(run.ledger).read(1).arrays
+    exact = np.concatenate([move.numpy().ravel() for move in moves]).astype(np.float64)
+    kept = np.random.Generator(philox(int(arrays["mask"][0]), layer_key("dare"))).random(len(exact)) >= 0.75
+    np.testing.assert_allclose(arrays["values"], exact[kept] / 0.25, rtol=1e-6)
+
+
+def test_values_beyond_reason_are_refused(settings, caplog):
+    def forge(partition, message, reply):
+        if partition == 0:
+            values = reply.content["update"]["values"].numpy().copy()
+            values[0] = 2e6
+            reply.content["update"]["values"] = Array(values)
+        return reply
+
+    run = play(settings | {"num-server-rounds": 1}, tamper=forge)
+    assert run.metrics()[-1]["refused"] == 1 and "too large: products of factors must stay finite" in caplog.text

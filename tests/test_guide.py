@@ -12,16 +12,16 @@ from pathlib import Path
 import datasets
 import pytest
 import typer
-from conftest import ROOT, default_config, play
 from flwr.cli.app import app as flower
 from flwr.common.config import parse_config_args
 from flwr.proto.federation_config_pb2 import SimulationConfig
+from helpers import ROOT, default_config, play
 from test_families import build
 from typer.testing import CliRunner
 
 from fedkrso_app import cli, data
 from fedkrso_app.config import resolved_path
-from fedkrso_app.data import files, loading
+from fedkrso_app.data import files, hub
 from fedkrso_app.data.tasks import declared
 from fedkrso_app.runs import compare
 from fedkrso_app.strategies import parse
@@ -33,7 +33,7 @@ NOT_RUN = {  # first word of a line -> why the test does not run it
     "tensorboard": "a server that does not end by itself",
 }
 FEDERATION = {field.replace("_", "-") for field in SimulationConfig.DESCRIPTOR.fields_by_name}
-OTHERS = {"partition-id", "num-partitions"} | {
+OTHERS = {"partition-id", "num-partitions", "share-errors"} | {
     "ssh-keygen",
     "flower-superlink",
     "flwr-simulation",
@@ -108,7 +108,7 @@ def test_every_snippet_does_what_it_says(page, model_folder, data_folder, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(compare, "_play", lambda config, clients: (play(config, nodes=2) for _ in "1"))
-    for cached in (data.load, data.resolve, loading._hub, files.warn):
+    for cached in (data.load, data.resolve, hub.splits, files.warn):
         cached.cache_clear()
     own, rows = tmp_path / "own", [f"w{i} w{i + 1},{'neg' if i % 2 else 'pos'},w{i},w{i + 1}\n" for i in range(30)]
     own.mkdir()

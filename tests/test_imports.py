@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "fedkrso_app"
 OUTSIDE_IN_CORE = {"torch", "numpy"}
 ROOMS = ["core", "records", "data", "training", "strategies", "federation", "runs"]  # each may import those before it
 ALLOWED = {room: {"config", *ROOMS[: i + 1]} for i, room in enumerate(ROOMS)} | {"core": {"core"}, "config": set()}
-DOORS = {"cli", "server_app", "client_app"}  # may import anything; nobody below imports them
+DOORS = {"cli", "server_app", "client_app", "local_app"}  # may import anything; nobody below imports them
 
 
 def modules():

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import default_config, play
+from helpers import default_config, play
 from transformers import AlbertConfig, RobertaConfig
 from typer.testing import CliRunner
 

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import arrays_of, digest, play, replayed
 from flwr.app import Error, Message, RecordDict
+from helpers import arrays_of, digest, play, replayed
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core import quantize

@@ -4,10 +4,12 @@ import base64
 import json
 from html.parser import HTMLParser
 
+import PIL.Image
 import pytest
-from conftest import default_config
+from helpers import default_config
 
 from fedkrso_app.config import ConfigError
+from fedkrso_app.runs import pictures as drawing
 from fedkrso_app.runs import report, results
 from fedkrso_app.runs.folder import Run
 
@@ -204,3 +206,20 @@ def test_pictures_have_no_formulas_and_no_dates(tmp_path):
     other = make(tmp_path / "b", strategy="fedkrso", data_dir="plain")
     drawn = pictures(page([run, other], tmp_path))
     assert len(drawn) == 5 and not any("dc:date" in picture for picture in drawn)
+
+
+@pytest.mark.parametrize("settings", [1, 2, 3])
+def test_the_picture_is_a_small_png_with_a_panel_for_each_setting(many, tmp_path, settings):
+    runs = [*many, make(tmp_path / "longer", task="glue/cola")]
+    wanted = list(dict.fromkeys(line.setting for line in results.lines(runs)))[:settings]
+    file = tmp_path / "picture.png"
+    drawing.save([line for line in results.lines(runs) if line.setting in wanted], file)
+    with PIL.Image.open(file) as picture:
+        assert picture.format == "PNG" and picture.width == 1350
+        assert (picture.height > 1000) == (settings == 3)  # a second row
+    assert file.stat().st_size < 100_000
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to draw: no run has a metric for two rounds"):
+        drawing.save(results.lines([make(tmp_path / "young", rounds=0)]), tmp_path / "picture.png")

@@ -6,15 +6,16 @@ import math
 import datasets
 import numpy as np
 import pytest
-from conftest import WORDS, InProcessGrid, default_config, play
 from flwr.app import Context, RecordDict
+from helpers import WORDS, Grid, default_config, play
 from test_families import assert_same, build, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from fedkrso_app import cli, client_app, data, server_app
+from fedkrso_app import cli, data, server_app
 from fedkrso_app.config import ConfigError
-from fedkrso_app.data import files, language, loading
+from fedkrso_app.data import files, language, repository
+from fedkrso_app.data import hub as hubs
 from fedkrso_app.federation import client
 from fedkrso_app.strategies import STRATEGIES, parse
 
@@ -22,7 +23,7 @@ from fedkrso_app.strategies import STRATEGIES, parse
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for cached in (data.load, data.resolve, loading._hub, files.warn):
+    for cached in (data.load, data.resolve, hubs.splits, repository.pinned, files.warn):
         cached.cache_clear()
 
 
@@ -190,8 +191,14 @@ def test_with_neither_a_tenth_of_the_training_rows_stands_in(hub):
 
 
 def test_rows_that_a_dataset_keeps_the_label_of_are_named(hub):
-    with pytest.raises(ConfigError, match=r"\(test\): column 'label' has no value in 2 of 2 rows"):
-        hub({"train": rows_of(6), "test": rows_of(2, lambda i: -1)}, features=STARS)
+    with pytest.raises(ConfigError, match=r"\(test\): column 'label' has no value in 2 of 3 rows"):
+        hub({"train": rows_of(6), "test": [*rows_of(2, lambda i: -1), *rows_of(1)]}, features=STARS)
+
+
+def test_a_test_split_without_a_single_label_is_none(hub, caplog):
+    _, train, validation = hub({"train": rows_of(20), "test": rows_of(2, lambda i: -1)}, features=STARS)
+    assert sorted([*train["text"], *validation["text"]]) == sorted(row["text"] for row in rows_of(20))
+    assert "the labels of its split 'test' are not public" in caplog.text
 
 
 def test_a_language_model_reads_a_dataset_too(hub):
@@ -215,12 +222,8 @@ def test_a_dataset_that_cannot_be_is_named_in_one_sentence(keys, message):
 
 
 def test_without_a_network_the_error_names_the_dataset_and_its_configuration(monkeypatch):
-    def offline(name, configuration):
-        assert (name, configuration) == ("nyu-mll/glue", "mrpc")
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ConfigError, match=r"'nyu-mll/glue:mrpc' could not be loaded \(no route to the hub\)"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"'nyu-mll/glue:mrpc' could not be loaded \(HF_HUB_OFFLINE is set, and"):
         data.resolve(parse(default_config() | {"task": "text-pair", "dataset": "nyu-mll/glue:mrpc"}))
 
 
@@ -300,7 +303,7 @@ def test_a_node_that_numbers_its_labels_in_another_way_is_told(run_config, tmp_p
         (tmp_path / name / "train.csv").write_text(table(*(f"w{i},{labels[i % 2]}" for i in range(20))))
     keys = run_config | {"task": "text-classification", "data-dir": str(tmp_path / "server")}
     client.workplace.cache_clear()
-    grid = InProcessGrid(client_app.app, keys, 2)
+    grid = Grid(keys, 2)
     for context in grid.contexts.values():
         context.node_config = dict(context.node_config) | {"data-dir": str(tmp_path / "node")}
     with pytest.raises(ConfigError, match=r"label names \(b, c\), which the key labels settles"):

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker, get_available_trackers
-from conftest import digest, play
+from helpers import digest, play
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedkrso_app.config import ConfigError

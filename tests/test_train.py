@@ -1,14 +1,22 @@
-"""The local loop: every setting of activation-memory gives the gradients and the weights of the default."""
+"""The local loop: learning rates, decay, dropout and draws; every setting of activation-memory gives equal weights."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import play
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, RobertaConfig
 
+from fedkrso_app.core.rso import RSO
+from fedkrso_app.strategies import STRATEGIES, make, parse
+from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training.loop import Session, train
+from fedkrso_app.training.model import load
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 MODELS = {
@@ -109,3 +117,132 @@ def test_a_step_is_never_longer_than_max_grad_norm_times_the_rate(config):
     torch.testing.assert_close(clipped - start, 0.3 * (free - start), rtol=1e-3, atol=1e-12)
     loose = ends_of(config, [batch()], local_steps=1, max_grad_norm=1e6)
     assert torch.equal(loose, free)
+
+
+STEPS = 20
+RATES = {  # all different, so that no method can take another's
+    "fedkrso.learning-rate": 1e-3,
+    "fedfft.learning-rate": 2e-3,
+    "lora.learning-rate": 3e-3,
+    "ffa-lora.learning-rate": 4e-3,
+    "fedsrd.learning-rate": 5e-3,
+}
+
+
+@pytest.fixture(params=STRATEGIES)
+def opened(request, run_config, model_folder):
+    """The session of a method, ready for its steps, and the half that it belongs to."""
+    config = parse(run_config | RATES | {"strategy": request.param, "local-steps": STEPS, "warmup": 0.25})
+    loaded = load(str(model_folder), 2, 0)
+    local = make(config, Shapes.of(loaded)).local(loaded)
+    with local.session({"seeds": np.arange(3, dtype="<u8").tobytes()}, np.random.default_rng(0)) as session:
+        yield local, session
+
+
+def test_every_step_has_the_papers_learning_rate_and_every_method_its_own(opened):
+    """Linear over the first quarter, then half a cosine to 0; FedSRD's is constant."""
+    local, session = opened
+    own = RATES[STRATEGIES[local.config.strategy].learning_rate_key]
+    warm = np.arange(5) / 5
+    cosine = (1 + np.cos(np.pi * np.arange(15) / 15)) / 2
+    expected = np.full(STEPS, own) if local.config.strategy.startswith("fedsrd") else own * np.append(warm, cosine)
+    seen = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+    batch = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "labels": torch.tensor([1])}
+    train(local.module, iter([batch] * STEPS), session, local.config, np.random.default_rng(0))
+    hook.remove()
+    several = len(session.optimizers)
+    for i in range(several):
+        np.testing.assert_allclose(seen[i::several], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("warmup", "steps", "rising"), [(0.29, 100, 29), (0.05, 50, 2), (0.1, 30, 3), (0.0, 9, 0)])
+def test_the_warm_up_takes_its_share_of_the_steps(config, warmup, steps, rising):
+    weight, rates = nn.Parameter(torch.ones(1)), []
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    session = Session([optimizer], dict, lambda j: rates.append(optimizer.param_groups[0]["lr"]))
+    config = dataclasses.replace(config, warmup=warmup, local_steps=steps)
+    train(Single(weight), iter([{"x": torch.ones(1)}] * steps), session, config, np.random.default_rng(0))
+    assert rates.index(max(rates)) == rising
+
+
+class Single(nn.Module):
+    """loss = w·x"""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return SimpleNamespace(loss=(self.weight * x).sum())
+
+
+def test_only_the_head_decays_but_in_full_fine_tuning(opened):
+    local, session = opened
+    head = {id(parameter) for parameter in local.head.values()}
+    for group in (group for optimizer in session.optimizers for group in optimizer.param_groups):
+        for parameter in group["params"]:
+            everything = local.config.strategy == "fedfft"
+            assert group.get("weight_decay", 0.0) == (0.01 if everything or id(parameter) in head else 0.0)
+
+
+def test_dropout_is_on_in_training_and_off_in_judgement(run_config):
+    modes = {True: set(), False: set()}  # whether gradients are asked for -> module.training of the dropouts
+
+    def look(part, _):
+        if isinstance(part, nn.Dropout):
+            modes[torch.is_grad_enabled()].add(part.training)
+
+    hook = register_module_forward_pre_hook(look)
+    play(run_config | {"num-server-rounds": 1})
+    hook.remove()
+    assert modes == {True: {True}, False: {False}}
+
+
+def test_dropout_differs_between_clients_rounds_and_steps(run_config, monkeypatch):
+    """All clients have the same rows in the same order, and no step moves anything: only dropout is left."""
+    monkeypatch.setattr("fedkrso_app.data.partition", lambda train, task, n, *rest: [np.arange(8)] * n)
+    losses = []
+    loss_of = type(load(run_config["model"], 2, 0).module).forward
+
+    def forward(self, **batch):
+        output = loss_of(self, **batch)
+        if torch.is_grad_enabled():
+            losses.append(float(output.loss.detach()))
+        return output
+
+    monkeypatch.setattr(type(load(run_config["model"], 2, 0).module), "forward", forward)
+    still = {"fedkrso.learning-rate": 1e-30, "batch-size": 8, "num-server-rounds": 2}
+    play(run_config | still, nodes=2)
+    assert len(losses) == 2 * 2 * 4 and len(set(losses)) == len(losses)
+
+
+def test_intervals_begin_at_every_jth_step_and_draw_every_seed_alike(config, model_folder, monkeypatch):
+    drawn, at = [], []
+    monkeypatch.setattr(RSO, "start_interval", lambda self, seed: drawn.append(seed))
+    loaded = load(str(model_folder), 2, 0)
+    local = make(config, Shapes.of(loaded)).local(loaded)
+    pool = np.array([11, 22, 33], "<u8")
+    with local.session({"seeds": pool.tobytes()}, np.random.default_rng(0)) as session:
+        for j in range(6000):
+            before = len(drawn)
+            session.before_step(j)
+            at += [j] * (len(drawn) - before)
+    assert at == list(range(0, 6000, 2))
+    counts = np.array([drawn.count(seed) for seed in pool.tolist()])
+    assert counts.sum() == 3000 and (np.abs(counts - 1000) < 5 * np.sqrt(3000 * 2 / 9)).all()
+
+
+def test_clients_and_rounds_draw_seeds_of_their_own(run_config):
+    drawn = {}
+
+    def keep(partition, message, reply):
+        drawn[partition, message.content["train"]["round"]] = reply.content["update"]["seeds"].numpy().tolist()
+        return reply
+
+    many = {"fedkrso.num-seeds": 64, "fedkrso.interval": 1, "local-steps": 8, "num-server-rounds": 2}
+    play(run_config | many, tamper=keep)
+    pools = {round: {seed for (_, r), seeds in drawn.items() if r == round for seed in seeds} for round in (1, 2)}
+    assert not pools[1] & pools[2]
+    choices = [tuple(seeds) for seeds in drawn.values()]
+    assert len(set(choices)) == len(choices) == 8

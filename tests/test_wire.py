@@ -131,3 +131,10 @@ def test_a_number_out_of_range_is_refused(value):
 def test_measured_bytes_are_the_payload_and_a_small_header():
     content = RecordDict({"update": pack({"B": np.random.default_rng(0).normal(size=100_000).astype(np.float32)})})
     assert 400_000 < measured_bytes(content) < 402_000
+
+
+def test_equal_arrays_count_once_in_a_record_and_in_every_message_that_holds_them():
+    x = np.arange(1000, dtype=np.float32)
+    one, twice = (RecordDict({"a": pack({str(i): x for i in range(count)})}) for count in (1, 2))
+    other = RecordDict({"a": pack({"0": x, "1": x + 1})})
+    assert measured_bytes(twice) - measured_bytes(one) < 300 < x.nbytes < measured_bytes(other) - measured_bytes(one)

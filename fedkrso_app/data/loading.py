@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedkrso_app.config import Config, ConfigError, resolved_path
-from fedkrso_app.data import cells, files, language, turns
+from fedkrso_app.data import cells, files, hub, language, turns
 from fedkrso_app.data.pairs import has_border
 from fedkrso_app.data.rows import TEXT, Rows, of_dataset, warn, wordy
 from fedkrso_app.data.tasks import GLUE, Task, declared, listed, sorted_names, with_columns
@@ -105,7 +105,8 @@ def load(task: Task, data_dir: str, split: str, holdout: float = 0.0) -> dataset
     ``embedded/*`` comes with the package; ``glue/*`` from files in ``data_dir`` (``<task>/<split>*`` or
     ``<split>*``, as parquet, csv, jsonl or json), or from the hub if that is empty; any other task likewise, from the
     hub dataset that it names, whose split "test" stands in where it has no "validation". The rows are in memory.
-    Conversations are one column of lists of ``{"role", "content"}``, in place of the task's last text column.
+    Conversations are one column of lists of ``{"role", "content"}``, in place of the task's last text column. A task
+    with ``rows`` has as many of each split, drawn at random, the same in every process.
 
     With ``holdout`` above 0 that share of the training rows stands in for the validation split (to choose settings
     without looking at the rows that are reported on), and "train" is the rest. Before that, where the user's own data
@@ -117,6 +118,10 @@ def load(task: Task, data_dir: str, split: str, holdout: float = 0.0) -> dataset
 
 def _load(task: Task, data_dir: str, split: str, holdout: float) -> tuple[datasets.Dataset, Callable[[int], str]]:
     """:func:`load`'s rows, and where each is."""
+    if task.rows:
+        every, place = _load(replace(task, rows=0), data_dir, split, holdout)
+        chosen = np.sort(np.random.default_rng(0).permutation(len(every))[: task.rows])
+        return every.select(chosen), lambda row: place(int(chosen[row]))
     if holdout:
         return _part(*_load(task, data_dir, "train", 0.0), holdout, split)
     if task.own and not _has_validation(task, data_dir):
@@ -158,14 +163,15 @@ def _read(task: Task, data_dir: str, split: str, wanted: Sequence[str]) -> Rows:
     if data_dir or (task.own and not task.dataset):
         return files.read(_files(task, data_dir, split), wanted, task.columns, task.skip)
     if task.own:
-        splits, split = _hub(task.dataset), _split(task, split)
+        splits, split = hub.splits(task.dataset), _split(task, split)
         return of_dataset(f"{task.dataset} ({split})", splits[split], wanted)
+    repository = task.dataset or f"{GLUE}:{task.folder}"
     try:
-        loaded: Any = datasets.load_dataset(GLUE, name, split=split)
-    except Exception as error:  # the hub, HTTP and datasets libraries each raise errors of their own
+        loaded = hub.splits(repository)[split]
+    except (ConfigError, KeyError) as error:
         fix = f"set data-dir to a folder with {name}/{split}.parquet, or take task='embedded/entailment'"
         raise ConfigError(f"{task.name} could not be loaded from the hub ({error}); {fix}.") from error
-    return of_dataset(f"{GLUE}, {name}, on the hub", loaded, wanted)
+    return of_dataset(f"{repository} on the hub", loaded, wanted)
 
 
 def _columns(task: Task, data_dir: str) -> tuple[str, Sequence[str], Callable[[], set[str]]]:
@@ -173,14 +179,14 @@ def _columns(task: Task, data_dir: str) -> tuple[str, Sequence[str], Callable[[]
     if data_dir or not task.dataset:
         here = _files(task, data_dir, "train")
         return ", ".join(map(str, here)), files.columns(here, task.skip), lambda: files.wordy(here, cells.is_word)
-    rows = _hub(task.dataset)[_split(task, "train")]
+    rows = hub.splits(task.dataset)[_split(task, "train")]
     table: Any = rows.with_format("arrow")
     return f"{task.dataset} (train)", rows.column_names, lambda: wordy(table[:], cells.is_word)
 
 
 def _split(task: Task, split: str) -> str:
     """The name that the hub's dataset has for a split."""
-    splits = _hub(task.dataset)
+    splits = hub.splits(task.dataset)
     if split in splits:
         return split
     if split == "train" or "test" not in splits:
@@ -195,26 +201,14 @@ def _has_validation(task: Task, data_dir: str) -> bool:
     """Whether the user's own data has rows for evaluation."""
     if data_dir or not task.dataset:
         return bool(_files(task, data_dir, "validation", needed=False))
-    return bool({"validation", "test"} & set(_hub(task.dataset)))
-
-
-@lru_cache(maxsize=2)
-def _hub(dataset: str) -> datasets.DatasetDict:
-    """All splits of a hub dataset, ``name`` or ``name:configuration``."""
-    name, _, configuration = dataset.partition(":")
-    try:
-        return datasets.load_dataset(name, configuration or None)  # type: ignore[return-value]
-    except Exception as error:  # the hub, HTTP and datasets libraries each raise errors of their own
-        reason = " ".join(str(error).split())
-        fix = "check the name, 'name:configuration' where it has several, and the network; or put files into data-dir"
-        raise ConfigError(f"dataset = {dataset!r} could not be loaded ({reason}); {fix}.") from error
+    return bool({"validation", "test"} & set(hub.splits(task.dataset)))
 
 
 def _files(task: Task, data_dir: str, split: str, needed: bool = True) -> tuple[Path, ...]:
     if not data_dir:
         fix = "set data-dir to a folder with train.csv in it, or dataset to the name of one on the hub"
         raise ConfigError(f"task = {task.name!r} reads your own files: {fix}.")
-    return files.find(resolved_path(data_dir), task.name.rpartition("/")[2], split, needed)
+    return files.find(resolved_path(data_dir), task.folder, split, needed)
 
 
 def _names(rows: Rows, column: str) -> pa.ChunkedArray:

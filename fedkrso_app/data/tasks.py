@@ -26,14 +26,20 @@ class Task:
     metric: str  # one of metrics.py's
     validation: str = "validation"  # the split to report on
     label: str = "label"  # the label's column, "" where there is none
-    classes: tuple[str, ...] = ()  # the labels' names in the order of their ids; () where files hold the ids
+    classes: tuple[str, ...] = ()  # the labels' names in the order of their ids; of GLUE as the hub has them
     group: str = ""  # a column by which the rows are shared out
     skip: bool = False  # leave bad rows out
     dataset: str = ""  # the hub dataset that is read where no folder is given
+    rows: int = 0  # as many of each split at most, 0: all
 
     @property
     def regression(self) -> bool:
         return self.num_labels == 1
+
+    @property
+    def folder(self) -> str:
+        """The name of its files and of its configuration on the hub."""
+        return self.name.rpartition("/")[2].removesuffix("-matched")
 
     @property
     def language(self) -> bool:
@@ -52,20 +58,22 @@ class Task:
 
 
 _ONE, _TWO = ("sentence",), ("sentence1", "sentence2")
+_NLI = ("entailment", "neutral", "contradiction")
 _ALL = [
     Task("embedded/acceptability", _ONE, 2, "accuracy"),
     Task("embedded/sentiment", _ONE, 2, "accuracy"),
     Task("embedded/paraphrase", _TWO, 2, "accuracy"),
     Task("embedded/entailment", _TWO, 3, "accuracy"),
     Task("embedded/similarity", _TWO, 1, "pearson"),
-    Task("glue/cola", _ONE, 2, "matthews"),
-    Task("glue/sst2", _ONE, 2, "accuracy"),
-    Task("glue/mrpc", _TWO, 2, "accuracy"),
-    Task("glue/qqp", ("question1", "question2"), 2, "accuracy"),
+    Task("glue/cola", _ONE, 2, "matthews", classes=("unacceptable", "acceptable")),
+    Task("glue/sst2", _ONE, 2, "accuracy", classes=("negative", "positive")),
+    Task("glue/mrpc", _TWO, 2, "accuracy", classes=("not_equivalent", "equivalent")),
+    Task("glue/qqp", ("question1", "question2"), 2, "accuracy", classes=("not_duplicate", "duplicate")),
     Task("glue/stsb", _TWO, 1, "pearson"),
-    Task("glue/mnli", ("premise", "hypothesis"), 3, "accuracy", "validation_mismatched"),
-    Task("glue/qnli", ("question", "sentence"), 2, "accuracy"),
-    Task("glue/rte", _TWO, 2, "accuracy"),
+    Task("glue/mnli", ("premise", "hypothesis"), 3, "accuracy", "validation_mismatched", classes=_NLI),
+    Task("glue/mnli-matched", ("premise", "hypothesis"), 3, "accuracy", "validation_matched", classes=_NLI),
+    Task("glue/qnli", ("question", "sentence"), 2, "accuracy", classes=("entailment", "not_entailment")),
+    Task("glue/rte", _TWO, 2, "accuracy", classes=("entailment", "not_entailment")),
     # Columns and label are open until config or files name them; 2 stands for as many labels as there will be.
     Task("text-classification", (), 2, "accuracy", label=""),
     Task("text-pair", (), 2, "accuracy", label=""),
@@ -156,11 +164,12 @@ def declared(config: Config) -> Task:
         known,
         columns=texts or known.columns,
         label=config.label_column or known.label,
-        classes=labels,
+        classes=labels or known.classes,
         num_labels=len(labels) or known.num_labels,
         group="" if config.partition == "iid" else config.partition_column,
         skip=config.bad_rows == "skip",
-        dataset=config.dataset,
+        dataset=config.dataset or _glue(known, config),
+        rows=config.rows,
     )
 
 
@@ -232,6 +241,13 @@ def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
     if None in values.values():
         return tuple(sorted(values))
     return tuple(sorted(values, key=lambda name: (values[name], name)))
+
+
+def _glue(known: Task, config: Config) -> str:
+    """The hub's configuration for a task of GLUE without files."""
+    if config.data_dir or not known.name.startswith("glue/"):
+        return ""
+    return f"{GLUE}:{known.folder}" + (f"@{config.dataset_revision}" if config.dataset_revision else "")
 
 
 def _split(text: str) -> tuple[str, ...]:

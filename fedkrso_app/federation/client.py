@@ -2,20 +2,20 @@
 
 import functools
 import logging
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.projection import probe, stream
+from fedkrso_app.data import hub
 from fedkrso_app.federation import evaluation
+from fedkrso_app.federation.discretion import told
 from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.transforms import transforms
@@ -25,7 +25,8 @@ from fedkrso_app.records.protocol import TALLY, Answer, Figures, Instructions, Q
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Arrays, Shapes
-from fedkrso_app.training import loop, model
+from fedkrso_app.training import loop, model, threads
+from fedkrso_app.training.device import device, peak_bytes, reset_peak
 
 logger = logging.getLogger("flwr")
 
@@ -70,7 +71,7 @@ class Workplace:
 
     def _load(self) -> model.LoadedModel:
         c = self.config
-        return model.load(c.model, self.task.num_labels, c.seed, self.task.classes, on_device=c.on_device)
+        return model.load(c.model, self.task.num_labels, c.seed, self.task.classes, device=c.weights_device)
 
     def take(self, content: RecordDict, instructions: Instructions) -> None:
         """Keep what a message brings and advance to the version that it names. Raises :class:`NeedSync`."""
@@ -109,8 +110,8 @@ class Workplace:
         examples, c = self.share("train", partition), self.config
         rng = stream(c.seed, "client", instructions.round, partition)
         batches = data.batches(examples, self.task, self.model.tokenizer, c.batch_size, c.max_length, rng)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        used = device(c.device)
+        reset_peak(used)
         start = self.replica.local.state() if self.transforms else {}
         with self.replica.lend() as local:
             local.adopt(self.store.personal(partition, before=instructions.round))
@@ -121,7 +122,7 @@ class Workplace:
             self.store.put_personal(partition, instructions.round, own)
         update = self._encoded(arrays, start, stream(c.seed, "reply", instructions.round, partition))
         seconds = time.monotonic() - started
-        figures = Figures(len(examples), loss, seconds, peak_bytes())
+        figures = Figures(len(examples), loss, seconds, peak_bytes(used))
         return protocol.trained(Status(instructions.version), update, figures)
 
     def _encoded(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> ArrayRecord:
@@ -153,12 +154,15 @@ def identity(node_config: Mapping[str, Any]) -> tuple[int, int]:
     partition, partitions = int(node_config["partition-id"]), int(node_config["num-partitions"])
     if not 0 <= partition < partitions:
         raise ConfigError(f"partition-id = {partition} is not below num-partitions = {partitions}.")
+    if not isinstance(share := node_config.get("share-errors", False), bool):
+        raise ConfigError(f"share-errors = {share!r} is neither true nor false; write it without quotes.")
     return partition, partitions
 
 
 def workplace_of(context: Any, run: str) -> Workplace:
     """That of a node. A ``data-dir`` of its own wins over the run's, and is its own share as a whole."""
-    config, partitions = parse(context.run_config), identity(context.node_config)[1]
+    config, partitions = hub.at(parse(context.run_config), NodeStore(run).commits()), identity(context.node_config)[1]
+    threads.hold(config.torch_threads)
     if "data-dir" in context.node_config:
         config, partitions = replace(config, data_dir=str(context.node_config["data-dir"])), 0
     return workplace(run, config, partitions)
@@ -170,6 +174,7 @@ def join(message: Message, context: Any) -> Answer:
     try:
         partition, partitions = identity(context.node_config)
         answer = Answer(partition, partitions)
+        NodeStore(asked.run).pin(asked.commits)
         place = workplace_of(context, asked.run)
         place.share("train", partition)
         place.check("train")
@@ -188,9 +193,10 @@ def join(message: Message, context: Any) -> Answer:
             labels = f" or label names ({classes}), which the key labels settles for all" if classes else ""
             raise ConfigError(f"model = {place.config.model!r} has other weights than the server's{labels}.")
         version = place.store.version
-        return replace(answer, model=place.digest, version=version, stamp=place.store.stamp(version))
+        dataset = "" if "data-dir" in context.node_config else hub.rows_of(place.config)
+        return replace(answer, model=place.digest, version=version, stamp=place.store.stamp(version), dataset=dataset)
     except ConfigError as error:
-        return replace(answer, error=str(error))
+        return replace(answer, error=told(error, context.node_config))
 
 
 def leave(message: Message, context: Any) -> None:
@@ -215,10 +221,3 @@ def up_to_date(
     except NeedSync:
         return RecordDict({"status": Status(place.replica.version, need_sync=True).record()})
     return work(place, partition, instructions)
-
-
-def peak_bytes() -> int:
-    """Peak memory: of the GPU in this message, or of this process since it began."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

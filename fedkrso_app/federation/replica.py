@@ -11,6 +11,7 @@ from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger, LedgerError
 from fedkrso_app.strategies.base import Local
+from fedkrso_app.training.device import device, exact_products
 
 
 class NeedSync(RuntimeError):
@@ -22,7 +23,7 @@ class Replica:
     client's comes with the ``store`` around them."""
 
     def __init__(self, local: Local, entries: Ledger, span: int | None, store: NodeStore | None = None) -> None:
-        torch.set_float32_matmul_precision("highest")  # TF32 would rebuild another W than the server's
+        exact_products()  # TF32 would rebuild another W than the server's
         self.local, self.entries, self.span, self.store = local, entries, span, store
         self.version = self._applying = -1
         self._kept: list[torch.Tensor] = []
@@ -85,7 +86,7 @@ class Replica:
         if self.local.config.on_device:
             return self.local
         if self._copy is None:
-            self._copy = self.local.in_bfloat16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            self._copy = self.local.in_bfloat16(device(self.local.config.device))
         with torch.no_grad():
             for copied, tensor in zip(_moved(self._copy), _moved(self.local), strict=True):
                 copied.copy_(tensor)

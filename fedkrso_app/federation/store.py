@@ -1,5 +1,6 @@
 """What a node keeps of a run on its disk, so that a fresh process soon has W^t, and its own state, again."""
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fedkrso_app.config import cache
 from fedkrso_app.records.ledger import Entry, Ledger, LedgerError
 
 _KEEP = 25  # entries on a node's disk: about the bytes of the weights themselves (RoBERTa-base, K = 10, r = 4)
@@ -62,11 +64,12 @@ class NodeStore:
     def put(self, entry: Entry) -> None:
         """Keep an entry, unless weights of a version as new are here already."""
         if entry.version > self.weights_version:
+            _private(self.folder)
             self.entries.put(entry)
 
     def put_weights(self, version: int, stamp: str, values: np.ndarray) -> None:
         """Keep the weights of ``version`` in place of all entries that led to it. Whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _private(self.folder)
         path = self.folder / f"{version:06d}.weights"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -97,6 +100,7 @@ class NodeStore:
 
     def put_personal(self, partition: int, round: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep a partition's own arrays as they are after ``round``; those of the two newest rounds stay."""
+        _private(self.folder)
         kept = self._personal(partition)
         kept.discard(round)  # the round is done again
         kept.put(Entry(round, arrays))
@@ -116,13 +120,27 @@ class NodeStore:
     def _personal(self, partition: int) -> Ledger:
         return Ledger(self.folder / f"personal-{partition}")
 
+    def pin(self, commits: Mapping[str, str]) -> None:
+        """Keep the commits of what the run reads from the hub, for the processes to come."""
+        if commits:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f"commits.{os.getpid()}.tmp"
+            temporary.write_text(json.dumps(dict(commits)))
+            os.replace(temporary, self.folder / "commits.json")
+
+    def commits(self) -> Mapping[str, str]:
+        """What :meth:`pin` kept; nothing if the file is missing."""
+        with suppress(FileNotFoundError):
+            return json.loads((self.folder / "commits.json").read_text())
+        return {}
+
     def clear(self) -> Path | None:
         """Remove all files of this run but the personal arrays, and those of runs that ended long ago without a
         farewell. Returns where the personal arrays are now, if there are any."""
         moved = None
         for own in sorted(self.folder.glob("personal-*")):
             moved = self.released
-            moved.mkdir(parents=True, exist_ok=True)
+            _private(moved)
             shutil.rmtree(moved / own.name, ignore_errors=True)
             shutil.move(own, moved / own.name)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -133,13 +151,15 @@ class NodeStore:
         return moved
 
     def forget(self) -> None:
-        """Remove all files of this run, the personal arrays too: they belong to another history."""
+        """Remove all files of this run, the personal arrays too: they belong to another history. The commits stay."""
+        commits = self.commits()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.pin(commits)
 
     def _weights(self) -> dict[int, Path]:
         return {int(path.stem): path for path in self.folder.glob("*.weights")}
 
 
-def cache() -> Path:
-    """Where this machine keeps the files of its nodes."""
-    return Path(os.environ.get("FEDKRSO_CACHE") or "~/.cache/fedkrso").expanduser()
+def _private(folder: Path) -> None:
+    """Make ``folder``, for its owner's eyes alone, unless it is there."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)

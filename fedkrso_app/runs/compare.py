@@ -1,17 +1,13 @@
-"""Methods × partitions × seeds on one task: one ``flwr run`` each, kept, resumed or told why it failed; then the table.
+"""Methods × partitions × seeds on one task: one run each, kept, resumed or reported as failed; then the table.
 
-What a run came to is judged by its folder's status: ``flwr run`` also returns 0 when the run has crashed.
+The status in a run's folder says how the run ended: ``flwr run`` also returns 0 when the run has crashed.
 """
 
 import csv
 import json
-import os
-import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,6 +19,8 @@ from rich.text import Text
 
 from fedkrso_app import data
 from fedkrso_app.config import ConfigError, flatten, resolved_path
+from fedkrso_app.runs import engines
+from fedkrso_app.runs.engines import APP, Engine
 from fedkrso_app.runs.folder import ASIDE, Run, line
 from fedkrso_app.runs.results import mean_sd, measures
 from fedkrso_app.strategies import STRATEGIES, parse
@@ -30,8 +28,6 @@ from fedkrso_app.training import metrics
 
 Settings = dict[str, Any]  # a flat run config with every key
 
-APP = Path(__file__).resolve().parents[2]
-FLWR = Path(sys.executable).with_name("flwr")
 HOLDOUT, FACTOR, LAST = 0.2, 2.0, 3  # of a sweep: share of the training rows, step of the grid, rounds in the score
 
 
@@ -64,23 +60,31 @@ class Plan:
     """All methods × partitions × seeds, in the folder ``output``. Raises ConfigError where that cannot be."""
 
     def __init__(
-        self, base: Settings, strategies: list[str], partitions: list[str], seeds: list[int], output: Path, clients: int
+        self,
+        base: Settings,
+        strategies: list[str],
+        partitions: list[str],
+        seeds: list[int],
+        output: Path,
+        clients: int,
+        engine: Engine = "flower",
     ) -> None:
         if not (strategies and partitions and seeds) or base["evaluate"] != "server":
             raise ConfigError("a comparison needs a method, a partition and a seed at least, and evaluate = 'server'.")
-        if not FLWR.is_file():
-            raise ConfigError(f"Flower's command {FLWR} is missing: pip install -r requirements.txt.")
-        self.base, self.seeds, self.output, self.clients = base, seeds, output.expanduser().resolve(), clients
+        engines.check(engine)
+        self.base, self.seeds, self.output = base, seeds, output.expanduser().resolve()
+        self.clients, self.engine = clients, engine
         pairs = [{"partition": partition, "strategy": strategy} for partition in partitions for strategy in strategies]
         self.pairs = [parse(base | pair).to_dict() for pair in pairs]
         self.runs = [self._job(pair, f"seed{seed}", seed=seed) for pair in self.pairs for seed in seeds]
         self.metric = data.task(base["task"]).metric
         file = self.output / "clients"
-        before = file.read_text().strip() if file.is_file() else str(clients)
-        if before != str(clients):
-            raise ConfigError(f"{output} was made with --clients {before}, not {clients}; choose another --output.")
+        now = f"{clients}" + (f" --engine {engine}" if engine != "flower" else "")  # times and memory differ
+        before = file.read_text().strip() if file.is_file() else now
+        if before != now:
+            raise ConfigError(f"{output} was made with --clients {before}, not {now}; choose another --output.")
         self.output.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{clients}\n")
+        file.write_text(f"{now}\n")
 
     def sweep(self, count: int, console: Console) -> list[dict[str, Any]]:
         """Try ``count`` learning rates for every pair; returns what :func:`choose` does, and writes sweep.json."""
@@ -91,7 +95,7 @@ class Plan:
             for pair in self.pairs
             for rate in grid(rate_of(pair), count)
         ]
-        make(tried, self.clients, console)
+        make(tried, self.clients, self.engine, console)
         choices = choose(tried)
         (self.output / "sweep" / "sweep.json").write_text(json.dumps(choices, indent=2) + "\n")
         return choices
@@ -106,7 +110,7 @@ class Plan:
             for pair in self.pairs
             for seed in self.seeds
         ]
-        return failures | make(self.runs, self.clients, console)
+        return failures | make(self.runs, self.clients, self.engine, console)
 
     def save(self, command: str) -> dict[str, Any]:
         """Write results.csv and results.json; returns what the latter holds."""
@@ -121,6 +125,7 @@ class Plan:
             "task": self.base["task"],
             "metric": self.metric,
             "clients": self.clients,
+            "engine": self.engine,
             "rows": table,
             "runs": [{"run": run.path.name, "seed": seed, "status": run.status, **measures(run)} for seed, run in runs],
         }
@@ -161,7 +166,7 @@ def choose(tried: Sequence[Settings]) -> list[dict[str, Any]]:
     return choices
 
 
-def make(wanted: Sequence[Settings], clients: int, console: Console) -> dict[str, str]:
+def make(wanted: Sequence[Settings], clients: int, engine: Engine, console: Console) -> dict[str, str]:
     """Make the runs that are not complete yet; returns why those that failed did, by run-name.
 
     Raises ConfigError, before anything starts, if a folder holds a run with other settings.
@@ -177,7 +182,7 @@ def make(wanted: Sequence[Settings], clients: int, console: Console) -> dict[str
     with Live(console=console, transient=True) as live:
         for i, config in enumerate(todo):
             title = f"{len(wanted) - len(todo) + i + 1} of {len(wanted)}  {config['run-name']}"
-            with closing(_play(config, clients)) as playing:
+            with closing(_play(config, clients, engine)) as playing:
                 for _ in playing:
                     live.update(Group(Text(f"{title}\n{_last(config)}"), bar))
                     bar.update(task, completed=sum(missing[:i]) + _rounds(config) - before[i])
@@ -202,53 +207,22 @@ def rows(made: Sequence[Settings]) -> list[dict[str, Any]]:
     return table
 
 
-def _play(config: Settings, clients: int) -> Generator[None]:
-    """Make or resume one run; yields now and then while it is under way, and returns when it is over."""
-    run, log = _run(config), _beside(config, ".log")
+def _play(config: Settings, clients: int, engine: Engine) -> Generator[None]:
+    """Make or resume one run; yields now and then until it has ended."""
+    run, log, file = _run(config), _beside(config, ".log"), _beside(config, ".toml")
     log.parent.mkdir(parents=True, exist_ok=True)
     if run.path.exists():
-        _stop(log)  # Flower goes on with a run whose watcher was killed
+        engines.stop(log)  # Flower continues a run whose watcher was killed
         run.set_status("running")  # so that an old failure is not taken for a new one
         config = config | {"resume": str(run.path)}
-    file = _beside(config, ".toml")
     file.write_text("".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items()))
-    federation = f"num-supernodes={clients} client-resources-num-cpus=1"
-    command: list[str | Path] = [FLWR, "run", APP, "--stream", "--federation-config", federation, "--run-config", file]
-    with open(log, "w") as output:
-        # A session of its own, so that Ctrl-C reaches us alone and the run can be stopped in order.
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(), start_new_session=True)
-    try:
-        while process.poll() is None:
-            yield
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(0.5)
-    except BaseException:
-        _stop(log)
-        process.terminate()
-        raise
-
-
-def _stop(log: Path) -> None:
-    """Have Flower stop the run that ``log`` is about; no harm if it is over."""
-    started = re.findall(r"started run (\d+)", log.read_text(errors="replace")) if log.is_file() else []
-    if started:
-        with suppress(subprocess.TimeoutExpired):
-            subprocess.run([FLWR, "stop", started[-1]], env=_environment(), capture_output=True, timeout=60)
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {"PATH": f"{FLWR.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    yield from engines.play(engine, file, clients, log)
 
 
 def _why(config: Settings) -> str:
-    """Why a run is not complete: its status, or else the end of its log."""
+    """Why a run is not complete: its status, or else what its log says."""
     status, log = _run(config).status, _beside(config, ".log")
-    if status.startswith("failed"):
-        return status
-    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
-    said = re.findall(r"The run (?:cannot start|failed): (.*)", text)
-    last = said[-1:] or [line.strip() for line in text.splitlines() if line.strip()][-5:]
-    return f"failed: {' / '.join(last) or 'Flower said nothing'} (log: {log})"
+    return status if status.startswith("failed") else f"failed: {engines.said(log)} (log: {log})"
 
 
 def _complete(config: Settings) -> bool:

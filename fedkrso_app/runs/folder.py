@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedkrso_app.config import Config, ConfigError, resolved_path
+from fedkrso_app.data import hub
 from fedkrso_app.strategies import parse
 from fedkrso_app.training import metrics
 
@@ -53,7 +55,13 @@ class Run:
 
     @property
     def config(self) -> Config:
-        return parse(self.info["config"])
+        """Its settings, with what it reads from the hub at the commits that it began with."""
+        return hub.at(parse(self.info["config"]), self.commits)
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """What the run reads from the hub, "model" and "dataset", as ``name@commit``."""
+        return self.info.get("commits", {})
 
     def lock(self) -> None:
         """Keep others from writing here until :meth:`unlock`, or the end of this process however it ends.
@@ -130,14 +138,17 @@ class Run:
         _write(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in [*kept, figures]))
 
 
-def create(config: Config, model_digest: str) -> Run:
-    """A new folder ``<output-dir>/<run-name>``; raises ConfigError if it is there already or cannot be made."""
+def create(config: Config, model_digest: str, commits: Mapping[str, str] | None = None) -> Run:
+    """A new folder ``<output-dir>/<run-name>``; raises ConfigError if it is there already or cannot be made.
+
+    ``commits`` are those of what the run reads from the hub.
+    """
     name = config.run_name or time.strftime("%Y-%m-%d-%H%M%S-") + re.sub(
         r"\W+", "-", f"{config.strategy}-{config.task}"
     )
     path = resolved_path(config.output_dir) / name
     try:
-        path.mkdir(parents=True)
+        path.mkdir(mode=0o700, parents=True)  # a ledger, a model and figures of other people's data
     except FileExistsError:
         raise ConfigError(
             f"{path} is there already: choose another run-name, remove it, or go on with it by resume='{path}'."
@@ -153,6 +164,7 @@ def create(config: Config, model_digest: str) -> Run:
     info = {
         "id": secrets.token_hex(8),  # names the run's files on the nodes, also when another Flower run goes on with it
         "config": config.to_dict(),
+        "commits": dict(commits or {}),
         "libraries": libraries,
         "model_digest": model_digest,
     }

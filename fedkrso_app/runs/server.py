@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord
 from fedkrso_app import data
 from fedkrso_app.config import Config
 from fedkrso_app.core.projection import stream
+from fedkrso_app.data import hub
 from fedkrso_app.federation import evaluation
 from fedkrso_app.federation.nodes import Nodes
 from fedkrso_app.federation.replica import Replica
@@ -59,7 +60,8 @@ class Server:
             start = self.replica.local.state() if self.replica else {}
             rounding = stream(config.seed, "broadcast", 0)
             self.ledger.append(Entry(0, wire.encode(start, method.entry.start, rounding), no_figures()))
-        self.nodes = Nodes(folder.info["model_digest"], folder.info["id"], config.round_timeout, self.ledger)
+        info, commits = folder.info, hub.commits(config)
+        self.nodes = Nodes(info["model_digest"], info["id"], config.round_timeout, self.ledger, commits)
 
     def weights(self) -> np.ndarray | None:
         if not self.replica:

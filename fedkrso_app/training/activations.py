@@ -30,7 +30,7 @@ def activation_memory(module: Any, setting: str) -> Iterator[None]:
     Gradients are the same to rounding, dropout masks included; on a CPU the masks are our own (:func:`_drop`).
     Raises :class:`TrainingError` where the model cannot.
     """
-    on_gpu = next(module.parameters()).device.type == "cuda"
+    on_gpu = next(module.parameters()).device.type not in ("cpu", "meta")
     with ExitStack() as stack:
         for part in () if on_gpu else module.modules():
             if type(part) is nn.Dropout and 0 < part.p < 1:

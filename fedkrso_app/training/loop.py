@@ -33,7 +33,7 @@ def precision(dtype: str, device: torch.device) -> AbstractContextManager:
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """Same seed, same bits on a GPU too. Raises :class:`TrainingError` where torch has no such form of an operation."""
-    if device.type != "cuda":
+    if device.type not in ("cuda", "xpu"):
         yield
         return
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -101,10 +101,11 @@ def train(
     longer finite.
     """
     parameters, steps = session.parameters, config.local_steps
+    rising = int(config.warmup * steps + 1e-9)  # .29 × 100 is 28.999…
     schedules = [
         get_constant_schedule(optimizer)
         if session.constant_rate
-        else get_cosine_schedule_with_warmup(optimizer, int(config.warmup * steps), steps)
+        else get_cosine_schedule_with_warmup(optimizer, rising, steps)
         for optimizer in session.optimizers
     ]
     device = parameters[0].device
@@ -112,14 +113,15 @@ def train(
     shown = started = time.monotonic()
     was_training = module.training
     module.train(not session.from_losses)
-    devices = [device] if device.type == "cuda" else []
+    kind = "cuda" if device.type == "cpu" else device.type
+    devices = [] if device.type in ("cpu", "mps") else [device]  # torch keeps the one generator of mps by itself
 
     def loss_of(batch: Mapping[str, Tensor], share: float) -> Tensor:
         with precision(config.compute_dtype, device):
             return module(**{name: value.to(device) for name, value in batch.items()}).loss * share
 
     with (
-        torch.random.fork_rng(devices=devices),
+        torch.random.fork_rng(devices=devices, device_type=kind),
         deterministic(device),
         activation_memory(module, config.activation_memory),
     ):
@@ -162,4 +164,4 @@ def train(
         raise TrainingError(
             f"the loss is {losses[bad].item()} at step {bad + 1}: lower {config.strategy}'s learning-rate"
         )
-    return float(losses.double().mean())
+    return float(losses.cpu().double().mean())

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -10,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from fedkrso_app.config import ConfigError, resolved_path
-from fedkrso_app.data import pairs
+from fedkrso_app.config import ConfigError, is_local, resolved_path
+from fedkrso_app.data import pairs, repository
 from fedkrso_app.data.embedded import pretraining as embedded
+from fedkrso_app.training import checkpoint
+from fedkrso_app.training import tokenizer as tokenizers
+from fedkrso_app.training.device import device as choose
 
 
 @dataclass(frozen=True)
@@ -40,41 +41,50 @@ class LoadedModel:
 
 
 def load(
-    name: str, num_labels: int, seed: int, classes: Sequence[str] = (), weights: bool = True, on_device: bool = True
+    name: str, num_labels: int, seed: int, classes: Sequence[str] = (), weights: bool = True, device: str = "auto"
 ) -> LoadedModel:
-    """The model ``name`` for a task, float32; without ``weights`` only its shapes.
-
-    It lies on the GPU if there is one and ``on_device`` allows it.
+    """The model ``name`` for a task, float32, on ``device``; without ``weights`` only its shapes.
 
     A classifier for ``num_labels`` above 1, with the labels' names ``classes`` if there are any; for 1 a regression;
-    for 0 a language model. ``name`` is ``embedded``, a local folder, or a hub name. What the checkpoint lacks is
-    initialised from ``seed``. The head is what sits on the base model; of a language model only what the checkpoint
-    lacks, since its output layer is tied to the embeddings or as large as they are. Raises :class:`ConfigError` where
-    there is no such model, where it has no linear layer to train, or where it is no language model.
+    for 0 a language model. ``name`` is ``embedded``, a local folder, or a hub name with or without ``@revision``. The
+    head is what sits on the base model; of a language model only what the checkpoint lacks, since its output layer is
+    tied to the embeddings or as large as they are. A head that the checkpoint has for the same labels in another order
+    is put into this one; one for other labels, and what the checkpoint lacks, is initialised from ``seed``. Raises
+    :class:`ConfigError` where there is no such model, where its checkpoint or its tokenizer is not that of the model
+    that config.json describes, where it has no linear layer to train, or where it is no language model.
     """
-    source, architecture = _source(name), _architecture(num_labels)
+    place = choose(device) if weights else torch.device("meta")
+    architecture = _architecture(num_labels)
     with _explained(name):
+        folder = _source(name, weights=True)
+        described = checkpoint.check(folder, weights=True)
         torch.manual_seed(seed)
         module, info = architecture.from_pretrained(
-            source,
-            config=_settings(source, num_labels, classes),
+            folder,
+            config=_settings(folder, num_labels, classes),
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # of the head; _lacking refuses those of the base model
             device_map=None if weights else "meta",
+            trust_remote_code=False,
+            local_files_only=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    _settle(module, tokenizer)
-    if num_labels:
-        pairs.add_border(tokenizer)
-    new = set(info["missing_keys"])
-    targets, head = _parts(name, module, num_labels, new)
-    module.eval()
-    if weights and not num_labels and _sees_ahead(module):
-        raise ConfigError(f"model = {name!r} sees the words that it would have to predict; choose a decoder, as GPT-2.")
-    if weights and torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, before its first product; same bits
-        module = module.to("cuda") if on_device else module
-    return LoadedModel(module, tokenizer, targets, head, tuple(classes), frozenset(new))
+        new = _lacking(module, info)
+        new |= _match_head(module, num_labels, classes, _label_names(described), new)
+        tokenizer = tokenizers.load(folder)
+        tokenizers.fit(tokenizer, module, classifies=bool(num_labels))
+        if num_labels:
+            pairs.add_border(tokenizer)
+        module.eval()
+        targets, head = _parts(module, num_labels, new)
+        if weights and not num_labels and _sees_ahead(module):
+            raise ConfigError("it sees the words that it would have to predict: take a decoder, as GPT-2")
+        if weights and num_labels:
+            tokenizers.settle_padding(tokenizer, module)
+    if new:
+        count = sum(parameter.numel() for key, parameter in module.named_parameters() if key in new)
+        checkpoint.say("%s begins with a new %s (%d parameters)", name, ", ".join(sorted(new)), count)
+    return LoadedModel(module if not weights else module.to(place), tokenizer, targets, head, tuple(classes), new)
 
 
 def outline(name: str, num_labels: int) -> LoadedModel:
@@ -83,50 +93,108 @@ def outline(name: str, num_labels: int) -> LoadedModel:
     Its tokenizer is None where there is none. What a checkpoint lacks is not known here: the head is what sits on the
     base model. Raises :class:`ConfigError` as :func:`load` does.
     """
-    source, tokenizer = _source(name), None
-    with _explained(name), torch.device("meta"):
-        module = _architecture(num_labels).from_config(_settings(source, num_labels), dtype=torch.float32)
-    with contextlib.suppress(OSError, ValueError, ImportError):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    _settle(module, tokenizer)
-    return LoadedModel(module, tokenizer, *_parts(name, module, num_labels), classes=(), new=frozenset())
+    with _explained(name):
+        folder = _source(name, weights=False)
+        checkpoint.check(folder, weights=False)
+        with torch.device("meta"):
+            module = _architecture(num_labels).from_config(
+                _settings(folder, num_labels), dtype=torch.float32, trust_remote_code=False
+            )
+        tokenizer = tokenizers.load(folder, needed=False)
+        if tokenizer is not None:
+            tokenizers.fit(tokenizer, module, classifies=bool(num_labels))
+        targets, head = _parts(module, num_labels)
+    return LoadedModel(module, tokenizer, targets, head, classes=(), new=frozenset())
 
 
 def _architecture(num_labels: int) -> Any:
     return AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
 
 
-def _settings(source: str, num_labels: int, classes: Sequence[str] = ()) -> Any:
+def _settings(folder: Path, num_labels: int, classes: Sequence[str] = ()) -> Any:
     """The model's config.json, changed for the task."""
     facts: dict[str, Any] = {"num_labels": num_labels} if num_labels else {}
     if classes:
         facts |= {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
-    settings = AutoConfig.from_pretrained(source, **facts)
-    if num_labels == 1:
-        settings.problem_type = "regression"
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **facts)
+    # The checkpoint's own may be another ("multi_label_classification"), and it decides on the loss.
+    kinds = {0: None, 1: "regression"}
+    settings.problem_type = kinds.get(num_labels, "single_label_classification")
+    if getattr(settings, "auto_map", None):
+        checkpoint.say("the code that it brings (auto_map) is not run; transformers has %s itself", settings.model_type)
+        del settings.auto_map  # or what is exported would ask for that code
     return settings
 
 
-def _settle(module: Any, tokenizer: Any) -> None:
-    """What model and tokenizer leave open: the padding token, and how much the model can read."""
-    settings = module.config.get_text_config()
-    if tokenizer is not None:
-        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-            tokenizer.pad_token = tokenizer.eos_token  # decoders often have none; padding is masked
-        positions = getattr(settings, "max_position_embeddings", None)
-        if positions and tokenizer.model_max_length > 10**9:  # it does not say how much the model can read
-            tokenizer.model_max_length = positions
-    if settings.pad_token_id is None:
-        module.config.pad_token_id = getattr(tokenizer, "pad_token_id", 0)
+def _label_names(described: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the checkpoint's own labels in the order of their ids; () where config.json gives none."""
+    try:
+        names = {int(id): str(label) for id, label in described["id2label"].items()}
+    except (KeyError, ValueError, AttributeError):
+        return ()
+    ordered = tuple(names[id] for id in sorted(names))
+    return () if all(label == f"LABEL_{id}" for id, label in enumerate(ordered)) else ordered
+
+
+def _lacking(module: Any, info: Mapping[str, Any]) -> frozenset[str]:
+    """The keys that a checkpoint lacks on its base model. Raises :class:`ConfigError` where the base lacks some.
+
+    A pooler belongs to the head: it reads what the last block gave, and language models are saved without theirs.
+    """
+    sizes = {key: (list(found), list(wanted)) for key, found, wanted in info["mismatched_keys"]}
+    missing, base = set(info["missing_keys"]), module.base_model_prefix + "."
+    body = {key for key in module.state_dict() if key.startswith(base) and "pooler" not in key.split(".")}
+    if wrong := sorted(body & set(sizes)):
+        found, wanted = sizes[wrong[0]]
+        raise ConfigError(f"its checkpoint has {wrong[0]} of shape {found} and its config.json says {wanted}")
+    checkpoint.refuse_missing(missing & body, sorted(info["unexpected_keys"]), len(body))
+    return frozenset(missing | set(sizes))
+
+
+@torch.no_grad()
+def _match_head(
+    module: Any, num_labels: int, classes: Sequence[str], names: Sequence[str], new: Set[str]
+) -> frozenset[str]:
+    """Bring the output layer of a checkpoint that was trained for the labels ``names`` to ``classes``.
+
+    Its rows are put into this order where the names are the same (in any case of letters); else the layer is drawn
+    anew. Returns the keys of what was drawn.
+    """
+    if num_labels < 2 or not classes or len(names) != num_labels:
+        return frozenset()
+    layers = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear)
+        and part.out_features == num_labels
+        and not name.startswith(module.base_model_prefix + ".")
+    }
+    name, layer = next(reversed(layers.items()), ("", None))
+    if layer is None or f"{name}.weight" in new:
+        return frozenset()
+    before, now = ([label.casefold() for label in labels] for labels in (names, classes))
+    if before == now:
+        return frozenset()
+    if sorted(before) == sorted(now) and len(set(now)) == num_labels:
+        order = [before.index(label) for label in now]
+        for parameter in layer.parameters():
+            parameter.copy_(parameter[order].clone())
+        checkpoint.say("rows of the head put in the order %s; it had %s", ", ".join(classes), ", ".join(names))
+        return frozenset()
+    checkpoint.say("its head is for the labels %s, not %s: a new one is trained", ", ".join(names), ", ".join(classes))
+    layer.weight.normal_(0, getattr(module.config, "initializer_range", 0.02))
+    if layer.bias is not None:
+        layer.bias.zero_()
+    return frozenset(f"{name}.{key}" for key, _ in layer.named_parameters())
 
 
 def _parts(
-    name: str, module: Any, num_labels: int, new: Set[str] = frozenset()
+    module: Any, num_labels: int, new: Set[str] = frozenset()
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
     """The target layers and the head of ``module``."""
     targets = find_targets(module)
     if not targets:
-        raise ConfigError(f"model = {name!r} has no linear layer inside a stack of blocks: nothing to train.")
+        raise ConfigError("it has no linear layer inside a stack of blocks: nothing to train")
     base = module.base_model_prefix + "."
     parameters = dict(module.named_parameters())
     on_top = {key for key in parameters if num_labels and not key.startswith(base)}
@@ -139,9 +207,14 @@ def _explained(name: str) -> Iterator[None]:
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             yield
-    # SafetensorError: a file that is no weights; ImportError: a tokenizer that needs a library of its own
-    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except ConfigError as error:
+        raise ConfigError(f"model = {name!r}: {error}.") from None
+    except Exception as error:  # files of strangers: pickles, tokenizers and settings each fail in ways of their own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
+            raise ConfigError(f"model = {name!r}: {checkpoint.NEEDS_CODE}.") from None
+        if "weights_only" in reason or "Weights only" in reason:
+            reason = "its weights are a pickle that holds more than tensors, and it was not opened"
         raise ConfigError(
             f"model = {name!r} could not be loaded ({reason}); give 'embedded', the folder of a model in the hub's "
             "format, or a hub name while the hub can be reached."
@@ -190,22 +263,25 @@ def export(loaded: LoadedModel, state: Mapping[str, Tensor], folder: Path) -> No
         loaded.tokenizer.save_pretrained(folder)
 
 
-def is_local(name: str) -> bool:
-    """Whether the model ``name`` is a folder of this machine."""
-    return name.startswith(("~", "/", ".")) or resolved_path(name).is_dir()
+def check(name: str, num_labels: int) -> None:
+    """Raise :class:`ConfigError` as :func:`load` does where that shows without reading the weights.
+
+    A model of the hub is on this machine then.
+    """
+    outline(name, num_labels)
+    with _explained(name):
+        folder = _source(name, weights=True)
+        checkpoint.check(folder, weights=True)
+        tokenizers.load(folder)
 
 
-def _source(name: str) -> str:
+def _source(name: str, weights: bool) -> Path:
+    """The folder of a model; of the hub's it is on this machine then, with its ``weights`` if they are asked for."""
     if name == "embedded":
-        return str(embedded.model_path())
+        return embedded.model_path()
     if is_local(name):
-        path = resolved_path(name)
-        if not (path / "config.json").is_file():
-            raise ConfigError(
-                f"model = {name!r}: {path} has no config.json; give the folder of a model in the hub's format."
-            )
-        return str(path)
-    return name
+        return resolved_path(name)
+    return checkpoint.fetch(repository.parse("model", name), weights)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,108 @@
+"""What tests share: the default settings, whole runs in this process, and what can be asked of a run afterwards."""
+
+import json
+import os
+import subprocess
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Message
+
+from fedkrso_app import client_app, data, server_app
+from fedkrso_app.config import resolved_path
+from fedkrso_app.federation import client, local
+from fedkrso_app.federation.replica import Replica
+from fedkrso_app.records.ledger import Ledger
+from fedkrso_app.runs.folder import Run
+from fedkrso_app.strategies import make
+from fedkrso_app.strategies.base import Local, Shapes
+from fedkrso_app.training import model
+
+ROOT = Path(__file__).parent.parent
+WORDS = [f"w{number}" for number in range(40)]
+
+
+def default_config() -> dict:
+    """The defaults as Flower hands them over: flat, tables joined by a dot."""
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    flat = {}
+    for key, value in tables.items():
+        flat |= {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+class Grid(local.LocalGrid):
+    """The engine in this process, with what can go wrong.
+
+    ``tamper(partition, message, reply)`` may change, replace or drop (None) the reply to a train or evaluate message;
+    ``order`` rearranges the replies that arrive together. With ``devices``, every node has a disk of its own and every
+    message meets a process that knows nothing, as in a deployment.
+    """
+
+    def __init__(
+        self,
+        run_config: dict,
+        nodes: int,
+        tamper: Callable[[int, Message, Message], Message | None] = lambda partition, message, reply: reply,
+        order: Callable[[list], list] = list,
+        run_id: int = 1,
+        devices: bool = False,
+    ) -> None:
+        super().__init__(client_app.app, run_config, nodes, run_id)
+        self.tamper, self.order = tamper, order
+        self.disks = Path(os.environ["FEDKRSO_CACHE"]) if devices else None
+
+    def pull_messages(self, ids):
+        return self.order(super().pull_messages(list(ids)))
+
+    def reply(self, message):
+        partition = self.contexts[message.metadata.dst_node_id].node_config["partition-id"]
+        if self.disks:
+            os.environ["FEDKRSO_CACHE"] = f"{self.disks}-{partition}"  # the fixture puts it back
+            client.workplace.cache_clear()
+        reply = super().reply(message)
+        asked = message.metadata.message_type in ("train", "evaluate")
+        return self.tamper(partition, message, reply) if asked else reply
+
+
+def play(run_config: dict, nodes: int = 4, prepare: Callable[[Grid], None] = lambda grid: None, **options) -> Run:
+    """One whole run, on a grid with these ``options`` that ``prepare`` may change before; the folder it made."""
+    client.workplace.cache_clear()
+    grid = Grid(run_config, nodes, **options)
+    prepare(grid)
+    local.play(server_app.app, grid, run_config)
+    return Run(resolved_path(run_config["output-dir"]) / run_config["run-name"])
+
+
+def digest(run: Run) -> str:
+    return json.loads((run.path / "result.json").read_text())["digest"]
+
+
+def replica(run: Run, version: int | None = None) -> Local:
+    """The half beside the model at ``version``, from W^0 and the ledger alone."""
+    config = run.config
+    task = data.resolve(config)
+    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=config.weights_device)
+    method = make(config, Shapes.of(loaded))
+    half, ledger = method.local(loaded), Ledger(run.ledger)
+    Replica(half, ledger, method.entry.span).advance(ledger.version if version is None else version)
+    return half
+
+
+def replayed(run: Run, version: int | None = None) -> str:
+    """The digest of the weights that W^0 and the ledger lead to."""
+    return model.state_digest(replica(run, version).plain_state())
+
+
+def arrays_of(reply: Message) -> dict[str, np.ndarray]:
+    return {name: array.numpy() for name, array in reply.content["update"].items()}
+
+
+def expire(keys: Path, days: int) -> None:
+    """Sign the server's certificate of deploy/keys.sh anew, with an end ``days`` from now."""
+    names = ["-subj", "/CN=near", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subprocess.run(["openssl", "req", "-new", "-key", "server.key", "-out", "csr", *names], cwd=keys, check=True)
+    sign = ["openssl", "x509", "-req", "-in", "csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-copy_extensions", "copy"]
+    subprocess.run([*sign, "-days", str(days), "-out", "server.pem"], cwd=keys, check=True, capture_output=True)
