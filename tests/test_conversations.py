@@ -4,7 +4,7 @@ import json
 
 import datasets
 import pytest
-from conftest import default_config
+from helpers import default_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

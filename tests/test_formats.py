@@ -14,13 +14,13 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import default_config
+from helpers import default_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedkrso_app import data
 from fedkrso_app.config import ConfigError
-from fedkrso_app.data import files, loading
+from fedkrso_app.data import files
 from fedkrso_app.strategies import parse
 
 FORMATS = ["csv", "jsonl", "json", "parquet"]
@@ -29,7 +29,7 @@ FORMATS = ["csv", "jsonl", "json", "parquet"]
 @pytest.fixture(autouse=True)
 def _fresh(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for cached in (data.load, data.resolve, loading._hub, files.warn):
+    for cached in (data.load, data.resolve, files.warn):
         cached.cache_clear()
 
 
