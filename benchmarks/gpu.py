@@ -8,7 +8,7 @@ accumulators beside it; it is measured after ten intervals of different seeds, t
 runs under autocast; peft's factors are bfloat16 too, the leanest form of LoRA, and "full" is AdamW in bfloat16. FedKRSO
 has one row per setting of ``activation-memory``.
 
-ms            forward, backward and optimizer, median of CUDA events; with small kernels this includes waits for the host
+ms            forward, backward and optimizer, median of CUDA events; with small kernels this includes waits for the CPU
 busy ms       the sum of the times of the kernels in one step, by torch's profiler
 interval ms   FedKRSO: drawing the projections of one seed and copying them, once in J steps and not in "ms"
 weights       MiB allocated before the step, without gradients and the optimizer's state
