@@ -239,7 +239,7 @@ def _checked(rows: Rows, task: Task) -> tuple[datasets.Dataset, Callable[[int], 
                     f"{rows.source}: column {column!r} {why(first)} in {bad.sum()} of {count} rows (the first: "
                     f"{rows.place(first)}); fix it, or {_FIX}. {found}"
                 )
-            reasons[first] = f"column {column!r} {why(first)}"
+            reasons[first] = f"column {column!r} {why(first)}".rstrip(",")
             good &= ~bad
 
     made: dict[str, Any] = {}
