@@ -1,7 +1,7 @@
 """One run through Flower's simulation engine (Ray), with clocks in all of its processes.
 
-The apps are run as they are; a clock is put around some of their functions, in each process, from outside. Each process
-writes the intervals that its clocks saw to a file of its own.
+The apps run unchanged; in each process, clocks are put around some of their functions from outside. Each process writes
+the intervals that its clocks measured to a file of its own.
 """
 
 import functools

@@ -3,18 +3,18 @@
     python -m benchmarks.gpu [--repeats 10] [--json]
 
 RoBERTa-large (a classifier, batch 16 × 128, dropout on) in float32 and in bfloat16, and Llama-3.2-3B's shape (a
-language model, batch 4 × 768) in bfloat16, with random weights; r = 4. FedKRSO in bfloat16 stands beside W instead of
-moving it, after ten intervals of different seeds, which is the most that it ever carries. In bfloat16 every peer runs
-under autocast; peft's factors are bfloat16 too, the leanest form of LoRA, and "full" is AdamW in bfloat16 throughout.
-FedKRSO stands there with each setting of ``activation-memory``.
+language model, batch 4 × 768) in bfloat16, with random weights; r = 4. In bfloat16 FedKRSO leaves W alone and adds its
+accumulators beside it; it is measured after ten intervals of different seeds, the worst case. In bfloat16 every peer
+runs under autocast; peft's factors are bfloat16 too, the leanest form of LoRA, and "full" is AdamW in bfloat16. FedKRSO
+has one row per setting of ``activation-memory``.
 
-ms            forward, backward and optimizer, median of CUDA events; a step of small kernels waits for the host here
-busy ms       what the GPU works in it: the sum of the times of its kernels in one step, by torch's profiler
-interval ms   FedKRSO: drawing and moving the projections of one seed, once in J steps and not in "ms"
-weights       allocated before the step, the optimizer's state and gradients not yet among it
-blocks        more after the forward pass of the blocks alone: what they keep for backward
-kept          more after the whole forward pass; a language model's logits (tokens × vocabulary) are in it
-peak          more at any moment of a step, gradients and optimizer included; all of them in MiB
+ms            forward, backward and optimizer, median of CUDA events; with small kernels this includes waits for the host
+busy ms       the sum of the times of the kernels in one step, by torch's profiler
+interval ms   FedKRSO: drawing the projections of one seed and copying them, once in J steps and not in "ms"
+weights       MiB allocated before the step, without gradients and the optimizer's state
+blocks        MiB beyond that after the forward pass of the blocks alone: what they keep for backward
+kept          MiB after the whole forward pass; includes a language model's logits (tokens × vocabulary)
+peak          MiB at any moment of a step, gradients and optimizer included
 """
 
 import argparse

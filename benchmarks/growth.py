@@ -2,17 +2,17 @@
 
     python -m benchmarks.growth [--size base] [--repeats 3] [--output growth.png] [--json]
 
-FedKRSO on RoBERTa shapes; r = 4, K = 10, J = 10, 100 local steps, ten clients, 8 × 64 tokens unless said otherwise.
+FedKRSO on RoBERTa shapes; r = 4, K = 10, J = 10, 100 local steps, ten clients, 8 × 64 tokens, except where one varies.
 
 step         CPU seconds of one thread over the rank and over the rows of the batch. Formula: multiplications and
              additions, scaled to the point at r = 4 or at 8 rows. A token costs 4·m·n in every target layer (forward
              and gradient of the input), 2·r·(m + n) for the projections and, in every block, 12·t·d for attention; a
-             step costs 2·r·m·n a layer for W ← W + B P.
-up, down     bytes of one client and round over K and over J, measured on real records, mean over clients and rounds.
+             step costs 2·r·m·n per layer for W ← W + B P.
+up, down     bytes per client and round over K and over J, measured on real records, mean over clients and rounds.
              Formula: 4·(s·Q + h), where s is the expected number of distinct seeds among those drawn with replacement:
-             K·(1 − (1 − 1/K)^I) with I the intervals of one client for the way up, of all clients for the way down.
-server       peak MiB over the number of replies (benchmarks/server.py). Formula: 20·(K·Q + h) bytes, whatever their
-             number: totals of 8 bytes and three float32 copies of the average on its way to the ledger.
+             K·(1 − (1 − 1/K)^I) with I the intervals of one client (up) or of all clients (down).
+server       peak MiB over the number of replies (benchmarks/server.py). Formula: 20·(K·Q + h) bytes for any number:
+             totals of 8 bytes and three float32 copies of the average on its way to the ledger.
 rebuild      CPU seconds over the rounds missed (benchmarks/replica.py). Formula: proportional, scaled to one round.
 """
 
@@ -152,7 +152,7 @@ def memory(size: str, shapes: Shapes) -> list[Row]:
 
 
 def rebuild(size: str, repeats: int) -> list[Row]:
-    """The time to bring W up to date over the rounds that were missed."""
+    """The time to rebuild W over the number of missed rounds."""
     seconds = {}
     for missed in MISSED:
         parts = {row["part"]: row["seconds"] for row in replica.rows(size, missed, repeats)}
@@ -170,7 +170,7 @@ def rebuild(size: str, repeats: int) -> list[Row]:
 
 
 def draw(rows: Sequence[Row], title: str, file: Path) -> None:
-    """One panel for each thing that cost grows over, as a picture."""
+    """Plot one panel per variable."""
     overs = list(dict.fromkeys(row["over"] for row in rows))
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     figure.suptitle(title)

@@ -1,13 +1,13 @@
-"""Memory of one local step, by peer and setting: exact counts of bytes, nothing is timed and nothing is computed.
+"""Memory of one local step, by peer and setting: exact counts of bytes, on the meta device.
 
     python -m benchmarks.memory [--rows 16] [--tokens 128] [--json]
 
-RoBERTa-base and -large on torch's meta device, float32, dropout 0.1, attention written out ("eager"). In MiB:
+RoBERTa-base and -large, float32, dropout 0.1, eager attention. Besides weights, gradients and optimizer, in MiB:
 
 hooks        unique storages that autograd keeps (torch.autograd.graph.saved_tensors_hooks), parameters excluded
-activations  all that is still there after the forward pass: with a checkpoint, what it keeps is invisible to the hooks
-peak         most at any moment of forward and backward, gradients and passing results included
-weights, gradients, optimizer; "copy" is W^t as kept aside to give the model back unchanged after training
+activations  everything left after the forward pass; the hooks do not see what a checkpoint keeps
+peak         maximum during forward and backward, gradients and temporaries included
+copy         W^t as kept aside to restore the model after training
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The peers of the benchmarks: one RoBERTa with random weights, made trainable in five ways; clock, memory, table.
 
-floor        frozen backbone: gradients flow through to the embeddings, only the head learns
+floor        frozen backbone; gradients flow through to the embeddings, only the head learns
 fedkrso      this app's layers and optimizer
 a-frozen     peft LoRA on the same layers, A frozen
 lora         peft LoRA on the same layers
@@ -113,8 +113,8 @@ class Peer:
 
 
 def medians(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each call, on one thread, in turn (so that a slow spell meets all alike); one call each to
-    warm up. CPU time, because it differs least from an idle machine's clock when others use the machine."""
+    """Median CPU seconds of each call on one thread. Calls are interleaved, so that a slow phase affects all of them;
+    each is warmed up once. CPU time depends least on what else the machine does."""
     torch.set_num_threads(1)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):

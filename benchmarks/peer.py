@@ -1,6 +1,6 @@
-"""The pattern in use elsewhere: a plain Flower FedAvg app that builds its model inside every ``train`` and sends the
-whole state both ways. Model, shares, batches, number of steps and evaluation are those of this app's FedFFT; torch's
-AdamW trains every parameter. Rows and shares are kept between messages, as in Flower's templates; the model is not.
+"""The common pattern: a plain Flower FedAvg app that builds its model inside every ``train`` and sends the whole state
+both ways. Model, partitions, batches, number of steps and evaluation are those of this app's FedFFT; torch's AdamW
+trains every parameter. Rows and partitions are kept between messages, as in Flower's templates; the model is not.
 """
 
 import functools
@@ -83,7 +83,7 @@ def main(grid: Grid, context: Context) -> None:
     def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord:
         loaded.module.load_state_dict(arrays.to_torch_state_dict())
         batches = data.evaluation_batches(validation, task, loaded.tokenizer, 4 * config.batch_size, config.max_length)
-        score, loss = metrics.result(task.metric, metrics.tally(loaded.module, batches, task.num_labels))
+        score, loss = metrics.result(task.metric, metrics.tally(loaded.module, batches, task.metric, task.num_labels))
         return MetricRecord({"metric": score, "loss": loss})
 
     strategy = FedAvg(fraction_evaluate=0.0)

@@ -1,4 +1,4 @@
-"""A round that a node missed: what it costs to rebuild W^t, beside the least that must be moved through memory.
+"""What it costs to rebuild W^t after a missed round, beside the memory traffic that no rebuild avoids.
 
     python -m benchmarks.replica [--size base] [--missed 3] [--repeats 5] [--json]
 
@@ -8,7 +8,7 @@ bandwidth    read and write every target weight once (W ← c·W, in place): the
 advance      Replica.advance over the ledger's entries: reading and checking an entry, drawing, folding
 apply        the same without the ledger: drawing and folding
 draw         the projections alone: numpy's Philox and Box–Muller, K for every layer
-fold         W ← W + Σ_k B_k P_k alone, projections at hand
+fold         W ← W + Σ_k B_k P_k alone, with the projections given
 """
 
 import argparse
@@ -44,7 +44,7 @@ class _Products(TorchDispatchMode):
 
 
 def rows(size: str, missed: int, repeats: int) -> list[dict[str, Any]]:
-    """One row per part: CPU seconds a round, the ratio to the bandwidth limit, and matrix products a round."""
+    """One row per part: CPU seconds per round, the ratio to the bandwidth limit, and matrix products per round."""
     config = parse(settings(None, []))
     own = config.of(FedKRSOSettings)
     K, r, kind = own.num_seeds, own.rank, own.projection

@@ -2,16 +2,16 @@
 
     python -m benchmarks.server [--size base] [--clients 10 100 1000] [--json]
 
-FedKRSO on RoBERTa shapes, K = 10 seeds in every reply, r = 4. A generator makes the replies one at a time; making them
-does not count. CPU milliseconds of one thread per reply, every reply handled in all these ways:
+FedKRSO on RoBERTa shapes, K = 10 seeds in every reply, r = 4. A generator makes the replies one at a time, outside
+the clock. CPU milliseconds of one thread per reply, every reply handled in all these ways:
 
-aggregate    Round.aggregate_train: counting bytes, checking, unpacking, adding, and at the end one ledger entry
-add          FixedPointMeans.add alone, the sum that no order of arrival can change
+aggregate    Round.aggregate_train: counting bytes, checking, decoding, adding, and at the end one ledger entry
+add          FixedPointMeans.add alone: the sum whose bits do not depend on the order
 sum64        total += x with a float64 total: as wide as the exact sum, but its bits depend on the order
 sum32        total += x with a float32 total
 
-"peak MiB" is the most that Python and numpy held at once, the reply in hand included, in a second pass (tracemalloc
-slows the clock).
+"peak MiB" is the maximum that Python and numpy held, the current reply included, in a second pass
+(tracemalloc is slow).
 """
 
 import argparse
@@ -65,7 +65,7 @@ def rows(size: str, clients: list[int]) -> list[dict[str, Any]]:
 
 
 def _time(method: FedKRSO, pool: list[Arrays], clients: int) -> dict[str, float]:
-    """Milliseconds a reply, the ratios, and the peak."""
+    """Milliseconds per reply, the ratios, and the peak."""
     others = _others(pool[0])
     seconds = dict.fromkeys(("aggregate", *others), 0.0)
 

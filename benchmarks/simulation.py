@@ -1,23 +1,23 @@
-"""A simulated federation: what it takes beyond the training itself, beside the pattern in use elsewhere.
+"""A simulated federation: what it costs beyond training, beside a plain Flower app.
 
     python -m benchmarks.simulation [--clients 100] [--rounds 5] [--steps 10] [--workers 2] [--json]
 
-FedKRSO and then the peer (benchmarks/peer.py), each through Flower's own engine with as many Ray workers as said, on
-the embedded model and task, evaluated on the server after each round. The clock runs from the first message that a
+FedKRSO and then the peer (benchmarks/peer.py), each in Flower's simulation engine with that many Ray workers, on the
+embedded model and task, evaluated on the server after each round. The clock runs from the first message that a
 worker handles, which is after Flower's and Python's start-up, to the end of the ServerApp. Per part, in seconds:
 
-CPU          added up over all processes; what others do on the machine hardly changes it
-wall         its share of the run: a worker's time divided by the number of workers; of the server's parts only the
-             time in which workers wait for it. These add up to the whole run
-÷ steps      wall, to the limit: CPU seconds of all local steps (batches included) divided by the number of workers
+CPU          summed over all processes; depends little on the machine's other load
+wall         share of the run: a worker's time divided by the number of workers; of the server's parts only the time
+             in which workers wait for it. These add up to the whole run
+÷ steps      wall divided by the limit: CPU seconds of all local steps (batches included) per worker
 
-rebuild      the model at the version asked for: Replica.advance; with the peer, building it and loading the state
+rebuild      the model at the requested version: Replica.advance; in the peer, building it and loading the state
 train        the local steps
-pack         the reply's arrays to a record
-client, rest what else happens in a ClientApp: choosing rows, checking the message, copying W^t, setting up at first
+pack         encoding the reply's arrays
+client, rest the rest of a ClientApp: choosing rows, checking the message, copying W^t, first set-up
 aggregate    checking, counting and averaging the replies, and packing what is sent
 evaluate     the model on the validation rows
-transport    all that is left: Flower, Ray, queues, and waiting for the last client of a round
+transport    the remainder: Flower, Ray, queues, and waiting for the last client of a round
 """
 
 import argparse

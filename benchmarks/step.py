@@ -2,9 +2,9 @@
 
     python -m benchmarks.step [--size base] [--rows 8] [--tokens 64] [--repeats 5] [--json]
 
-RoBERTa shapes, random weights, random tokens; the peers are those of benchmarks/models.py. FedKRSO stands there with
-each setting of ``activation-memory``, and its default with its tenth part of what opens an interval (J = 10): drawing
-the projections.
+RoBERTa shapes, random weights, random tokens; the peers are those of benchmarks/models.py. FedKRSO has one
+row per setting of ``activation-memory``; each includes a tenth of what starts an interval (J = 10): drawing the
+projections.
 """
 
 import argparse

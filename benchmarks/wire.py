@@ -1,6 +1,6 @@
-"""Bytes of one client and round, measured on each method's real records, beside the formula and the paper's Table III.
+"""Bytes per client and round, measured on each method's real records, beside the formula and the paper's Table III.
 
-    python -m benchmarks.wire [--json]     # also: --dtypes for the other number formats, --time for what they take
+    python -m benchmarks.wire [--json]     # --dtypes: the other number formats; --time: their encoding and decoding
 
 Builds each method on RoBERTa-base and RoBERTa-large *shapes* (a model from its config on the meta device: no weights),
 fills its records with random numbers and counts the bytes that Flower would serialise, headers included. FedKRSO
@@ -83,8 +83,8 @@ def measure(method: Method, up: Mapping[str, float], down: Mapping[str, float]) 
 
 
 def rows(dtype: str = "float32", models: Sequence[str] = ("base", "large")) -> list[dict[str, Any]]:
-    """One row per model size and method, with numbers in the format ``dtype``: at the lengths that ten clients lead to
-    on average, and where those are expected values of a draw, at the largest ones too, as the papers count."""
+    """One row per model size and method, with numbers in the format ``dtype``, at the mean lengths for ten clients.
+    Where those are expected values of a draw, a row at the largest lengths too, as the papers count."""
     result = []
     for label in models:
         size = shapes(label)
@@ -105,8 +105,8 @@ def rows(dtype: str = "float32", models: Sequence[str] = ("base", "large")) -> l
 
 
 def times(repeats: int = 15) -> list[dict[str, Any]]:
-    """What a FedKRSO reply of RoBERTa-base takes to encode and decode: seconds, and how many bare copies of it in
-    memory. Medians of interleaved repeats; the reply has the mean number of drawn seeds, rounded."""
+    """Seconds to encode and decode a FedKRSO reply of RoBERTa-base, and their ratio to a bare copy of it in memory.
+    Medians of interleaved repeats; the reply has the mean number of drawn seeds, rounded."""
     size, result = shapes("base"), []
     for dtype in quantize.FORMATS:
         method = make(parse(settings(None, []) | {"local-steps": 100, "wire-dtype": dtype}), size)

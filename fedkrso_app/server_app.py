@@ -11,7 +11,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkrso_app import data
-from fedkrso_app.config import ConfigError
+from fedkrso_app.config import ConfigError, resolved_path
+from fedkrso_app.data import hub
 from fedkrso_app.federation.streaming import StreamingGrid
 from fedkrso_app.runs import folder as run
 from fedkrso_app.runs import tracking
@@ -30,20 +31,27 @@ def main(grid: Grid, context: Context) -> None:
     """One run, from its config to its model."""
     warn_before_expiry()
     try:
-        config = parse(context.run_config)
+        config = asked = parse(context.run_config)
         tracking.check(config.tracker)
         threads.hold(config.torch_threads)
         here = config.evaluate == "server"  # otherwise there need be no data and no weights on the server
-        task = data.resolve(config, look=here or bool(config.data_dir or config.dataset))
+        look = here or bool(config.data_dir or config.dataset)
+        resumed = run.Run(resolved_path(config.resume)).commits if config.resume else None
+        config = hub.pinned(config, data_needed=look) if resumed is None else hub.at(config, resumed)
+        if here:  # before what may be a large dataset is downloaded
+            model.check(config.model, data.tasks.declared(config).num_labels)
+        task = data.resolve(config, look=look)
         # What is wrong with data or model is found here, before any client starts.
         for split in ("train", "validation") if here else ():
             data.load(task, config.data_dir, split, config.holdout)
         loaded = model.load(
             config.model, task.num_labels, config.seed, task.classes, weights=here, device=config.weights_device
         )
+        for split in ("train", "validation") if here else ():
+            data.check(task, config.data_dir, split, config.holdout, loaded.tokenizer)
         method = make(config, Shapes.of(loaded))
         digest = loaded.digest() if here else ""
-        folder = run.resume(config, digest) if config.resume else run.create(config, digest)
+        folder = run.resume(asked, digest) if asked.resume else run.create(asked, digest, hub.commits(config))
         folder.lock()
     except (ConfigError, OSError) as error:
         logger.error("The run cannot start: %s", error)

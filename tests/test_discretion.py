@@ -8,8 +8,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import InProcessGrid, play
 from flwr.common.serde import message_to_proto
+from helpers import Grid, play
 
 from fedkrso_app import data
 from fedkrso_app.config import ConfigError
@@ -31,7 +31,7 @@ class Watch:
         self.node_log: list[str] = []
         self.strays: set[str] = set()
 
-    def install(self, grid: InProcessGrid) -> None:
+    def install(self, grid: Grid) -> None:
         """Around the ClientApp. The logs of nodes and server share one process; who is at work tells them apart."""
         app = grid.app
 
@@ -177,15 +177,23 @@ def nothing_left_the_node(watch):
     assert not watch.left_by_the_node()
 
 
-@pytest.mark.parametrize("own, share, whole", [(True, True, True), (True, False, False), (False, None, True)])
+@pytest.mark.parametrize(
+    "own, share, whole", [(True, True, True), (True, False, False), (False, None, True), (False, False, False)]
+)
 def test_the_node_decides_whether_texts_leave_it(own, share, whole, watch, run_config, data_folder):
     folder = device(watch, data_folder, f"sentence,label\nw1 w2,{MARK}\n{ROWS}")
     chosen = {} if share is None else {"share-errors": share}
     if own:
         attempt(watch, run_config, folder, **chosen)
-    else:  # all data is the run's: a simulation
+    else:  # all data is the run's: a simulation, or a device where the run's data-dir is a folder of its own
+
+        def prepare(grid):
+            watch.install(grid)
+            for context in grid.contexts.values():
+                context.node_config.update(chosen)
+
         with pytest.raises(ConfigError):
-            play(run_config | {"data-dir": str(folder), "evaluate": "off"}, nodes=2, prepare=watch.install)
+            play(run_config | {"data-dir": str(folder), "evaluate": "off"}, nodes=2, prepare=prepare)
     assert any(MARK in line for line in watch.server_log) is whole
 
 

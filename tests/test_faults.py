@@ -159,7 +159,7 @@ def test_a_node_whose_data_is_wrong_is_named_and_takes_part_once_it_is_mended(
         return reply
 
     def prepare(grid):
-        grid.contexts[102].node_config["data-dir"] = str(own.parent)
+        grid.contexts[102].node_config.update({"data-dir": str(own.parent), "share-errors": True})
 
     run = play(run_config | {"num-server-rounds": 4}, tamper=mend, prepare=prepare)
     assert [line["partitions"] for line in run.metrics()[1:]] == [[0, 1, 3], [0, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
@@ -520,7 +520,7 @@ def test_a_tally_that_does_not_fit_is_left_out(run_config, caplog):
     def wrong(partition, message, reply):
         if partition != 1 or "tally" not in reply.content:
             return reply
-        forged = [np.full(6, np.nan), np.zeros(6), np.array([1.0, 4, -2, 2, 2, 2])]
+        forged = [np.full(4, np.nan), np.zeros(4), np.array([1.0, 4, -2, 4])]
         tally = wire.pack({"tally": forged[reply.content["status"]["version"] - 1]})
         return Message(RecordDict({"status": reply.content["status"], "tally": tally}), reply_to=reply_target(reply))
 

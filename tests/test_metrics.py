@@ -12,12 +12,12 @@ from fedkrso_app.training import metrics
 from fedkrso_app.training.metrics import best, moments, perplexity, result, tally
 
 
-def score(name, predictions, labels):
-    return metrics.score(name, moments(predictions, labels, 1 if name == "pearson" else 2))
+def score(name, predictions, labels, num_labels=2):
+    return metrics.score(name, moments(name, predictions, labels, 1 if name == "pearson" else num_labels))
 
 
 def evaluate(model, batches, name):
-    return result(name, tally(model, batches, {"pearson": 1, "matthews": 2, "accuracy": model.labels}.get(name, 0)))
+    return result(name, tally(model, batches, name, model.labels))
 
 
 class Classifier(torch.nn.Module):
@@ -60,6 +60,62 @@ def test_matthews_is_the_formula_over_the_confusion_matrix():
     assert score("matthews", predictions, labels) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_matthews_of_any_number_of_classes_is_the_librarys(classes):
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(0, classes, 200)
+    predictions = np.where(rng.random(200) < 0.4, labels, rng.integers(0, classes, 200))
+    expected = matthews_corrcoef(labels, predictions)
+    assert score("matthews", predictions, labels, classes) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "numbers"),
+    [
+        ("accuracy", 3, 4),
+        ("accuracy", 3000, 4),  # what is right, and of how many, whatever the number of classes
+        ("matthews", 2, 8),
+        ("matthews", 3000, 9002),  # three counts a class
+        ("pearson", 1, 8),
+        ("exact-match", 0, 4),
+        ("perplexity", 0, 2),
+    ],
+)
+def test_an_evaluation_sends_what_its_metric_needs_and_no_more(metric, labels, numbers):
+    assert metrics.tally_size(metric, labels) == numbers
+
+
+FORGED = {
+    "negative": ("accuracy", 3, [1.0, 4, -1, 4]),
+    "no examples": ("accuracy", 3, [0.0, 0, 0, 0]),
+    "more right than there are": ("accuracy", 3, [1.0, 4, 5, 4]),
+    "of other numbers of examples": ("accuracy", 3, [1.0, 4, 2, 3]),
+    "half an example": ("accuracy", 3, [1.0, 4, 1.5, 4]),
+    "a class more right than it is true": ("matthews", 2, [1.0, 4, 3, 0, 3, 1, 2, 2]),
+    "classes of other sums": ("matthews", 2, [1.0, 4, 1, 1, 2, 1, 2, 2]),
+    "a negative square": ("pearson", 1, [1.0, 4, 4, 1, 1, -1, 1, 1]),
+    "correlation of others": ("pearson", 1, [1.0, 4, 5, 1, 1, 1, 1, 1]),
+    "rows that are not there": ("exact-match", 0, [1.0, 40, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_tally_that_no_evaluation_gives_is_refused(case):
+    metric, labels, numbers = FORGED[case]
+    with pytest.raises(ValueError, match=r"counts|numbers of examples"):
+        metrics.check(np.array(numbers), metric, labels)
+
+
+@pytest.mark.parametrize(("metric", "num_labels"), [("accuracy", 3), ("matthews", 2), ("pearson", 1)])
+def test_the_tally_of_an_evaluation_passes(metric, num_labels):
+    found = tally(Classifier(num_labels), cut(*examples(20, num_labels), [20]), metric, num_labels)
+    assert len(found) == metrics.tally_size(metric, num_labels)
+    metrics.check(found, metric, num_labels)
+    assert not metrics.check(
+        tally(Bigram(torch.eye(5)), cut(*language_rows(), [4]), "exact-match", 0), "exact-match", 0
+    )
+
+
 def test_pearson_is_the_correlation_and_ignores_scale_and_shift():
     rng = np.random.default_rng(0)
     labels = rng.normal(size=50)
@@ -97,7 +153,7 @@ def test_shapes_and_names_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(("metric", "num_labels"), [("accuracy", 3), ("matthews", 2), ("pearson", 1)])
 def test_tallies_of_several_nodes_add_up_to_that_of_all_their_examples(metric, num_labels):
     model, (ids, labels) = Classifier(num_labels), examples(30, num_labels)
-    nodes = [tally(model, [batch], num_labels) for batch in cut(ids, labels, [3, 20, 7])]
+    nodes = [tally(model, [batch], metric, num_labels) for batch in cut(ids, labels, [3, 20, 7])]
     whole = evaluate(model, cut(ids, labels, [30]), metric)
     assert result(metric, sum(nodes)) == pytest.approx(whole, abs=1e-6)
 

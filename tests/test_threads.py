@@ -1,8 +1,12 @@
 """The threads that torch computes with are a setting of the run, not a property of the machine."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import digest, play
+from helpers import digest, play
 from typer.testing import CliRunner
 
 from fedkrso_app import cli
@@ -44,6 +48,7 @@ def test_the_server_evaluates_with_the_threads_of_the_run(run_config, monkeypatc
     torch.set_num_threads(3)
     play(run_config | {"torch-threads": 2, "num-server-rounds": 1})
     assert set(seen) == {2}
+    assert torch.get_num_threads() == 3  # the process is its caller's again
 
 
 def test_the_bits_are_the_same_whatever_threads_a_process_begins_with(run_config, monkeypatch):
@@ -66,6 +71,48 @@ def test_a_torch_that_does_not_take_the_number_is_named_before_round_1(run_confi
         threads.hold(2)
     with pytest.raises(ConfigError, match="torch-threads = 2 cannot be set here"):
         play(run_config | {"torch-threads": 2})
+
+
+@pytest.mark.parametrize(
+    "variable, value",
+    [("OMP_DYNAMIC", "TRUE"), ("OMP_DYNAMIC", "1"), ("OMP_THREAD_LIMIT", "1"), ("OMP_MAX_ACTIVE_LEVELS", " 0")],
+)
+def test_a_variable_with_which_openmp_takes_fewer_threads_than_torch_says_is_named(variable, value, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"torch-threads = 2 cannot be set here: {variable} = "):
+        threads.hold(2)
+    threads.hold(1)
+    for harmless in ("false", "2", "64", ""):
+        monkeypatch.setenv(variable, harmless)
+        threads.hold(2)
+
+
+WITHOUT_A_CHECK = """
+import hashlib, torch
+torch.set_num_threads(2)
+torch.manual_seed(0)
+layer, rows = torch.nn.Linear(700, 300), torch.randn(3000, 700)
+value = layer(rows).softmax(-1).sum() + rows.sum()
+value.backward()
+both = [layer.weight.grad.numpy().tobytes(), value.detach().numpy().tobytes()]
+print(torch.get_num_threads(), hashlib.sha256(b"".join(both)).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("variable, value", [("OMP_THREAD_LIMIT", "1"), ("OMP_MAX_ACTIVE_LEVELS", "0")])
+def test_such_a_variable_does_change_the_bits_while_torch_says_two(variable, value):
+    """Why the check is needed: here torch itself does not notice."""
+
+    def bits(**environment):
+        env = {key: text for key, text in os.environ.items() if not key.startswith("OMP_")} | environment
+        done = subprocess.run([sys.executable, "-c", WITHOUT_A_CHECK], env=env, capture_output=True, text=True)
+        said, found = done.stdout.split()
+        assert said == "2"
+        return found
+
+    if (two := bits()) == bits(**{variable: value}):
+        pytest.skip("this machine's torch has the same bits with one thread and two, or cannot start two")
+    assert bits(OMP_NUM_THREADS="1") == two  # torch.set_num_threads does win over this one
 
 
 def test_a_node_whose_torch_does_not_take_the_number_says_so_when_it_joins(run_config, monkeypatch, caplog):

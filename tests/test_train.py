@@ -10,7 +10,7 @@ from helpers import play
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import AutoModelForSequenceClassification, LlamaConfig, RobertaConfig
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, RobertaConfig
 
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.strategies import STRATEGIES, make, parse
@@ -71,6 +71,43 @@ def test_accumulated_batches_are_one_large_batch(config):
     parts = [{name: value[i : i + 1] for name, value in whole.items()} for i in range(3)]
     expected = ends_of(config, [whole] * 2)
     torch.testing.assert_close(ends_of(config, parts * 2, gradient_accumulation=3), expected, rtol=1e-9, atol=1e-12)
+
+
+def uneven():
+    """Eight rows with one to seven predicted tokens, as two batches of four and as eight of one."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 50, (8, 9), generator=generator)
+    asked = torch.tensor([1, 7, 2, 1, 7, 7, 3, 1])
+    labels = ids.where(torch.arange(9) >= 9 - asked[:, None], -100)
+    return [
+        [{"input_ids": i, "labels": y} for i, y in zip(ids.split(n), labels.split(n), strict=True)] for n in (8, 4, 1)
+    ]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_answers_of_any_length_accumulate_to_one_batch(config, parts):
+    """The step from 8 × 1 and from 2 × 4 rows is that from 1 × 8: each predicted token counts once."""
+
+    def step(batches):
+        torch.manual_seed(0)
+        module = LlamaForCausalLM(LlamaConfig(**SMALL, pad_token_id=0)).double()
+        parameters = list(module.model.layers.parameters())
+        start = nn.utils.parameters_to_vector(parameters).detach().clone()
+        session = Session([torch.optim.SGD(parameters, lr=1.0)], dict, constant_rate=True)
+        settings = {"local_steps": 1, "gradient_accumulation": len(batches), "warmup": 0.0}
+        loss = train(module, iter(batches), session, dataclasses.replace(config, **settings), np.random.default_rng(0))
+        return nn.utils.parameters_to_vector(parameters) - start, loss
+
+    (whole, loss), (accumulated, mean) = step(uneven()[0]), step(uneven()[parts])
+    assert torch.linalg.vector_norm(accumulated - whole) < 1e-6 * torch.linalg.vector_norm(whole)
+    assert mean == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_smaller_batch_of_rows_counts_by_its_rows(config):
+    whole = batch()
+    parts = [{name: value[i:j] for name, value in whole.items()} for i, j in ((0, 1), (1, 3))]
+    expected = ends_of(config, [whole] * 2)
+    torch.testing.assert_close(ends_of(config, parts * 2, gradient_accumulation=2), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_step_is_never_longer_than_max_grad_norm_times_the_rate(config):

@@ -1,34 +1,25 @@
-"""Data files: which belong to a split, their rows, and the line of what is wrong in them."""
+"""Data files: which belong to a split, and the rows in them."""
 
-import csv
-import glob
-import io
-import json
-import logging
 import re
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from fedkrso_app.config import ConfigError, cache
+from fedkrso_app.config import ConfigError
+from fedkrso_app.data import rows, written
+from fedkrso_app.data.rows import Rows, warn
 
-logger = logging.getLogger("flwr")
+__all__ = ["columns", "find", "read", "warn", "wordy"]
 
-_FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
-# A sentence may well be "null" or "NA": only an empty cell is a missing one.
-_CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-
-_SCRATCH = "reading-"  # start of the names of folders
+_SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
 
 
-def find(root: Path, name: str, split: str, needed: bool = True) -> list[Path]:
+def find(root: Path, name: str, split: str, needed: bool = True) -> tuple[Path, ...]:
     """The file ``<split>.<ext>`` of task ``name``, else the one ``<split>_<more>.<ext>``, else all shards.
 
     They are looked for in ``root/name`` and then in ``root``. Raises :class:`ConfigError` where several would do, and
@@ -40,163 +31,118 @@ def find(root: Path, name: str, split: str, needed: bool = True) -> list[Path]:
     matching = re.compile(re.escape(split) + r"(?![-_.](mis)?matched)([-_.].*)?$")
     for folder in (root / name, root):
         files = sorted(folder.iterdir()) if folder.is_dir() else []
-        files = [f for f in files if f.suffix in _FORMATS and matching.match(f.stem) and f.is_file()]
+        files = [f for f in files if f.suffix in _SUFFIXES and matching.match(f.stem) and f.is_file()]
         files = [f for f in files if f.stem == split] or files
         shards_of = [int(shard[1]) for f in files if (shard := re.search(r"-\d+-of-0*(\d+)$", f.stem))]
         if shards_of == [len(files)] * max(1, len(files)) or (len(files) == 1 and not shards_of):
-            return files
+            return tuple(files)
         if files:
             several = f"{folder} has {', '.join(f.name for f in files)} for {split!r}"
             raise ConfigError(f"{several}; keep one file, or one full set of shards.")
     if not needed:
-        return []
+        return ()
     found = ", ".join(sorted(f.name for f in root.iterdir())[:20]) or "nothing"
     wanted = f"{name}/{split}*.parquet (nor .csv, .jsonl, .json), nor one directly in it"
     raise ConfigError(f"data-dir = {str(root)!r} has no {wanted}. It holds: {found}.")
 
 
-def read(files: Sequence[Path], skip: bool) -> datasets.Dataset:
-    """The rows of ``files``, which are of one format.
+def columns(files: Sequence[Path], skip: bool) -> tuple[str, ...]:
+    """The names of the columns of ``files``, those that are there twice twice. Raises ConfigError as :func:`read`."""
+    return _columns(tuple(files), _stamps(files), skip)
+
+
+def read(files: Sequence[Path], wanted: Sequence[str], texts: Sequence[str], skip: bool) -> Rows:
+    """The rows of ``files``: of the columns, those in ``wanted`` alone, of which ``texts`` hold texts or lists.
 
     Broken lines of csv and jsonl are left out (and counted in the log) if ``skip``; else, and where a file cannot be
-    read at all, :class:`ConfigError` names the file and the line.
+    read at all, :class:`ConfigError` names the file and the line. Nothing in another column matters.
     """
-    kind, names = _FORMATS[files[0].suffix], ", ".join(map(str, files))
-    paths = [glob.escape(str(f)) for f in files]  # datasets takes paths for patterns
-    options = dict(_CSV) if kind == "csv" else {}
-    # Its reader pads short rows of csv and shifts long ones, so they are looked at first.
-    broken = _broken(files) if kind == "csv" else []
-    for file in files if kind == "json" else ():
-        _text(file)  # its reader finds out late, and raises an error that names no file
-    try:
-        if not broken:
-            with _scratch() as folder:
-                options |= {"cache_dir": folder, "keep_in_memory": True}
-                return datasets.load_dataset(kind, data_files=paths, split="train", **options)  # type: ignore[arg-type]
-    except Exception as error:  # each format's reader raises errors of its own
-        broken = _broken(files)
-        if not broken:
-            reason = str(error.__cause__ or error)
-            if re.search("to no data|No columns", reason) or not any(file.stat().st_size for file in files):
-                raise ConfigError(f"{names}: there are no rows; put some in, or remove the file.") from error
-            raise ConfigError(f"{names}: could not be read as {kind} ({reason}).") from error
-    if not skip:
-        more = f" (and {len(broken) - 1} more lines)" if len(broken) > 1 else ""
-        raise ConfigError(f"{broken[0]}{more}; mend it, or leave such lines out by bad-rows='skip'.")
-    warn(f"broken lines left out: {len(broken)}, the first: {broken[0]}")
-    rows = [row for file in files for _, row in records(file) if isinstance(row, dict)]
-    try:
-        return _in_memory(rows, kind)
-    except Exception as error:  # pandas and Arrow raise errors of their own
-        raise ConfigError(f"{names}: what is left could not be read as {kind} ({error}).") from error
+    return _read(tuple(files), _stamps(files), tuple(dict.fromkeys(wanted)), frozenset(texts), skip)
 
 
-@contextmanager
-def _scratch() -> Iterator[str]:
-    """A folder for the copy that datasets makes of what it reads; it is gone as soon as the rows are in memory.
-
-    Its own cache would keep the user's rows after the run. Only the owner can look into the folder. A process that was
-    killed while it read leaves its folder; whoever reads next removes it after an hour.
-    """
-    cache().mkdir(parents=True, exist_ok=True)
-    for leftover in cache().glob(f"{_SCRATCH}*"):
-        with suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > 3600:
-                shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=cache(), ignore_cleanup_errors=True) as folder:
-        yield folder
-
-
-@lru_cache(maxsize=256)
-def warn(message: str) -> None:
-    """Log ``message`` once in this process, however often the file is read."""
-    logger.warning(message)
-
-
-def place(files: Sequence[Path], row: int) -> str:
-    """Where row ``row`` (from 0, broken lines not counted) stands: ``file, line n``, or only its number."""
-    at = row
+def wordy(files: Sequence[Path], is_word: Callable[[str], bool]) -> set[str]:
+    """The columns of texts of which some are words."""
+    found: set[str] = set()
     for file in files:
-        if file.suffix not in (".csv", ".jsonl"):
-            break
-        for line, record in records(file):
-            if isinstance(record, dict):
-                if at == 0:
-                    return f"{file}, line {line}"
-                at -= 1
-    return f"row {row + 1}"
+        is_parquet = file.suffix == ".parquet"
+        found |= rows.wordy(_opened(file).read(), is_word) if is_parquet else written.wordy(file, is_word)
+    return found
 
 
-def records(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, row) of a csv or jsonl file: the row by column, or a text that says what is wrong with the line.
-
-    Lines count from 1, and a csv header is one. Raises :class:`ConfigError` for text that is not UTF-8, and for csv
-    without commas.
-    """
-    text = _text(file)
-    if file.suffix == ".csv":
-        header = text.lstrip().partition("\n")[0]
-        if "," not in header and (other := re.search("[;\t]", header)):
-            raise ConfigError(f"{file}: {other[0]!r} stands between its columns; save the file with commas.")
-        yield from _csv_records(list(io.StringIO(text, newline="")))
-        return
-    for line, part in enumerate(text.split("\n"), 1):
-        if part.strip():
-            try:
-                row = json.loads(part)
-                yield line, row if isinstance(row, dict) else "is not a JSON object"
-            except ValueError as error:
-                yield line, f"is not JSON ({error})"
+def _stamps(files: Sequence[Path]) -> tuple:
+    """What differs once a file has changed."""
+    return tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
-def _text(file: Path) -> str:
-    content = file.read_bytes()
+@lru_cache(maxsize=4)  # only the whole of a JSON file tells its columns
+def _columns(files: tuple[Path, ...], stamps: tuple, skip: bool) -> tuple[str, ...]:
+    names: Counter[str] = Counter()
+    for file in files:
+        is_parquet = file.suffix == ".parquet"
+        names |= Counter(_opened(file).schema_arrow.names) if is_parquet else written.columns(file)
+    for file in () if names else files:
+        if file.suffix in (".jsonl", ".json"):
+            written.read(file, (), frozenset(), skip)  # names a line that is broken
+    if not names:
+        raise ConfigError(_no_rows(_listed(files)))
+    return tuple(names.elements())
+
+
+@lru_cache(maxsize=4)  # a split is asked for its labels, and soon after for all that is needed
+def _read(files: tuple[Path, ...], stamps: tuple, wanted: tuple[str, ...], texts: frozenset[str], skip: bool) -> Rows:
+    source, found = _listed(files), columns(files, skip)
+    for name in wanted:
+        if found.count(name) > 1:
+            raise ConfigError(f"{source}: column {name!r} is there {found.count(name)} times; rename all but one.")
+    kept = [name for name in wanted if name in found]
+    parts = []
+    for file in files:
+        lacks = (
+            [name for name in kept if name not in columns([file], skip)] if file.suffix in (".csv", ".parquet") else []
+        )
+        if lacks:
+            raise ConfigError(f"{file}: column {lacks[0]!r} is missing, which another file of this split has.")
+        parts.append(_typed(file, kept) if file.suffix == ".parquet" else written.read(file, kept, texts, skip))
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{file}, line {line}: this is not UTF-8; save the file with that encoding.") from None
+        table = pa.concat_tables([part.table for part in parts], promote_options="permissive")
+        if any((part.classes, part.lists) != (parts[0].classes, parts[0].lists) for part in parts):
+            raise pa.ArrowInvalid("class names or lists")
+    except pa.ArrowException as error:
+        raise ConfigError(f"{source}: these files differ in the type of a column ({_reason(error)}).") from error
+    if not len(table):
+        raise ConfigError(_no_rows(source))
+    lines = tuple(part for of_file in parts for part in of_file.parts)
+    return Rows(source, table, tuple(dict.fromkeys(found)), parts[0].lists, parts[0].classes, lines)
 
 
-def _csv_records(lines: list[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    csv.field_size_limit(2**31 - 1)  # a text may be long
-    reader, skipped = csv.reader(lines, strict=True), 0
-    header: list[str] = []
-    while True:
-        line = skipped + reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield line, f"is not CSV ({error})"
-            reader, skipped = csv.reader(lines[line:], strict=True), line  # an open quote takes in all that follows
-            continue
-        if not cells:
-            continue  # a blank line
-        if not header:
-            header = cells
-        elif len(cells) != len(header):
-            yield line, f"has {len(cells)} cells where the header has {len(header)} (a text with a comma needs quotes)"
-        else:
-            yield line, dict(zip(header, cells, strict=True))
+def _typed(file: Path, wanted: Sequence[str]) -> Rows:
+    """The columns of a parquet file."""
+    opened = _opened(file)
+    schema = opened.schema_arrow
+    try:
+        table = opened.read(columns=list(wanted)).select(list(wanted))
+    except (pa.ArrowException, OSError) as error:  # the file's end may be good and a column damaged
+        raise ConfigError(f"{file}: could not be read as parquet ({_reason(error)}).") from error
+    known = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
+    return rows.of_table(str(file), table, schema.names, known)
 
 
-def _broken(files: Sequence[Path]) -> list[str]:
-    """What is wrong, line by line, in csv and jsonl files."""
-    checked = [file for file in files if file.suffix in (".csv", ".jsonl")]
-    return [f"{f}, line {line}: {why}" for f in checked for line, why in records(f) if isinstance(why, str)]
+def _opened(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        if not file.stat().st_size:
+            raise ConfigError(_no_rows(str(file))) from None
+        raise ConfigError(f"{file}: could not be read as parquet ({_reason(error)}).") from error
 
 
-def _in_memory(rows: list[dict[str, Any]], kind: str) -> datasets.Dataset:
-    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
-    if kind == "json" or not rows:
-        return datasets.Dataset.from_dict(columns)
-    import pandas  # here, because only broken files need it
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())
 
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(columns)
-    writer.writerows(row.values() for row in rows)
-    text.seek(0)
-    return datasets.Dataset.from_pandas(pandas.read_csv(text, **_CSV), preserve_index=False)
+
+def _listed(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+
+
+def _no_rows(source: str) -> str:
+    return f"{source}: there are no rows; put some in, or remove the file."

@@ -1,19 +1,21 @@
 """Datasets of the hub: their splits at one commit, as rows."""
 
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
 
 from fedkrso_app.config import Config, ConfigError, is_local, resolved_path
 from fedkrso_app.data import repository
 from fedkrso_app.data.repository import Repository
-from fedkrso_app.data.tasks import GLUE
+from fedkrso_app.data.tasks import GLUE, task
 
 logger = logging.getLogger("flwr")
 
@@ -25,14 +27,70 @@ def source(config: Config) -> Repository | None:
     if config.data_dir or config.task.startswith("embedded/"):
         return None
     if config.task.startswith("glue/"):
-        return Repository("dataset", GLUE, config.dataset_revision)
+        return Repository("dataset", GLUE, config.dataset_revision, task(config.task).folder)
     name = config.dataset
     if not name or is_local(name.partition(":")[0]):
         return None
-    try:
+    with _blamed("dataset", name):
         return repository.parse("dataset", name)
+
+
+def pinned(config: Config, data_needed: bool = True) -> Config:
+    """``config`` with the commits that its model and dataset are at now, where they come from the hub.
+
+    Raises :class:`ConfigError` where they may not be read, or where nobody can tell the commit; of a dataset only if
+    it is needed here.
+    """
+    found, dataset = {}, source(config)
+    if config.model != "embedded" and not is_local(config.model):
+        with _blamed("model", config.model):
+            found["model"] = str(repository.pinned(repository.parse("model", config.model)))
+    if dataset is not None:
+        try:
+            with _blamed("dataset", config.dataset or config.task):
+                found["dataset"] = str(repository.pinned(dataset))
+        except ConfigError as error:
+            if data_needed:
+                raise
+            logger.warning("%s The first node's commit counts.", error)
+    return at(config, found)
+
+
+def at(config: Config, commits: Mapping[str, str]) -> Config:
+    """``config`` with its model and dataset at ``commits``, as :func:`commits` gives them."""
+    changes = {}
+    for kind, text in commits.items():
+        with _blamed(kind, text):
+            found = repository.parse(kind, text)
+            if not found.commit:
+                raise ConfigError("it is at no commit")
+        changes[f"{kind}_revision"] = found.commit
+        if kind == "model" or config.dataset:
+            changes[kind] = text
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def commits(config: Config) -> dict[str, str]:
+    """What a :func:`pinned` config reads from the hub, "model" and "dataset", as ``name@commit``."""
+    dataset = source(config)
+    found = {"model": config.model if config.model_revision else "", "dataset": str(dataset) if dataset else ""}
+    return {kind: text for kind, text in found.items() if text and repository.parse(kind, text).commit}
+
+
+def rows_of(config: Config) -> str:
+    """The dataset that ``config`` reads from the hub, as ``name@commit``; "" where its rows come from elsewhere."""
+    dataset = source(config)
+    if dataset is None:
+        return ""
+    return str(dataset if dataset.commit else repository.pinned(dataset))
+
+
+@contextmanager
+def _blamed(key: str, named: str) -> Iterator[None]:
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError(f"dataset: {error}.") from None
+        raise ConfigError(f"{key} = {named!r}: {error}.") from None
 
 
 @lru_cache(maxsize=2)
@@ -50,19 +108,10 @@ def splits(text: str) -> datasets.DatasetDict:
         mend = "check the name, 'name:configuration' where it has several, and the network; or put files into data-dir"
         raise ConfigError(f"dataset = {text!r} could not be loaded ({reason}); {mend}.") from error
     if "test" in loaded and _hides_labels(loaded["test"]):
-        logger.info("%s: the labels of its split 'test' are not public; it is left out.", text)
+        if "validation" not in loaded:
+            logger.info("%s: the labels of its split 'test' are not public; it is left out.", text)
         del loaded["test"]
     return loaded
-
-
-def named(rows: datasets.Dataset) -> datasets.Dataset:
-    """``rows`` with the names of classes instead of their ids; no value where the label is hidden (-1)."""
-    for column, feature in rows.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            ids = rows.with_format("arrow")[:][column]
-            names = pa.array(feature.names).take(pc.if_else(pc.less(ids, 0), None, ids).combine_chunks())
-            rows = rows.remove_columns(column).add_column(column, names)  # type: ignore[arg-type]
-    return rows
 
 
 def _folder(text: str) -> Any:

@@ -1,11 +1,11 @@
-"""A node's examples: where a task's texts come from, and batches of them.
+"""A node's examples: what the config leaves open is read off the data, and every row is checked.
 
-``tasks.py`` knows the tasks, ``files.py`` reads files, ``partition.py`` shares rows out, and ``language.py`` makes the
-token ids of language models; the apps ask this file for all of it.
+``tasks.py`` knows the tasks, ``files.py`` reads files, ``cells.py`` and ``turns.py`` say what a cell means.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,28 +15,28 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from fedkrso_app.config import Config, ConfigError, resolved_path
-from fedkrso_app.data import files, hub, language
-from fedkrso_app.data.partitions import partition
-from fedkrso_app.data.tasks import GLUE, TEXTS, Task, declared, sorted_names, task, with_columns
-
-__all__ = ["Task", "batches", "declared", "evaluation_batches", "load", "partition", "resolve", "task"]
+from fedkrso_app.data import cells, files, hub, language, turns
+from fedkrso_app.data.pairs import has_border
+from fedkrso_app.data.rows import TEXT, Rows, of_dataset, warn, wordy
+from fedkrso_app.data.tasks import GLUE, Task, declared, listed, sorted_names, with_columns
 
 logger = logging.getLogger("flwr")
 
-_NUMBERS = ("int", "uint", "float", "double")  # starts of Arrow types
 _HELD = 0.1  # share of the training rows that stands in for a validation file
+_MANY = 10_000  # classes, beyond which the label is more likely an id
+_TURNS = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+_FIX = "leave such rows out with bad-rows='skip'"
 
 
 @lru_cache(maxsize=8)
 def resolve(config: Config, look: bool = True) -> Task:
     """The task of ``config`` with its columns and labels, read off the data where the config leaves them open.
 
-    The labels are those that a hub dataset declares, else those of the training and validation rows that this process
-    sees, unless ``labels`` names them. A process that has no data does not ``look``; its task has no columns. Raises
-    :class:`ConfigError` where something cannot be known.
+    The labels are those that the data declares (a ClassLabel), else those of the training and validation rows that
+    this process sees, unless ``labels`` names them. A process that has no data does not ``look``; its task has no
+    columns. Raises :class:`ConfigError` where something cannot be known.
     """
     found = declared(config)
     if not found.own:
@@ -45,27 +45,57 @@ def resolve(config: Config, look: bool = True) -> Task:
         if found.num_labels > 1 and not found.classes:
             raise ConfigError(f"labels must be set, for instance labels='neg,pos': {found.name} has no data here.")
         return found
-    tables = {}
-    for split in ("train", "validation"):
-        if split == "train" or _has_validation(found, config.data_dir):
-            source, rows, _ = _read(found, config.data_dir, split)
-            tables[source] = _table(rows)
-    source, train = next(iter(tables.items()))
-    found = with_columns(found, {field.name: str(field.type) for field in train.schema}, source)
-    if found.language or found.regression or found.classes:
-        return found
-    declares = {} if config.data_dir or not config.dataset else hub.splits(config.dataset)["train"].features
-    if isinstance(declares.get(found.label), datasets.ClassLabel):
-        classes = tuple(declares[found.label].names)
-        return replace(found, classes=classes, num_labels=len(classes))
-    names: set[str] = set()
-    for source, table in tables.items():
-        if found.label in table.column_names:  # load() says so if it is not
-            names |= set(_names(table[found.label], f"{source}: column {found.label!r}").drop_null().to_pylist())
-    if len(names) < 2:
-        held = f"has {len(names)} different values and a classifier needs two"
-        raise ConfigError(f"{source}: label column {found.label!r} {held}; set another label-column.")
-    return replace(found, classes=sorted_names(names), num_labels=len(names))
+    source, names, words = _columns(found, config.data_dir)
+    guessed = with_columns(found, names, source, words)
+    if guessed.language or guessed.regression:
+        return guessed
+    return _with_classes(guessed, config.data_dir, sure=bool(found.label))
+
+
+def _with_classes(task: Task, data_dir: str, sure: bool) -> Task:
+    """``task`` with its classes. Not ``sure``: its label column is what was left, so that it may be another thing."""
+    train, *others = (
+        _read(task, data_dir, split, [task.label])
+        for split in ("train", "validation")
+        if split == "train" or _has_validation(task, data_dir)
+    )
+    seen = [_names(rows, task.label).unique().drop_null().to_pylist() for rows in (train, *others)]
+    seen = [[name for name in names if name.strip()] for names in seen]
+    classes = task.classes or train.classes.get(task.label) or sorted_names({name for names in seen for name in names})
+    if len(seen) > 1 and (only := sorted(set(seen[1]) - set(seen[0]))):
+        rest = ", ".join(map(repr, only[:10])) + (f" and {len(only) - 10} more" if len(only) > 10 else "")
+        warn(f"{others[0].source}: classes that no training row has: {rest}")
+    for rows, names in zip((train, *others), seen, strict=True):
+        if alike := _alike(names):
+            warn(f"{rows.source}: classes that differ in case, white space or the form of a number alone: {alike}")
+    what = f"{train.source}: label column {task.label!r}"
+    if task.classes or task.label in train.classes:
+        return replace(task, classes=tuple(classes), num_labels=len(classes))
+    if len(classes) < 2:
+        raise ConfigError(f"{what} has {len(classes)} different values and a classifier needs two; set label-column.")
+    values = [cells.value(name) for name in classes]
+    odd = [name for name, value in zip(classes, values, strict=True) if value is not None and value % 1]
+    if odd and None not in values:
+        raise ConfigError(
+            f"{what} holds numbers such as {odd[0]}, which name no class; is it task = 'regression'? (Or set labels.)"
+        )
+    alone = not sure and task.label.lower() in ("id", "index", "key") and len(seen[0]) == len(train.table) > 2
+    if len(classes) > _MANY or alone:
+        raise ConfigError(
+            f"{what} has {len(classes)} different values in {len(train.table)} training rows: is {task.label!r} really "
+            "the label? Set label-column to the right one, or name all classes in labels."
+        )
+    return replace(task, classes=tuple(classes), num_labels=len(classes))
+
+
+def _alike(names: Sequence[str]) -> str:
+    """Groups of names that a person may have meant to be one, in words; "" where there are none."""
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for name in names:
+        value = cells.value(name)
+        groups[" ".join(name.casefold().split()) if value is None else value].append(name)
+    together = [sorted(group) for group in groups.values() if len(group) > 1]
+    return ", ".join(" and ".join(map(repr, group)) for group in sorted(together)[:10])
 
 
 @lru_cache(maxsize=8)  # a process of the simulation is asked for the same split once per client and round
@@ -74,28 +104,37 @@ def load(task: Task, data_dir: str, split: str, holdout: float = 0.0) -> dataset
 
     ``embedded/*`` comes with the package; ``glue/*`` from files in ``data_dir`` (``<task>/<split>*`` or
     ``<split>*``, as parquet, csv, jsonl or json), or from the hub if that is empty; any other task likewise, from the
-    hub dataset that it names, whose split "test" stands in where it has no "validation".
-    A task with ``rows`` has as many of each split, drawn at random, the same in every process.
+    hub dataset that it names, whose split "test" stands in where it has no "validation". The rows are in memory.
+    Conversations are one column of lists of ``{"role", "content"}``, in place of the task's last text column. A task
+    with ``rows`` has as many of each split, drawn at random, the same in every process.
+
     With ``holdout`` above 0 that share of the training rows stands in for the validation split (to choose settings
     without looking at the rows that are reported on), and "train" is the rest. Before that, where the user's own data
     holds no validation split, a tenth of the training rows becomes one. Raises :class:`ConfigError` where the data is
     missing, empty or not what the task needs.
     """
+    return _load(task, data_dir, split, holdout)[0]
+
+
+def _load(task: Task, data_dir: str, split: str, holdout: float) -> tuple[datasets.Dataset, Callable[[int], str]]:
+    """:func:`load`'s rows, and where each is."""
     if task.rows:
-        every = load(replace(task, rows=0), data_dir, split, holdout)
-        chosen = np.random.default_rng(0).permutation(len(every))[: task.rows]
-        return every.select(np.sort(chosen))
+        every, place = _load(replace(task, rows=0), data_dir, split, holdout)
+        chosen = np.sort(np.random.default_rng(0).permutation(len(every))[: task.rows])
+        return every.select(chosen), lambda row: place(int(chosen[row]))
     if holdout:
-        return _part(load(task, data_dir, "train"), holdout, split)
+        return _part(*_load(task, data_dir, "train", 0.0), holdout, split)
     if task.own and not _has_validation(task, data_dir):
         if split == "validation":
             lacks = f"{data_dir} has no validation file" if data_dir else f"{task.dataset} has no split for validation"
             logger.info("%s: %.0f %% of the training rows stand in.", lacks, 100 * _HELD)
-        return _part(_whole(task, data_dir, "train"), _HELD, split)
+        return _part(*_whole(task, data_dir, "train"), _HELD, split)
     return _whole(task, data_dir, split)
 
 
-def _part(rows: datasets.Dataset, share: float, split: str) -> datasets.Dataset:
+def _part(
+    rows: datasets.Dataset, place: Callable[[int], str], share: float, split: str
+) -> tuple[datasets.Dataset, Callable[[int], str]]:
     """The ``share`` of ``rows`` that is held back as "validation", or the rest; the same ones in every process."""
     order = np.random.default_rng(0).permutation(len(rows))
     held = max(1, round(share * len(rows)))
@@ -103,43 +142,59 @@ def _part(rows: datasets.Dataset, share: float, split: str) -> datasets.Dataset:
         raise ConfigError(
             f"{len(rows)} training rows are too few to hold back {share:.0%} of them; add a validation file."
         )
-    return rows.select(np.sort(order[:held] if split == "validation" else order[held:]))
+    chosen = np.sort(order[:held] if split == "validation" else order[held:])
+    return rows.select(chosen), lambda row: place(int(chosen[row]))
 
 
-def _whole(task: Task, data_dir: str, split: str) -> datasets.Dataset:
+def _whole(task: Task, data_dir: str, split: str) -> tuple[datasets.Dataset, Callable[[int], str]]:
+    group = task.group if split == "train" else ""  # who holds which row is asked of training rows alone
+    wanted = [column for column in (*task.columns, task.label, group) if column]
+    return _checked(_read(task, data_dir, split, wanted), replace(task, group=group))
+
+
+def _read(task: Task, data_dir: str, split: str, wanted: Sequence[str]) -> Rows:
+    """The ``wanted`` columns of a split, wherever it is."""
     split = task.validation if split == "validation" else split
     family, _, name = task.name.rpartition("/")
     if family == "embedded":
         from fedkrso_app.data.embedded.pretraining import load_task  # here: a run on GLUE has no need of it
 
-        return _checked(load_task(name)[split], task, task.name)
-    if data_dir or task.own:
-        source, rows, here = _read(task, data_dir, split)
-        return _checked(rows, task, source, here)
+        return of_dataset(task.name, load_task(name)[split], wanted)
+    if data_dir or (task.own and not task.dataset):
+        return files.read(_files(task, data_dir, split), wanted, task.columns, task.skip)
+    if task.own:
+        splits, split = hub.splits(task.dataset), _split(task, split)
+        return of_dataset(f"{task.dataset} ({split})", splits[split], wanted)
     repository = task.dataset or f"{GLUE}:{task.folder}"
     try:
         loaded = hub.splits(repository)[split]
     except (ConfigError, KeyError) as error:
-        mend = f"set data-dir to a folder with {name}/{split}.parquet, or take task='embedded/entailment'"
-        raise ConfigError(f"{task.name} could not be loaded from the hub ({error}); {mend}.") from error
-    return _checked(loaded, task, f"{repository} on the hub")
+        fix = f"set data-dir to a folder with {name}/{split}.parquet, or take task='embedded/entailment'"
+        raise ConfigError(f"{task.name} could not be loaded from the hub ({error}); {fix}.") from error
+    return of_dataset(f"{repository} on the hub", loaded, wanted)
 
 
-def _read(task: Task, data_dir: str, split: str) -> tuple[str, datasets.Dataset, list[Path]]:
-    """What the rows of a split come from, in words; the rows; and their files, if it is files."""
+def _columns(task: Task, data_dir: str) -> tuple[str, Sequence[str], Callable[[], set[str]]]:
+    """What the training rows come from, in words; their columns; and a function that finds those of words."""
     if data_dir or not task.dataset:
-        here = _files(task, data_dir, split)
-        return ", ".join(map(str, here)), files.read(here, task.skip), here
+        here = _files(task, data_dir, "train")
+        return ", ".join(map(str, here)), files.columns(here, task.skip), lambda: files.wordy(here, cells.is_word)
+    rows = hub.splits(task.dataset)[_split(task, "train")]
+    table: Any = rows.with_format("arrow")
+    return f"{task.dataset} (train)", rows.column_names, lambda: wordy(table[:], cells.is_word)
+
+
+def _split(task: Task, split: str) -> str:
+    """The name that the hub's dataset has for a split."""
     splits = hub.splits(task.dataset)
-    if split not in splits:
-        if split == "train" or "test" not in splits:
-            listed = ", ".join(splits)
-            raise ConfigError(
-                f"dataset = {task.dataset!r} has no split {split!r}, only {listed}; take another dataset."
-            )
-        split = "test"
-        files.warn(f"{task.dataset} has no split 'validation': 'test' stands in.")
-    return f"{task.dataset} ({split})", hub.named(splits[split]), []
+    if split in splits:
+        return split
+    if split == "train" or "test" not in splits:
+        raise ConfigError(
+            f"dataset = {task.dataset!r} has no split {split!r}, only {', '.join(splits)}; take another dataset."
+        )
+    warn(f"{task.dataset} has no split 'validation': 'test' stands in.")
+    return "test"
 
 
 def _has_validation(task: Task, data_dir: str) -> bool:
@@ -149,158 +204,158 @@ def _has_validation(task: Task, data_dir: str) -> bool:
     return bool({"validation", "test"} & set(hub.splits(task.dataset)))
 
 
-def _files(task: Task, data_dir: str, split: str, needed: bool = True) -> list[Path]:
+def _files(task: Task, data_dir: str, split: str, needed: bool = True) -> tuple[Path, ...]:
     if not data_dir:
-        mend = "set data-dir to a folder with train.csv in it, or dataset to the name of one on the hub"
-        raise ConfigError(f"task = {task.name!r} reads your own files: {mend}.")
+        fix = "set data-dir to a folder with train.csv in it, or dataset to the name of one on the hub"
+        raise ConfigError(f"task = {task.name!r} reads your own files: {fix}.")
     return files.find(resolved_path(data_dir), task.folder, split, needed)
 
 
-def _checked(examples: datasets.Dataset, task: Task, source: str, here: Sequence[Path] = ()) -> datasets.Dataset:
-    """``examples`` with the columns that ``task`` reads only; ConfigError where they cannot be trained on."""
-    table, count = _table(examples), len(examples)
-    found = ", ".join(f"{field.name} ({field.type})" for field in table.schema) or "none"
+def _names(rows: Rows, column: str) -> pa.ChunkedArray:
+    """A column as names. Raises :class:`ConfigError` where it is not there, or holds no single values."""
+    if column not in rows.found:
+        raise ConfigError(f"{rows.source}: column {column!r} is missing. {listed(rows.found)}")
+    held = rows.table[column]
+    names = None if column in rows.lists else cells.names(held, rows.classes.get(column, ()))
+    if names is None:
+        kind = "lists" if column in rows.lists else held.type
+        raise ConfigError(f"{rows.source}: column {column!r} holds {kind}, not texts or numbers; take another column.")
+    return names
 
-    def need(holds: bool, column: str, problem: str) -> None:
-        if not holds:
-            raise ConfigError(f"{source}: column {column!r} {problem}. Columns found: {found}.")
 
-    need_rows = f"{source}: there are no rows"
+def _checked(rows: Rows, task: Task) -> tuple[datasets.Dataset, Callable[[int], str]]:
+    """The columns that ``task`` reads of ``rows``, and where each row is; ConfigError where it cannot be trained on."""
+    count, found, good = len(rows.table), listed(rows.found), np.ones(len(rows.table), bool)
+    reasons: dict[int, str] = {}  # first bad row of a kind -> what is wrong
     if not count:
-        raise ConfigError(f"{need_rows}. Columns found: {found}.")
-    good = np.ones(count, bool)
+        raise ConfigError(f"{rows.source}: there are no rows. {found}")
+
+    def judge(bad: np.ndarray, column: str, why: Callable[[int], str]) -> None:
+        nonlocal good
+        if bad.any():
+            first = int(bad.argmax())
+            if not task.skip:
+                raise ConfigError(
+                    f"{rows.source}: column {column!r} {why(first)} in {bad.sum()} of {count} rows (the first: "
+                    f"{rows.place(first)}); fix it, or {_FIX}. {found}"
+                )
+            reasons[first] = f"column {column!r} {why(first)}"
+            good &= ~bad
+
+    made: dict[str, Any] = {}
     for column in task.reads:
-        need(column in table.column_names, column, f"of {task.name} is missing")
-        empty = _empty(table[column], task, column)
-        if empty.any() and not task.skip:
-            first = files.place(here, int(empty.argmax()))
-            mend = "leave such rows out by bad-rows='skip'"
-            need(
-                False, column, f"has no value in {empty.sum()} of {count} rows (the first: {first}); mend it, or {mend}"
-            )
-        good &= ~empty
+        if column not in rows.found:
+            raise ConfigError(f"{rows.source}: column {column!r} of {task.name} is missing. {found}")
+    for column in task.columns:
+        texts = cells.texts(rows.table[column])
+        if texts is None:
+            hint = " (write numbers that are texts in quotes, in jsonl)" if task.own else ""
+            raise ConfigError(f"{rows.source}: column {column!r} does not hold texts{hint}. {found}")
+        made[column] = texts
+        if task.name != "instruction" or column not in task.columns[1:-1]:  # an instruction's input may be empty
+            empty = cells.empty(texts) if task.own else pc.is_null(texts).to_numpy()
+            judge(empty, column, lambda row: "has no value")
+    if task.name == "instruction" and (len(task.columns) == 1 or rows.lists & set(task.columns)):
+        said = [column in rows.lists or len(task.columns) == 1 for column in task.columns]
+        made, wrong = _conversations(made, said, good)
+        judge(
+            np.isin(np.arange(count), list(wrong)),
+            task.columns[-1],
+            lambda row: f"is no conversation to learn ({wrong[row]})",
+        )
+    if task.group:
+        made.setdefault(task.group, _names(rows, task.group))
+        judge(cells.empty(made[task.group]), task.group, lambda row: "has no value")
+    if task.label:
+        made[task.label] = _labels(rows, task, judge)
     kept = np.flatnonzero(good)
     if len(kept) < count:
-        first = files.place(here, int(good.argmin()))
-        files.warn(f"{source}: rows with an empty cell left out: {count - len(kept)} of {count}, the first: {first}")
-        if not len(kept):
-            raise ConfigError(f"{need_rows} without an empty cell. Columns found: {found}.")
-        examples, table = examples.select(kept), table.take(kept)
-    for column in task.columns:
-        if table[column].null_count == len(table):  # an instruction's input that is never given has no type
-            examples = examples.cast_column(column, datasets.Value("string"))
-            continue
-        hint = " (write numbers that are texts in quotes, in jsonl)" if task.own else ""
-        need(str(table[column].type).startswith(TEXTS), column, f"does not hold texts{hint}")
-    examples = examples.select_columns(task.reads)
-    if task.language:
-        return examples
-    if task.own and not task.regression:
-        names = _names(table[task.label], f"{source}: column {task.label!r}")
-        ids = pc.index_in(names, pa.array(task.classes))
-        strange = np.flatnonzero(pc.is_null(ids).to_numpy())
-        if len(strange):
-            row = int(strange[0])
-            where = files.place(here, int(kept[row]))
-            listed = ", ".join(task.classes)
-            need(False, task.label, f"holds {names[row].as_py()!r} ({where}), which is not one of labels: {listed}")
-        return examples.remove_columns(task.label).add_column(task.label, ids.to_numpy().astype(np.int64))
-    need(str(table[task.label].type).startswith(_NUMBERS), task.label, "does not hold numbers")
-    labels = table[task.label].to_numpy()
-    wrong = labels[~(np.isfinite(labels) if task.regression else np.isin(labels, np.arange(task.num_labels)))]
-    kind = "a finite number" if task.regression else f"a class from 0 to {task.num_labels - 1}"
-    need(not len(wrong), task.label, f"holds {wrong[:1]}, which is not {kind}")
-    return examples
-
-
-def _table(examples: datasets.Dataset) -> Any:
-    return examples.with_format("arrow")[:]
-
-
-def _empty(values: Any, task: Task, column: str) -> np.ndarray:
-    """(n,) bool: no value; of the user's own files, no text either."""
-    empty = pc.is_null(values, nan_is_null=True)
-    inner = column in task.columns[1:-1]  # an instruction's input may well be empty
-    if task.own and inner:
-        return np.zeros(len(values), bool)
-    if task.own and str(values.type).startswith(TEXTS):
-        empty = pc.or_kleene(empty, pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0))
-    return pc.fill_null(empty, True).to_numpy()
-
-
-def _names(values: Any, what: str) -> Any:
-    """Labels as texts: whole numbers and truth values too."""
-    kind = values.type
-    if pa.types.is_floating(kind):  # whole numbers beside an empty cell
-        values = pc.if_else(pc.is_nan(values), None, values)
-        known = values.drop_null().to_numpy()
-        if (known != np.round(known)).any():
-            odd = known[known != np.round(known)][0]
-            raise ConfigError(f"{what} holds numbers such as {odd}, which name no class; is it task = 'regression'?")
-        values = values.cast(pa.int64(), safe=False)
-    elif not (str(kind).startswith((*TEXTS, *_NUMBERS, "bool", "dictionary"))):
-        raise ConfigError(
-            f"{what} holds {kind}, not texts or whole numbers alone; mend it or set another label-column."
+        first = int(good.argmin())
+        warn(
+            f"{rows.source}: rows left out: {count - len(kept)} of {count}, the first: {rows.place(first)} "
+            f"({reasons.get(first, 'more than one reason')})"
         )
-    names = pc.utf8_trim_whitespace(values.cast(pa.string()))
-    return pc.if_else(pc.equal(names, ""), None, names)
+        if not len(kept):
+            raise ConfigError(f"{rows.source}: there are no rows that can be used: {next(iter(reasons.values()))}.")
+    table = pa.table({column: made[column] for column in task.reads if column in made})
+    table = table.take(kept) if len(kept) < count else table
+    fingerprint = datasets.fingerprint.generate_random_fingerprint()  # its own would hash every row
+    examples = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=fingerprint)
+    return examples, lambda row: rows.place(int(kept[row]))
 
 
-def batches(
-    examples: datasets.Dataset,
-    task: Task,
-    tokenizer: Any,
-    batch_size: int,
-    max_length: int,
-    rng: np.random.Generator,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches without end, pass after pass over ``examples``, in a new order each time that ``rng`` decides.
+def _conversations(
+    columns: Mapping[str, Any], lists: Sequence[bool], good: np.ndarray
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """The text columns as one of turns under the name of the last; and the rows that are none, with the reason."""
+    wrong: dict[int, str] = {}
 
-    A batch has (b, t) int64 ``input_ids``, ``attention_mask`` and what else the tokenizer gives, with t at
-    most ``max_length``, and (b,) ``labels``: int64, or float32 for regression; a language model's labels are (b, t)
-    int64, -100 where nothing is asked (see ``language.py``). One batch of a pass may be smaller. Texts of like length
-    come together, so that little is padded. Raises ValueError without examples.
+    def of_row(row: int, parts: Sequence[str | None]) -> list[turns.Turn] | None:
+        try:
+            return turns.of_columns(parts, lists) if good[row] else None
+        except ValueError as error:
+            wrong[row] = str(error)
+            return None
+
+    held = zip(*(column.to_pylist() for column in columns.values()), strict=True)
+    rows = [of_row(row, parts) for row, parts in enumerate(held)]
+    return {list(columns)[-1]: pa.chunked_array([pa.array(rows, _TURNS)])}, wrong
+
+
+def _labels(rows: Rows, task: Task, judge: Callable[[np.ndarray, str, Callable[[int], str]], None]) -> Any:
+    """The label column: ids of ``task.classes``, ids as they are, or numbers."""
+    column, found = rows.table[task.label], listed(rows.found)
+    by_name = task.own and not task.regression
+    if by_name:
+        names = _names(rows, task.label)
+        empty = cells.empty(names)
+        judge(empty, task.label, lambda row: "has no value")
+        ids = pc.index_in(names, pa.array(task.classes, TEXT))
+        strange = pc.is_null(ids).to_numpy() & ~empty
+        if strange.any():
+            row = int(strange.argmax())
+            raise ConfigError(
+                f"{rows.source}: column {task.label!r} holds {names[row].as_py()!r} ({rows.place(row)}), which is not "
+                f"one of labels: {', '.join(task.classes[:30])}. {found}"
+            )
+        return pc.fill_null(ids, 0).cast(pa.int64())
+    numbers = None if task.label in rows.lists else cells.numbers(column)
+    if numbers is None:
+        raise ConfigError(f"{rows.source}: column {task.label!r} does not hold numbers. {found}")
+    empty = cells.empty(column)
+    if task.label in rows.classes:
+        empty |= numbers < 0
+    judge(empty, task.label, lambda row: "has no value")
+    allowed = np.isfinite(numbers) if task.regression else np.isin(numbers, np.arange(task.num_labels))
+    kind = "a finite number" if task.regression else f"a class from 0 to {task.num_labels - 1}"
+    judge(~allowed & ~empty, task.label, lambda row: f"holds {column[row].as_py()!r}, which is not {kind},")
+    return pa.array(numbers if task.regression else np.where(allowed, numbers, 0).astype(np.int64))
+
+
+def check(task: Task, data_dir: str, split: str, holdout: float, tokenizer: Any) -> None:
+    """See that the tokenizer can lay out what ``task`` reads: pairs with a border, every answer in its chat template.
+
+    Raises :class:`ConfigError`, with the row of the first answer that has no place.
     """
-    if not len(examples):
-        raise ValueError("there are no examples to make batches of")
-    lengths = _lengths(examples, task)
-    while True:
-        # the smaller batch is drawn first, or it would always hold the longest texts
-        small, rest = np.split(rng.permutation(len(examples)), [len(examples) % batch_size])
-        # with jitter, or the same neighbours in length would meet in every pass
-        rest = rest[np.argsort(lengths[rest] * rng.uniform(0.9, 1.1, len(rest)))]
-        groups = [*rest.reshape(-1, batch_size), *([small] if len(small) else [])]
-        for i in rng.permutation(len(groups)):
-            yield _batch(examples, groups[i], task, tokenizer, max_length)
-
-
-def evaluation_batches(
-    examples: datasets.Dataset, task: Task, tokenizer: Any, batch_size: int, max_length: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """One pass over ``examples``, the longest first; batches as those of :func:`batches`.
-
-    A language model gets a quarter of ``batch_size``: its logits are as wide as its vocabulary.
-    """
-    batch_size = max(1, batch_size // 4) if task.language else batch_size
-    order = np.argsort(-_lengths(examples, task), kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield _batch(examples, order[start : start + batch_size], task, tokenizer, max_length)
-
-
-def _lengths(examples: datasets.Dataset, task: Task) -> np.ndarray:
-    """(n,) characters of each example: near enough to tokens for grouping, and far cheaper."""
-    table = _table(examples)
-    return sum(pc.fill_null(pc.utf8_length(table[c]), 0).to_numpy().astype(np.int64) for c in task.columns)
-
-
-def _batch(
-    examples: datasets.Dataset, rows: np.ndarray, task: Task, tokenizer: Any, max_length: int
-) -> dict[str, torch.Tensor]:
-    max_length = min(max_length, getattr(tokenizer, "model_max_length", max_length))  # what the model can read
-    chosen = examples[rows.tolist()]
-    texts = [chosen[column] for column in task.columns]
-    if task.language:
-        return language.batch(texts, tokenizer, max_length)
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-    labels = torch.tensor(chosen[task.label], dtype=torch.float32 if task.regression else torch.int64)
-    return {**encoded, "labels": labels}
+    if not task.language and len(task.columns) == 2 and not has_border(tokenizer):
+        raise ConfigError(
+            f"{task.name} reads pairs, and the model's tokenizer has no token to put between them; "
+            "take a tokenizer with a separator or an end token."
+        )
+    if task.name != "instruction" or not tokenizer.chat_template:
+        return
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "the model's tokenizer has a chat template and cannot say where its tokens are; take another."
+        )
+    examples = load(task, data_dir, split, holdout)
+    for start in range(0, len(examples), 1000):
+        part: Any = examples[start : start + 1000]
+        for i, turns_of_row in enumerate(language.conversations([part[c] for c in task.columns if c in part])):
+            try:
+                language.placed(turns_of_row, tokenizer)
+            except ValueError as error:
+                where = _load(task, data_dir, split, holdout)[1](start + i)
+                raise ConfigError(
+                    f"{where} of {split}: {error}; fix or remove the row, or take another model."
+                ) from None

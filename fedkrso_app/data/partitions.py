@@ -26,6 +26,8 @@ def partition(
     table: Any = train.with_format("arrow")[:]
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(train))
+    if scheme == "iid":
+        return [np.sort(rows) for rows in np.array_split(order, num_partitions)]
     labels = np.zeros(len(train), np.int64)
     if task.group:
         values = table[task.group].to_pylist()
@@ -41,8 +43,6 @@ def partition(
             raise ConfigError(f"{problem}; lower num-supernodes, or choose another column.")
         groups = np.array_split(rng.permutation(len(distinct)), num_partitions)
         return [np.flatnonzero(np.isin(labels, group)) for group in groups]
-    if scheme == "iid":
-        return [np.sort(rows) for rows in np.array_split(order, num_partitions)]
     # here, because it takes seconds to import and most runs do without
     from flwr_datasets.partitioner import DirichletPartitioner
 

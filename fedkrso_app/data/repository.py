@@ -94,7 +94,6 @@ def pinned(repository: Repository) -> Repository:
         if _unreachable(error):
             return _known(repository, why(error))
         raise ConfigError(why(error)) from None
-    _note(repository, found.revision)
     _note(replace(repository, name=found.name), found.revision)
     return found
 
@@ -190,6 +189,10 @@ def _unreachable(error: Exception) -> bool:
 
 def _known(repository: Repository, reason: str) -> Repository:
     """``repository`` at the commit that this machine's cache has for its revision."""
+    if "/" not in repository.name and not repository.cache.is_dir():  # a short name: cached by the whole one
+        whole = list(Path(constants.HF_HUB_CACHE).glob(f"{repository.kind}s--*--{repository.name}"))
+        if len(whole) == 1:
+            repository = replace(repository, name=whole[0].name.partition("--")[2].replace("--", "/"))
     noted = repository.cache / "refs" / (repository.revision or "main")
     commit = repository.commit
     with contextlib.suppress(OSError):

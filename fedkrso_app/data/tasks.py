@@ -5,13 +5,15 @@ columns are named by the config, or guessed from names that are common, and neve
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
 from fedkrso_app.config import Config, ConfigError
+from fedkrso_app.data import cells
 
 GLUE = "nyu-mll/glue"  # the hub dataset that glue/* are read from without a data-dir
-TEXTS = ("string", "large_string")  # starts of Arrow types
+_INDEX = re.compile(r"|Unnamed: \d+|__index_level_\d+__")  # names that pandas gives to the numbers of rows
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Task:
     """What to read and how to judge it."""
 
     name: str  # "glue/sst2", "embedded/entailment", "causal-lm"
-    columns: tuple[str, ...]  # the text columns; of "instruction" the last one is the answer
+    columns: tuple[str, ...]  # the text columns; of "instruction" the last is the answer, and one alone holds turns
     num_labels: int  # 1 for regression, 0 where the next token is the label
     metric: str  # one of metrics.py's
     validation: str = "validation"  # the split to report on
@@ -94,6 +96,8 @@ _PAIRS: list[tuple[str, ...]] = [
     ("text_a", "text_b"),
 ]
 _ANSWERS: list[tuple[str, ...]] = [
+    ("messages",),
+    ("conversations",),
     ("instruction", "input", "output"),
     ("instruction", "output"),
     ("instruction", "response"),
@@ -114,7 +118,7 @@ _COUNTS = {  # how many text columns, and what they are
     "text-pair": (2, 2, "two text columns"),
     "regression": (1, 2, "one or two text columns"),
     "causal-lm": (1, 1, "one text column"),
-    "instruction": (2, 9, "the columns of the question and, last, the answer's"),
+    "instruction": (1, 9, "the columns of the question and, last, the answer's, or one column of turns"),
 }
 
 
@@ -169,16 +173,17 @@ def declared(config: Config) -> Task:
     )
 
 
-def with_columns(open_task: Task, types: Mapping[str, str], source: str) -> Task:
+def with_columns(open_task: Task, found: Sequence[str], source: str, words: Callable[[], Set[str]]) -> Task:
     """``open_task`` with its text columns and label, guessed where they are open.
 
-    ``types`` maps the columns found in ``source`` to their Arrow types. A guess is taken where it is the only one;
-    else :class:`ConfigError` lists what was found and says what to set.
+    ``found`` are the columns of ``source``; ``words`` gives those whose cells are texts that are no numbers, and is
+    only called where no name says enough. A guess is taken where it is the only one; else :class:`ConfigError` lists
+    what was found and says what to set. Columns that are there twice and pandas' index are never guessed.
     """
+    usable = [name for name in found if found.count(name) == 1 and not _INDEX.fullmatch(name)]
 
     def ask(key: str, example: str, why: str) -> ConfigError:
-        found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
-        return ConfigError(f"{source}: {why}; set {key}, for instance {key}='{example}'. Columns found: {found}.")
+        return ConfigError(f"{source}: {why}; set {key}, for instance {key}='{example}'. {listed(found)}")
 
     label, columns = open_task.label, open_task.columns
     for key, wanted in (
@@ -187,23 +192,23 @@ def with_columns(open_task: Task, types: Mapping[str, str], source: str) -> Task
         ("partition-column", (open_task.group,)),
     ):
         for name in wanted:
-            if name and name not in types:
-                close = difflib.get_close_matches(name, types, n=1) or list(types)
+            if name and name not in found:
+                close = difflib.get_close_matches(name, usable, n=1) or usable or list(found)
                 raise ask(
                     key, ",".join(close[0] if other == name else other for other in wanted), f"no column {name!r}"
                 )
     if not label and not open_task.language:
-        free = [name for name in types if name not in columns]
+        free = [name for name in usable if name not in columns]
         likely = [name for name in free if name.lower() in _LABELS]
         if not likely:
             known = {name for option in _GUESSES[open_task.name] for name in option}
             likely = [name for name in free if name.lower() not in known and name != open_task.group]
         if len(likely) != 1:
             why = f"the label may be {' or '.join(likely)}" if likely else "no column looks like the label"
-            raise ask("label-column", (likely or list(types))[-1], why)
+            raise ask("label-column", (likely or usable or list(found))[-1], why)
         label = likely[0]
     if not columns:
-        names = {name.lower(): name for name in types if name != label}
+        names = {name.lower(): name for name in usable if name != label}
         options = [set(option) for option in _GUESSES[open_task.name] if set(option) <= set(names)]
         whole = [
             tuple(names[name] for name in option)
@@ -212,23 +217,30 @@ def with_columns(open_task: Task, types: Mapping[str, str], source: str) -> Task
         ]
         low, _, what = _COUNTS[open_task.name]
         if not whole and open_task.name != "instruction":  # there the order matters, so it is not guessed
-            texts = [n for n, kind in types.items() if kind.startswith(TEXTS) and n not in (label, open_task.group)]
+            seen = words()
+            texts = [name for name in usable if name in seen and name not in (label, open_task.group)]
             whole = [tuple(texts)] if len(texts) == low else []
         if len(whole) != 1:
             why = f"{open_task.name} needs {what}, and "
             why += f"{' or '.join(map(','.join, whole))} may be meant" if whole else "no column looks like it"
-            raise ask("text-columns", ",".join((whole or [tuple(types)[:low]])[0]), why)
+            low = 2 if open_task.name == "instruction" else low
+            raise ask("text-columns", ",".join((whole or [tuple(usable or found)[:low]])[0]), why)
         columns = whole[0]
     return replace(open_task, columns=columns, label=label)
 
 
+def listed(found: Sequence[str]) -> str:
+    """The end of a message: the columns that there are."""
+    more = f" and {len(found) - 30} more" if len(found) > 30 else ""
+    return f"Columns found: {', '.join(found[:30]) or 'none'}{more}."
+
+
 def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Label names in the order of their ids: by value where all are whole numbers, else alphabetically."""
-    distinct = set(names)
-    try:
-        return tuple(sorted(distinct, key=int))
-    except ValueError:
-        return tuple(sorted(distinct))
+    """Label names in the order of their ids: by value where all are numbers, else alphabetically."""
+    values = {name: cells.value(name) for name in names}
+    if None in values.values():
+        return tuple(sorted(values))
+    return tuple(sorted(values, key=lambda name: (values[name], name)))
 
 
 def _glue(known: Task, config: Config) -> str:

@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.projection import probe, stream
+from fedkrso_app.data import hub
 from fedkrso_app.federation import evaluation
 from fedkrso_app.federation.discretion import told
 from fedkrso_app.federation.replica import NeedSync, Replica
@@ -62,6 +63,11 @@ class Workplace:
         examples = data.load(self.task, c.data_dir, split, c.holdout)
         scheme = c.partition if split == "train" else "iid"
         return data.partition(examples, self.task, self._partitions, scheme, c.dirichlet_alpha, c.seed)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def check(self, split: str) -> None:
+        """See that the tokenizer can lay out a split's rows, once in this process."""
+        data.check(self.task, self.config.data_dir, split, self.config.holdout, self.model.tokenizer)
 
     def _load(self) -> model.LoadedModel:
         c = self.config
@@ -155,7 +161,7 @@ def identity(node_config: Mapping[str, Any]) -> tuple[int, int]:
 
 def workplace_of(context: Any, run: str) -> Workplace:
     """That of a node. A ``data-dir`` of its own wins over the run's, and is its own share as a whole."""
-    config, partitions = parse(context.run_config), identity(context.node_config)[1]
+    config, partitions = hub.at(parse(context.run_config), NodeStore(run).commits()), identity(context.node_config)[1]
     threads.hold(config.torch_threads)
     if "data-dir" in context.node_config:
         config, partitions = replace(config, data_dir=str(context.node_config["data-dir"])), 0
@@ -168,11 +174,14 @@ def join(message: Message, context: Any) -> Answer:
     try:
         partition, partitions = identity(context.node_config)
         answer = Answer(partition, partitions)
+        NodeStore(asked.run).pin(asked.commits)
         place = workplace_of(context, asked.run)
         place.share("train", partition)
+        place.check("train")
         if place.config.evaluate == "clients":
             try:
                 place.share("validation", partition)
+                place.check("validation")
             except ConfigError as error:
                 raise ConfigError(f"evaluate = 'clients' reads validation rows here, and {error}") from None
         if asked.probe != probe():
@@ -184,7 +193,8 @@ def join(message: Message, context: Any) -> Answer:
             labels = f" or label names ({classes}), which the key labels settles for all" if classes else ""
             raise ConfigError(f"model = {place.config.model!r} has other weights than the server's{labels}.")
         version = place.store.version
-        return replace(answer, model=place.digest, version=version, stamp=place.store.stamp(version))
+        dataset = "" if "data-dir" in context.node_config else hub.rows_of(place.config)
+        return replace(answer, model=place.digest, version=version, stamp=place.store.stamp(version), dataset=dataset)
     except ConfigError as error:
         return replace(answer, error=told(error, context.node_config))
 

@@ -21,8 +21,8 @@ _ROOMS = {"fedkrso_app.data": "its data", "fedkrso_app.training.model": "its mod
 
 
 def shares_errors(node_config: Mapping[str, Any]) -> bool:
-    """Whether the texts of errors may leave the node."""
-    return "data-dir" not in node_config or node_config.get("share-errors") is True
+    """Whether the texts of errors may leave the node: as ``share-errors`` says, else if the data is the run's."""
+    return node_config.get("share-errors", "data-dir" not in node_config) is True
 
 
 def told(error: BaseException, node_config: Mapping[str, Any]) -> str:

@@ -16,4 +16,4 @@ def tally(local: Local, examples: datasets.Dataset, task: data.Task, tokenizer: 
     c = local.config
     batches = data.evaluation_batches(examples, task, tokenizer, 4 * c.batch_size, c.max_length)
     with precision(c.compute_dtype, next(local.module.parameters()).device):
-        return metrics.tally(local.module, batches, task.num_labels)
+        return metrics.tally(local.module, batches, task.metric, task.num_labels)

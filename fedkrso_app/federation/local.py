@@ -8,6 +8,8 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedkrso_app.training import threads
+
 _APP_RAISED = 2  # Flower's code of an error in a ClientApp
 
 
@@ -62,5 +64,6 @@ class LocalGrid:
 
 
 def play(server: Callable[[Any, Context], None], grid: LocalGrid, run_config: Mapping[str, Any]) -> None:
-    """One run of the ServerApp ``server`` on ``grid``. Raises what the app raises."""
-    server(grid, Context(TaskIdentity.run_id, TaskIdentity.node_id, {}, RecordDict(), dict(run_config)))
+    """One run of the ServerApp ``server`` on ``grid``. Raises what the app raises; torch has its threads of before."""
+    with threads.given_back():
+        server(grid, Context(TaskIdentity.run_id, TaskIdentity.node_id, {}, RecordDict(), dict(run_config)))

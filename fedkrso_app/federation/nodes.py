@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -31,12 +32,16 @@ class Nodes:
     """The nodes of a run, asked who they are before they take part.
 
     ``model`` is the digest of the server's W^0, or "" for that of the first node that joins; ``run`` (16 hex digits,
-    the run folder's id) names the files of this run on the nodes, also after a resume; ``ledger`` is the server's.
+    the run folder's id) names the files of this run on the nodes, also after a resume; ``ledger`` is the server's;
+    ``commits`` are those of :class:`Question`.
     """
 
-    def __init__(self, model: str, run: str, timeout: float, ledger: Ledger) -> None:
+    def __init__(
+        self, model: str, run: str, timeout: float, ledger: Ledger, commits: Mapping[str, str] | None = None
+    ) -> None:
         self._timeout = timeout  # seconds for an answer; a node may have to fetch its model first
         self.model, self.run, self._ledger = model, run, ledger
+        self.commits = dict(commits or {})  # of the hub's model and dataset; what is missing the first node tells
         self.partitions: dict[int, int] = {}  # node id -> partition id, of those that can take part
         self.versions: dict[int, int] = {}  # node id -> version it is known to hold
         self._problems: dict[int, str] = {}  # node id -> why it cannot take part
@@ -66,7 +71,7 @@ class Nodes:
         known = self.partitions.keys() | (set() if again else self._problems.keys())
         new = [node for node in grid.get_node_ids() if node not in known]
         timeout = min(_AGAIN, self._timeout) if again else self._timeout
-        content = Question(self.model, probe(), self.run).content()
+        content = Question(self.model, probe(), self.run, self.commits).content()
         messages = [Message(content, node, JOIN) for node in new]
         answered = set()
         for reply in grid.send_and_receive(messages, timeout=timeout):
@@ -134,6 +139,8 @@ class Nodes:
         self.model = self.model or answer.model
         if answer.model != self.model:
             raise Refused(f"{where}other weights or label names than the node that joined first")
+        if answer.dataset and answer.dataset != self.commits.setdefault("dataset", answer.dataset):
+            raise Refused(f"{where}its rows are {answer.dataset}, not {self.commits['dataset']} as the others'")
         known = answer.version < 0 or self._holds(answer.version, answer.stamp)
         self.versions[node] = answer.version if known else UNKNOWN_HISTORY
         self.partitions[node] = answer.partition

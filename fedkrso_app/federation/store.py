@@ -1,5 +1,6 @@
 """What a node keeps of a run on its disk, so that a fresh process soon has W^t, and its own state, again."""
 
+import json
 import os
 import re
 import shutil
@@ -119,6 +120,20 @@ class NodeStore:
     def _personal(self, partition: int) -> Ledger:
         return Ledger(self.folder / f"personal-{partition}")
 
+    def pin(self, commits: Mapping[str, str]) -> None:
+        """Keep the commits of what the run reads from the hub, for the processes to come."""
+        if commits:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f"commits.{os.getpid()}.tmp"
+            temporary.write_text(json.dumps(dict(commits)))
+            os.replace(temporary, self.folder / "commits.json")
+
+    def commits(self) -> Mapping[str, str]:
+        """What :meth:`pin` kept; nothing if the file is missing."""
+        with suppress(FileNotFoundError):
+            return json.loads((self.folder / "commits.json").read_text())
+        return {}
+
     def clear(self) -> Path | None:
         """Remove all files of this run but the personal arrays, and those of runs that ended long ago without a
         farewell. Returns where the personal arrays are now, if there are any."""
@@ -136,8 +151,10 @@ class NodeStore:
         return moved
 
     def forget(self) -> None:
-        """Remove all files of this run, the personal arrays too: they belong to another history."""
+        """Remove all files of this run, the personal arrays too: they belong to another history. The commits stay."""
+        commits = self.commits()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.pin(commits)
 
     def _weights(self) -> dict[int, Path]:
         return {int(path.stem): path for path in self.folder.glob("*.weights")}

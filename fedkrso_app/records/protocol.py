@@ -24,19 +24,26 @@ _VERSIONS = 2**31  # all are below
 
 @dataclass(frozen=True)
 class Question:
-    """The server asks a node who it is. ``model`` is the digest of W^0 that it must have ("": any)."""
+    """The server asks a node who it is. ``model`` is the digest of W^0 that it must have ("": any).
+
+    ``commits`` are those of what the run reads from the hub, as ``name@commit`` by key ("model", "dataset").
+    """
 
     model: str
     probe: str
     run: str
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     def content(self) -> RecordDict:
-        return RecordDict({"join": ConfigRecord({"model": self.model, "probe": self.probe, "run": self.run})})
+        record = ConfigRecord({"model": self.model, "probe": self.probe, "run": self.run})
+        record.update({f"{key}-commit": commit for key, commit in self.commits.items()})
+        return RecordDict({"join": record})
 
     @classmethod
     def read(cls, content: RecordDict) -> "Question":
         record = _config(content, "join")
-        return cls(*(_text(record, key) for key in ("model", "probe", "run")))
+        asked = {key: _text(record, f"{key}-commit") for key in ("model", "dataset") if f"{key}-commit" in record}
+        return cls(_text(record, "model"), _text(record, "probe"), _text(record, "run"), asked)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Answer:
     version: int = -1  # it holds nothing of the run
     stamp: str = ""  # of that version's entry
     error: str = ""
+    dataset: str = ""  # the hub's, as name@commit, that it reads
 
     def content(self) -> RecordDict:
         record = ConfigRecord({"partition-id": self.partition})
@@ -58,6 +66,7 @@ class Answer:
             record["error"] = self.error
         else:
             record.update({"model": self.model, "version": self.version, "stamp": self.stamp})
+            record.update({"dataset-commit": self.dataset} if self.dataset else {})
         return RecordDict({"join": record})
 
     @classmethod
@@ -68,7 +77,9 @@ class Answer:
         if "error" in record:
             return cls(partition, partitions, error=_text(record, "error"))
         version = number(record, "version", int, -1, _VERSIONS)
-        return cls(partition, partitions, _text(record, "model"), version, _text(record, "stamp"))
+        dataset = _text(record, "dataset-commit") if "dataset-commit" in record else ""
+        stamp = _text(record, "stamp")
+        return cls(partition, partitions, _text(record, "model"), version, stamp, dataset=dataset)
 
 
 @dataclass(frozen=True)

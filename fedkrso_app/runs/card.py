@@ -11,7 +11,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fedkrso_app.config import Config, is_local
-from fedkrso_app.data.tasks import GLUE, Task
+from fedkrso_app.data.hub import source
+from fedkrso_app.data.tasks import Task
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.results import asked_in, text
 from fedkrso_app.strategies import STRATEGIES
@@ -24,7 +25,7 @@ def write(run: Run, task: Task, round: int, folder: Path) -> None:
     line = next((line for line in lines if line["round"] == round), {})  # a killed run may not have written it
     name, method = run.path.resolve().name, STRATEGIES[config.strategy]
     kind, auto = ("text-generation", "CausalLM") if task.language else ("text-classification", "SequenceClassification")
-    hub, configuration = _hub_dataset(config, task)
+    hub, configuration = _hub_dataset(config)
     result = EvalResult(
         task_type=kind,
         dataset_type=hub or task.name,
@@ -36,7 +37,7 @@ def write(run: Run, task: Task, round: int, folder: Path) -> None:
     )
     hub_model = config.model != "embedded" and not is_local(config.model)
     metadata = ModelCardData(
-        base_model=config.model if hub_model else None,
+        base_model=config.model.partition("@")[0] if hub_model else None,
         datasets=[hub] if hub else None,
         library_name="transformers",
         pipeline_tag=kind,
@@ -102,14 +103,10 @@ def _shown(key: str, value: Any) -> Any:
     return Path(value).name if path else value
 
 
-def _hub_dataset(config: Config, task: Task) -> tuple[str, str]:
+def _hub_dataset(config: Config) -> tuple[str, str]:
     """The hub dataset that is read and its configuration; ("", "") where the rows come from elsewhere."""
-    if config.data_dir or task.name.startswith("embedded/"):
-        return "", ""
-    if not task.own:
-        return GLUE, task.name.removeprefix("glue/")
-    name, _, configuration = config.dataset.partition(":")
-    return (name, configuration) if name and not is_local(name) else ("", "")
+    repository = source(config)
+    return (repository.name, repository.configuration) if repository else ("", "")
 
 
 def _data(config: Config, task: Task) -> str:
@@ -117,8 +114,9 @@ def _data(config: Config, task: Task) -> str:
         return "the synthetic corpus that comes with FedKRSO"
     if task.own and not (config.data_dir or config.dataset):
         return "each client's own files"
-    folder, hub = _shown("data-dir", config.data_dir or config.dataset), " ".join(_hub_dataset(config, task)).strip()
-    where = f"{hub} on the hub" if hub else f"files in a folder `{folder}`"
+    folder, hub = _shown("data-dir", config.data_dir or config.dataset), " ".join(_hub_dataset(config)).strip()
+    commit = f", commit `{config.dataset_revision}`" if hub and config.dataset_revision else ""
+    where = f"{hub} on the hub{commit}" if hub else f"files in a folder `{folder}`"
     return f"{where}; a client with a data-dir of its own used the files in that"
 
 

@@ -6,11 +6,13 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from fedkrso_app.config import Config, ConfigError, resolved_path
+from fedkrso_app.data import hub
 from fedkrso_app.strategies import parse
 
 _LIBRARIES = ("flwr", "torch", "transformers", "datasets", "flwr-datasets", "peft", "numpy", "safetensors")
@@ -48,7 +50,13 @@ class Run:
 
     @property
     def config(self) -> Config:
-        return parse(self.info["config"])
+        """Its settings, with what it reads from the hub at the commits that it began with."""
+        return hub.at(parse(self.info["config"]), self.commits)
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """What the run reads from the hub, "model" and "dataset", as ``name@commit``."""
+        return self.info.get("commits", {})
 
     def lock(self) -> None:
         """Keep others from writing here until :meth:`unlock`, or the end of this process however it ends.
@@ -125,8 +133,11 @@ class Run:
         _write(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in [*kept, figures]))
 
 
-def create(config: Config, model_digest: str) -> Run:
-    """A new folder ``<output-dir>/<run-name>``; raises ConfigError if it is there already or cannot be made."""
+def create(config: Config, model_digest: str, commits: Mapping[str, str] | None = None) -> Run:
+    """A new folder ``<output-dir>/<run-name>``; raises ConfigError if it is there already or cannot be made.
+
+    ``commits`` are those of what the run reads from the hub.
+    """
     name = config.run_name or time.strftime("%Y-%m-%d-%H%M%S-") + re.sub(
         r"\W+", "-", f"{config.strategy}-{config.task}"
     )
@@ -148,6 +159,7 @@ def create(config: Config, model_digest: str) -> Run:
     info = {
         "id": secrets.token_hex(8),  # names the run's files on the nodes, also when another Flower run goes on with it
         "config": config.to_dict(),
+        "commits": dict(commits or {}),
         "libraries": libraries,
         "model_digest": model_digest,
     }

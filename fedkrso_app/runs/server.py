@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord
 from fedkrso_app import data
 from fedkrso_app.config import Config
 from fedkrso_app.core.projection import stream
+from fedkrso_app.data import hub
 from fedkrso_app.federation import evaluation
 from fedkrso_app.federation.nodes import Nodes
 from fedkrso_app.federation.replica import Replica
@@ -51,7 +52,8 @@ class Server:
         span = method.entry.span
         self.ledger = Ledger(folder.ledger, keep=span and span + 1)
         self.ledger.recover()
-        self.tally_schema = Schema({"tally": Field("float64", (2 + metrics.moments_size(task.num_labels),), "update")})
+        size = metrics.tally_size(task.metric, task.num_labels)
+        self.tally_schema = Schema({"tally": Field("float64", (size,), "update")})
         self.replica = None
         if config.evaluate == "server":
             self.replica = Replica(method.local(loaded), self.ledger, span)
@@ -59,7 +61,8 @@ class Server:
             start = self.replica.local.state() if self.replica else {}
             rounding = stream(config.seed, "broadcast", 0)
             self.ledger.append(Entry(0, wire.encode(start, method.entry.start, rounding), no_figures()))
-        self.nodes = Nodes(folder.info["model_digest"], folder.info["id"], config.round_timeout, self.ledger)
+        info, commits = folder.info, hub.commits(config)
+        self.nodes = Nodes(info["model_digest"], info["id"], config.round_timeout, self.ledger, commits)
 
     def weights(self) -> np.ndarray | None:
         if not self.replica:
@@ -68,7 +71,7 @@ class Server:
         return self.replica.state()
 
     def score(self, tally: np.ndarray) -> tuple[float, float]:
-        metrics.check(tally, self.task.num_labels)
+        metrics.check(tally, self.task.metric, self.task.num_labels)
         return metrics.result(self.task.metric, tally)
 
     def report(self, figures: dict[str, Any]) -> None:

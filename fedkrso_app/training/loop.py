@@ -75,6 +75,13 @@ class Session:
         return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
+def predicted(batch: Mapping[str, Tensor]) -> int:
+    """How many labels a batch's loss is the mean over: rows of a classifier; of a language model, (b, t) labels, those
+    after a row's first that are not -100."""
+    labels = batch["labels"]
+    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != -100).sum())
+
+
 def train(
     module: nn.Module,
     batches: Iterator[dict[str, Tensor]],
@@ -84,8 +91,9 @@ def train(
 ) -> float:
     """``config.local_steps`` steps on ``module``; the mean of their losses.
 
-    A step takes the mean gradient of ``gradient-accumulation`` batches, shortened to the L2 norm ``max-grad-norm``
-    where that is not 0 and the gradient is longer; in a random subspace, E‖∇W Pᵀ‖² = ‖∇W‖².
+    A step takes the gradient of ``gradient-accumulation`` batches as if they were one, each weighted by its
+    :func:`predicted` labels, shortened to the L2 norm ``max-grad-norm`` where that is not 0 and the gradient is longer;
+    in a random subspace, E‖∇W Pᵀ‖² = ‖∇W‖².
 
     The session's parameters are trained (``requires_grad`` is set here and taken back). Unless its rate is constant,
     the learning rate rises over the first ``warmup`` share of the steps and falls as a cosine to 0. Dropout is drawn
@@ -108,9 +116,9 @@ def train(
     kind = "cuda" if device.type == "cpu" else device.type
     devices = [] if device.type in ("cpu", "mps") else [device]  # torch keeps the one generator of mps by itself
 
-    def loss_of(batch: Mapping[str, Tensor]) -> Tensor:
+    def loss_of(batch: Mapping[str, Tensor], share: float) -> Tensor:
         with precision(config.compute_dtype, device):
-            return module(**batch).loss / config.gradient_accumulation
+            return module(**{name: value.to(device) for name, value in batch.items()}).loss * share
 
     with (
         torch.random.fork_rng(devices=devices, device_type=kind),
@@ -123,17 +131,17 @@ def train(
                 parameter.requires_grad_(not session.from_losses)
             for j in range(steps):
                 session.before_step(j)
-                of_step = (
-                    {name: value.to(device) for name, value in next(batches).items()}
-                    for _ in range(config.gradient_accumulation)
-                )
+                held = [next(batches) for _ in range(config.gradient_accumulation)]
+                total = sum(map(predicted, held))
+                of_step = [(batch, predicted(batch) / total) for batch in held]
                 closure = None
                 if session.from_losses:
-                    held = list(of_step)
-                    closure = torch.no_grad()(lambda held=held: torch.stack([loss_of(b) for b in held]).sum())
+                    closure = torch.no_grad()(
+                        lambda of_step=of_step: torch.stack([loss_of(*part) for part in of_step]).sum()
+                    )
                     losses[j] = closure()
-                for batch in () if session.from_losses else of_step:
-                    loss = loss_of(batch)
+                for batch, share in () if session.from_losses else of_step:
+                    loss = loss_of(batch, share)
                     loss.backward()
                     losses[j] += loss.detach()
                 if config.max_grad_norm and not session.from_losses:

@@ -20,35 +20,45 @@ def best(metric: str, scores: Iterable[float]) -> float:
     return min(scores) if metric in LOWER_IS_BETTER else max(scores)
 
 
-def moments(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:
-    """What a metric must know of (n,) predictions and labels, float64; over disjoint examples it simply adds up.
+def moments(metric: str, predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:
+    """What ``metric`` must know of (n,) predictions and labels, float64; over disjoint examples it simply adds up.
 
-    Classes (``num_labels`` > 1): (C², ) how often label i was taken for j, at i·C + j. Regression (1): n, Σp, Σl, Σp²,
-    Σl², Σpl. Language models (0), whose predictions are rows right or wrong: as two classes, every label being 1.
-    Raises ValueError for shapes that are not both (n,), and for numbers that are not finite.
+    "accuracy" and "exact-match": how many are right, n. "matthews": of each of ``num_labels`` classes how often it was
+    predicted rightly, predicted, and true; 3 · num_labels numbers. "pearson": n, Σp, Σl, Σp², Σl², Σpl. "perplexity":
+    nothing. Raises ValueError for an unknown metric, for shapes that are not both (n,), and for numbers that are not
+    finite.
     """
     if predictions.shape != labels.shape or predictions.ndim != 1:
         raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} are not both (n,)")
     p, l = predictions.astype(np.float64), labels.astype(np.float64)  # noqa: E741
     if not (np.isfinite(p).all() and np.isfinite(l).all()):
         raise ValueError("there are predictions or labels that are not finite")
-    if num_labels == 1:
+    if metric == "perplexity":
+        return np.zeros(0)
+    if metric == "pearson":
         return np.array([len(p), p.sum(), l.sum(), p @ p, l @ l, p @ l])
-    C = num_labels or 2
-    return np.bincount((l * C + p).astype(np.int64), minlength=C * C).astype(np.float64)
+    if metric in ("accuracy", "exact-match"):
+        return np.array([(p == l).sum(), len(p)], np.float64)
+    if metric == "matthews":
+        counted = [np.bincount(of.astype(np.int64), minlength=num_labels) for of in (p[p == l], p, l)]
+        return np.concatenate(counted).astype(np.float64)
+    raise ValueError(
+        f"unknown metric {metric!r}: it must be one of accuracy, exact-match, matthews, pearson, perplexity"
+    )
 
 
-def moments_size(num_labels: int) -> int:
-    """The length of :func:`moments`."""
-    return 6 if num_labels == 1 else (num_labels or 2) ** 2
+def tally_size(metric: str, num_labels: int) -> int:
+    """The length of :func:`tally`: what one evaluation sends, in numbers of 8 bytes."""
+    none = np.zeros(0)
+    return 2 + len(moments(metric, none, none, num_labels))
 
 
-def score(name: str, of: np.ndarray) -> float:
-    """The metric ``name`` ("accuracy", "matthews", "pearson", "exact-match") from :func:`moments`.
+def score(metric: str, of: np.ndarray) -> float:
+    """The ``metric`` ("accuracy", "matthews", "pearson", "exact-match") from :func:`moments`.
 
     A correlation with something constant counts as 0.0. Raises ValueError for an unknown name and without examples.
     """
-    if name == "pearson":
+    if metric == "pearson":
         n, p, l, pp, ll, pl = of  # noqa: E741
         variances = n * pp - p * p, n * ll - l * l
         if n < 1:
@@ -56,22 +66,25 @@ def score(name: str, of: np.ndarray) -> float:
         if variances[0] <= 1e-12 * n * pp or variances[1] <= 1e-12 * n * ll:
             return 0.0
         return float((n * pl - p * l) / math.sqrt(variances[0] * variances[1]))
-    # here, because it takes seconds to import and a client never needs it
-    from sklearn.metrics import accuracy_score, matthews_corrcoef
-
-    measures = {"accuracy": accuracy_score, "exact-match": accuracy_score, "matthews": matthews_corrcoef}
-    if name not in measures:
-        raise ValueError(f"unknown metric {name!r}: it must be one of {', '.join(measures)}, pearson, perplexity")
-    seen = np.flatnonzero(of)
-    if not len(seen):
+    if metric == "matthews":  # Gorodkin 2004, eq. 8, of the sums over the confusion matrix
+        hits, predicted, true = of.reshape(3, -1)
+        n = true.sum()
+        if n < 1:
+            raise ValueError("there are no examples")
+        variances = n * n - predicted @ predicted, n * n - true @ true
+        if min(variances) <= 0:
+            return 0.0
+        return float((n * hits.sum() - predicted @ true) / math.sqrt(variances[0] * variances[1]))
+    if metric not in ("accuracy", "exact-match"):
+        raise ValueError(f"unknown metric {metric!r}: it has no score")
+    if of[1] < 1:
         raise ValueError("there are no examples")
-    labels, predictions = np.divmod(seen, math.isqrt(len(of)))
-    if name == "matthews" and (len(set(labels)) == 1 or len(set(predictions)) == 1):
-        return 0.0
-    return float(measures[name](labels, predictions, sample_weight=of[seen]))
+    return float(of[0] / of[1])
 
 
-def tally(model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], num_labels: int) -> np.ndarray:
+def tally(
+    model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], metric: str, num_labels: int
+) -> np.ndarray:
     """(2 + m,) float64: the sum of the losses, what it is the sum over, and the :func:`moments` of ``batches``.
 
     The model, in eval mode, takes a batch as keywords and gives ``.loss`` (its mean) and ``.logits``: (b, num_labels)
@@ -80,7 +93,7 @@ def tally(model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], nu
     back. Tallies of several nodes add up. Raises ValueError where there are no batches or the logits are not finite.
     """
     modes = [(module, module.training) for module in model.modules()]
-    sums, batch, device = np.zeros(2 + moments_size(num_labels)), None, next(model.parameters()).device
+    sums, batch, device = np.zeros(tally_size(metric, num_labels)), None, next(model.parameters()).device
     try:
         model.eval()
         with torch.no_grad():
@@ -98,7 +111,7 @@ def tally(model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], nu
                 else:
                     predictions = logits[:, 0] if num_labels == 1 else logits.argmax(1)
                 sums[:2] += float(output.loss) * count, count
-                sums[2:] += moments(predictions.numpy(), truth.numpy(), num_labels)
+                sums[2:] += moments(metric, predictions.numpy(), truth.numpy(), num_labels)
     finally:
         for module, training in modes:
             module.training = training
@@ -107,15 +120,27 @@ def tally(model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], nu
     return sums
 
 
-def check(tally: np.ndarray, num_labels: int) -> None:
+def check(tally: np.ndarray, metric: str, num_labels: int) -> None:
     """Raise ValueError for a :func:`tally` that no evaluation gives (its numbers are finite already)."""
-    counts = tally[1:] if num_labels != 1 else np.array([tally[1], tally[2], tally[5], tally[6]])
-    if (counts < 0).any() or tally[1] < 1 or (np.abs(tally) > 2.0**53).any():
+    of = tally[2:]
+    counts = np.append(tally[1], of if metric != "pearson" else of[:1])
+    squares = of[3:5] if metric == "pearson" else of[:0]
+    if (counts < 0).any() or (squares < 0).any() or tally[1] < 1 or (np.abs(tally) > 2.0**53).any():
         raise ValueError("counts or sums are negative, zero or too large")
-    whole = tally[1:] if num_labels != 1 else tally[1:3]
-    if (whole != np.rint(whole)).any():
+    if (counts != np.rint(counts)).any():
         raise ValueError("counts are no whole numbers")
-    if num_labels and tally[1] != (tally[2] if num_labels == 1 else tally[2:].sum()):
+    examples, hits = {tally[1]}, False
+    if metric == "pearson":
+        examples.add(of[0])
+    elif metric == "matthews":
+        right, predicted, true = of.reshape(3, num_labels)
+        examples |= {predicted.sum(), true.sum()}
+        hits = bool((right > np.minimum(predicted, true)).any())
+    elif metric in ("accuracy", "exact-match"):
+        if num_labels:  # a language model's loss is over tokens, and its rows are fewer
+            examples.add(of[1])
+        hits = bool(of[0] > of[1] or of[1] < 1)
+    if len(examples) > 1 or hits:
         raise ValueError("the loss and the metric are of different numbers of examples")
 
 

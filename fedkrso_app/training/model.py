@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from fedkrso_app.config import ConfigError, is_local, resolved_path
-from fedkrso_app.data import repository
+from fedkrso_app.data import pairs, repository
 from fedkrso_app.data.embedded import pretraining as embedded
 from fedkrso_app.training import checkpoint
 from fedkrso_app.training import tokenizer as tokenizers
@@ -73,6 +73,8 @@ def load(
         new |= _match_head(module, num_labels, classes, _label_names(described), new)
         tokenizer = tokenizers.load(folder)
         tokenizers.fit(tokenizer, module, classifies=bool(num_labels))
+        if num_labels:
+            pairs.add_border(tokenizer)
         module.eval()
         targets, head = _parts(module, num_labels, new)
         if weights and not num_labels and _sees_ahead(module):

@@ -49,7 +49,7 @@ def fit(tokenizer: Any, module: Any, classifies: bool) -> None:
     if reserved is not None:
         if tokenizer.pad_token_id != reserved:
             token = tokenizer.convert_ids_to_tokens(reserved) if reserved < len(tokenizer) else None
-            if token is None or (tokenizer.pad_token_id is not None and reserved not in tokenizer.all_special_ids):
+            if token is None or not _is_special(tokenizer, reserved, token):
                 raise ConfigError(
                     f"the model counts positions from padding id {reserved} and its tokenizer pads with "
                     f"{tokenizer.pad_token_id}; take the tokenizer that belongs to the model"
@@ -121,6 +121,11 @@ def _refuse_strange_ids(tokenizer: Any, rows: int) -> None:
             f"embedding has {rows} rows); take the tokenizer that belongs to it, or save the model after "
             "resize_token_embeddings"
         )
+
+
+def _is_special(tokenizer: Any, id: int, token: str) -> bool:
+    added = getattr(tokenizer, "added_tokens_decoder", {}).get(id)
+    return id in tokenizer.all_special_ids or (added is not None and added.special) or "pad" in token.casefold()
 
 
 def _positions(module: nn.Module) -> list[nn.Embedding]:

@@ -1,0 +1,84 @@
+"""Batches of examples, for training without end and for one evaluation."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from fedkrso_app.data import language
+from fedkrso_app.data.tasks import Task
+
+
+def batches(
+    examples: datasets.Dataset,
+    task: Task,
+    tokenizer: Any,
+    batch_size: int,
+    max_length: int,
+    rng: np.random.Generator,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches without end, pass after pass over ``examples``, in a new order each time that ``rng`` decides.
+
+    A batch has (b, t) int64 ``input_ids``, ``attention_mask`` and what else the tokenizer gives, with t at
+    most ``max_length``, and (b,) ``labels``: int64, or float32 for regression; a language model's labels are (b, t)
+    int64, -100 where nothing is asked (see ``language.py``). One batch of a pass may be smaller. Texts of like length
+    come together, so that little is padded. Raises ValueError without examples.
+    """
+    if not len(examples):
+        raise ValueError("there are no examples to make batches of")
+    characters = lengths(examples, task)
+    while True:
+        # the smaller batch is drawn first, or it would always hold the longest texts
+        small, rest = np.split(rng.permutation(len(examples)), [len(examples) % batch_size])
+        # with jitter, or the same neighbours in length would meet in every pass
+        rest = rest[np.argsort(characters[rest] * rng.uniform(0.9, 1.1, len(rest)))]
+        groups = [*rest.reshape(-1, batch_size), *([small] if len(small) else [])]
+        for i in rng.permutation(len(groups)):
+            yield batch(examples, groups[i], task, tokenizer, max_length)
+
+
+def evaluation_batches(
+    examples: datasets.Dataset, task: Task, tokenizer: Any, batch_size: int, max_length: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """One pass over ``examples``, the longest first; batches as those of :func:`batches`.
+
+    A language model gets a quarter of ``batch_size``: its logits are as wide as its vocabulary.
+    """
+    batch_size = max(1, batch_size // 4) if task.language else batch_size
+    order = np.argsort(-lengths(examples, task), kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield batch(examples, order[start : start + batch_size], task, tokenizer, max_length)
+
+
+def lengths(examples: datasets.Dataset, task: Task) -> np.ndarray:
+    """(n,) int64 characters of each example: near enough to tokens for grouping, and far cheaper."""
+    table: Any = examples.with_format("arrow")[:]
+    total = np.zeros(len(examples), np.int64)
+    for name in task.columns:
+        if name not in table.column_names:  # turns are in one column
+            continue
+        column = table[name]
+        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            texts = pc.struct_field(pc.list_flatten(column), "content")
+            np.add.at(total, pc.list_parent_indices(column).to_numpy(), pc.utf8_length(texts).to_numpy())
+        else:
+            total += pc.fill_null(pc.utf8_length(column), 0).to_numpy()
+    return total
+
+
+def batch(
+    examples: datasets.Dataset, rows: np.ndarray, task: Task, tokenizer: Any, max_length: int
+) -> dict[str, torch.Tensor]:
+    """The batch of ``rows``, (b,) int64, as those of :func:`batches`."""
+    max_length = min(max_length, getattr(tokenizer, "model_max_length", max_length))  # what the model can read
+    chosen = examples[rows.tolist()]
+    texts = [chosen[column] for column in task.columns if column in chosen]
+    if task.language:
+        return language.batch(texts, tokenizer, max_length)
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    labels = torch.tensor(chosen[task.label], dtype=torch.float32 if task.regression else torch.int64)
+    return {**encoded, "labels": labels}
