@@ -14,7 +14,7 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import default_config
+from helpers import default_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
