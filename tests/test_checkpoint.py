@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import play
+from helpers import play
 from safetensors.torch import load_file, save_file
 from test_families import build, write_texts
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer

@@ -13,7 +13,6 @@ from helpers import Grid, play
 
 from fedkrso_app import data
 from fedkrso_app.config import ConfigError
-from fedkrso_app.data import files
 from fedkrso_app.federation import client
 from fedkrso_app.training import loop
 
@@ -203,40 +202,18 @@ def test_share_errors_is_true_or_false(watch, run_config, data_folder):
     assert any("share-errors = 'yes' is neither true nor false" in line for line in watch.node_log)
 
 
-def test_while_files_are_read_their_copy_is_in_the_nodes_folder_and_nobody_else_can_look(
-    watch, run_config, data_folder, tmp_path, monkeypatch
-):
-    own, real, seen = device(watch, data_folder, GOOD), datasets.load_dataset, []
-
-    def look(*arguments, **options):
-        rows = real(*arguments, **options)
-        for path in tmp_path.rglob("*.arrow"):
-            if MARK.encode() in path.read_bytes():
-                inside = path.relative_to(tmp_path / "cache").parts
-                seen.append(stat.S_IMODE((tmp_path / "cache" / inside[0]).stat().st_mode))
-        return rows
-
-    monkeypatch.setattr(datasets, "load_dataset", look)
-    old = os.umask(0)
-    try:
-        rows = files.read([own / "train.csv"], skip=False)
-    finally:
-        os.umask(old)
-    assert seen == [0o700]
-    assert rows[0]["sentence"] == f"{MARK} w1" and not rows.cache_files
-    assert not list((tmp_path / "cache").rglob("*"))
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_rows_that_are_read_are_in_memory_and_nowhere_else(watch, data_folder, tmp_path, kind):
+    own = device(watch, data_folder, GOOD)
+    rows = data.load(data.task("glue/sst2"), str(own), "train")
+    table = datasets.Dataset.from_list(rows.to_list())
+    (own / "train.csv").unlink()
+    {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[kind](own / f"train.{kind}")
+    data.load.cache_clear()
+    read = data.load(data.task("glue/sst2"), str(own), "train")
+    assert read.to_list() == rows.to_list() and read[0]["sentence"] == f"{MARK} w1" and not read.cache_files
     watch.look()
-    assert not watch.strays
-
-
-def test_what_a_killed_process_left_of_its_rows_is_removed_by_the_next_that_reads(watch, data_folder, tmp_path):
-    own, cache = device(watch, data_folder, GOOD), tmp_path / "cache"
-    for name, age in (("reading-old", 7200), ("reading-new", 60)):
-        (cache / name).mkdir(parents=True)
-        (cache / name / "rows.arrow").write_text(MARK)
-        os.utime(cache / name, (os.stat(cache).st_mtime - age,) * 2)
-    files.read([own / "train.csv"], skip=False)
-    assert [path.name for path in cache.iterdir()] == ["reading-new"]  # another process may be reading into it
+    assert not watch.strays and not list((tmp_path / "cache").rglob("*"))
 
 
 @pytest.mark.parametrize("mask", [0, 0o022, 0o077])

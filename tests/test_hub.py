@@ -8,7 +8,7 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
-from conftest import default_config, play
+from helpers import default_config, play
 from hub import Hub
 from transformers import RobertaForMaskedLM
 

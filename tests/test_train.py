@@ -162,7 +162,13 @@ def test_the_warm_up_takes_its_share_of_the_steps(config, warmup, steps, rising)
     optimizer = torch.optim.SGD([weight], lr=1.0)
     session = Session([optimizer], dict, lambda j: rates.append(optimizer.param_groups[0]["lr"]))
     config = dataclasses.replace(config, warmup=warmup, local_steps=steps)
-    train(Single(weight), iter([{"x": torch.ones(1), "labels": torch.zeros(1)}] * steps), session, config, np.random.default_rng(0))
+    train(
+        Single(weight),
+        iter([{"x": torch.ones(1), "labels": torch.zeros(1)}] * steps),
+        session,
+        config,
+        np.random.default_rng(0),
+    )
     assert rates.index(max(rates)) == rising
 
 
