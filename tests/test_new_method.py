@@ -292,7 +292,7 @@ def test_a_bad_reply_costs_its_share(settings, caplog):
 def test_it_is_planned_to_the_byte_and_reported(settings, model_folder, tmp_path):
     run = play(settings)
     made = make(parse(settings), Shapes.of(model.outline(str(model_folder), 2)))
-    costs, _ = plan.traffic(made, 4)
+    costs, _ = plan.traffic(make(parse(settings | {"evaluate": "off"}), made.shapes), 4, 4)
     play(settings | {"run-name": "bytes", "evaluate": "off", "client-metrics": False}, run_id=2)
     lines = [line for line in type(run)(run.path.parent / "bytes").metrics() if line["round"]]
     up, down = (sum(line[key] for line in lines) / 12 for key in ("uplink_bytes", "downlink_bytes"))

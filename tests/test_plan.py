@@ -21,6 +21,7 @@ from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import distinct_seeds
 from fedkrso_app.training import model
 from fedkrso_app.training.activations import activation_memory
+from fedkrso_app.training.metrics import tally_size
 
 MIB = 2**20
 KINDS = ("weights", "gradients", "optimizer", "activations", "peak")
@@ -85,7 +86,7 @@ def test_the_total_is_at_least_all_that_must_be_there_at_once(config, model_fold
 
 def predicted(run_config, clients):
     config = parse(run_config)
-    return plan.traffic(make(config, Shapes.of(model.outline(config.model, 2))), clients)[0]
+    return plan.traffic(make(config, Shapes.of(model.outline(config.model, 2))), clients, tally_size("accuracy", 2))[0]
 
 
 CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one, nothing dropped on the way down
@@ -96,7 +97,10 @@ CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one,
 }
 
 
-@pytest.mark.parametrize("more", [{}, {"wire-dtype": "int8"}, {"wire-dtype": "int4"}, {"fedsrd.sparsify-head": True}])
+MORE = [{}, {"wire-dtype": "int8"}, {"wire-dtype": "int4"}, {"fedsrd.sparsify-head": True}, {"evaluate": "clients"}]
+
+
+@pytest.mark.parametrize("more", MORE)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_bytes_planned_are_those_of_a_run(strategy, more, run_config):
     settings = run_config | CERTAIN | {"strategy": strategy} | more

@@ -7,6 +7,7 @@ what the sampling of clients and seeds leads to on average.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,12 @@ from fedkrso_app import data
 from fedkrso_app.config import Config
 from fedkrso_app.federation.nodes import sampled
 from fedkrso_app.records import protocol, wire
-from fedkrso_app.records.protocol import TRAIN, Figures, Instructions, Status
+from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Figures, Instructions, Status
 from fedkrso_app.records.schema import Schema
 from fedkrso_app.runs.memory import client_memory
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Method, Shapes
-from fedkrso_app.training import model
+from fedkrso_app.training import metrics, model
 
 
 def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
     loaded = model.outline(config.model, task.num_labels)
     shapes = Shapes.of(loaded)
     method = make(config, shapes)
-    costs, lengths = traffic(method, clients)
+    costs, lengths = traffic(method, clients, metrics.tally_size(task.metric, task.num_labels))
     with torch.device("meta"):
         local = method.local(loaded)
         inputs = batch(loaded, task, config)
@@ -99,12 +100,13 @@ def entries_received(share: float, rounds: int) -> float:
     return sum(1 - (1 - share) ** left for left in range(1, rounds))
 
 
-def traffic(method: Method, clients: int) -> tuple[dict[str, float], Mapping[str, float]]:
+def traffic(method: Method, clients: int, tally: int) -> tuple[dict[str, float], Mapping[str, float]]:
     """Bytes ``up`` and ``down`` per asked client and round, in the mean over a run, and those of the whole ``run``.
 
     Headers are included, as are the entries that a client has missed while others were asked (so many that the weights
-    would be smaller are overrated); the join and ``evaluate = "clients"`` are not. The method adds what it expects, for
-    instance numbers of seeds. Also returns the lengths expected in a reply.
+    would be smaller are overrated); the join is not. With ``evaluate = "clients"`` each client also sends ``tally``
+    float64 and gets the round's entry to judge it. The method adds what it expects, for instance numbers of seeds. Also
+    returns the lengths expected in a reply.
     """
     config, rounds = method.config, method.config.num_server_rounds
     asked = sampled(config.fraction_train, clients)
@@ -120,11 +122,18 @@ def traffic(method: Method, clients: int) -> tuple[dict[str, float], Mapping[str
     entry = method.entry.travelling
     entry, first = entry.only([name for name, f in entry.fields.items() if not f.optional]), entry.start
     newest = record_bytes(entry, down)
-    costs["down"] = question + newest
+    judged = config.evaluate == "clients"
+    if judged:
+        status = RecordDict({"status": Status(1).record(), TALLY: wire.pack({"tally": np.zeros(tally)})})
+        costs["up"] += wire.measured_bytes(status)
+        question += wire.measured_bytes(RecordDict({EVALUATE: replace(instructions, round=0, method={}).record()}))
+    # Whoever has judged a round has its entry when it trains next.
+    costs["down"] = question + (newest * (2 - share + share / rounds) if judged else newest)
     if entry.span is None:
         # Of several entries only the newest has its states.
         older, oldest = entry.only(entry.named("update", "key")), first.only(set(first.fields) - set(entry.fields))
-        updates, latest = entries_received(share, rounds), share * (rounds - 1)
+        last = rounds + judged
+        updates, latest = entries_received(share, last), share * (last - 1)
         late = (1 - share) * (1 - (1 - share) ** (rounds - 1))  # first asked after round 1
         entries = share * record_bytes(first, down) + latest * newest
         entries += (updates - latest) * record_bytes(older, down) + late * record_bytes(oldest, down)
