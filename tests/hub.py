@@ -37,7 +37,7 @@ class Hub:
     def commit(self, kind: str, name: str) -> str:
         """The commit of a repository now."""
         held = [f"{n}:{_sha(path)}" for n, path in self._files(self.root / kind / name).items()]
-        return hashlib.sha1("\n".join([kind, name, *held]).encode()).hexdigest()
+        return hashlib.sha1("\n".join([kind, name.partition("@")[0], *held]).encode()).hexdigest()
 
     def close(self) -> None:
         self.over.set()

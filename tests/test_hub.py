@@ -222,6 +222,17 @@ def test_a_node_whose_rows_would_be_of_another_commit_is_refused(hub, run_config
         play(run_config | asked, nodes=2, prepare=move_on)
 
 
+def test_a_resumed_run_reads_the_commits_that_it_began_with(hub, run_config, tmp_path):
+    asked = {"model": "org/tiny", "dataset": "org/news", "task": "text-classification", "data-dir": ""}
+    whole = play(run_config | asked | {"num-server-rounds": 2, "run-name": "whole"}, nodes=2)
+    begun = play(run_config | asked | {"num-server-rounds": 1}, nodes=2)
+    shutil.copytree(hub.root / "datasets/org/news", hub.root / "datasets/org/news@before")
+    write_news(hub.folder("datasets", "org/news"), "changed", rows=30)
+    fresh()
+    again = play(run_config | asked | {"num-server-rounds": 2, "resume": str(begun.path)}, nodes=2)
+    assert json.loads((again.path / "result.json").read_text())["digest"] == whole.digest
+
+
 def test_a_repositorys_own_code_is_never_run_nor_asked_about(hub, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
     trace = tmp_path / "ran"
