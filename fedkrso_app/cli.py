@@ -76,9 +76,9 @@ def compare(
     continues an interrupted comparison: it keeps complete runs and resumes incomplete ones. Ctrl-C also stops the
     current run. If a run fails, the comparison continues and the exit code is 1.
 
-    --engine process makes each run in one process, where the clients train one after another. The models are the same
-    bit for bit. Small models take less time, because no SuperLink and no Ray start. Client memory is then that of the
-    process, server included.
+    --engine process makes each run in one process, where the clients train one after another (on one core unless
+    torch-threads says more). The models are the same bit for bit. Small models take less time, because no SuperLink and
+    no Ray start. Client memory is then that of the process, server included.
 
     --sweep chooses the learning rate of each method for each partition: as many rates for every method, each twice the
     one before, around the rate in the settings (4 rates: ×0.5, ×1, ×2, ×4), with seed 0. They are judged by the mean

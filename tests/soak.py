@@ -14,27 +14,22 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from helpers import default_config
+
 SETTINGS = {"task": "embedded/acceptability", "num-server-rounds": 8, "local-steps": 5, "fedkrso.interval": 1}
 
 
-def child(folder: Path) -> None:
-    """One process that makes or resumes the run in ``folder``."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    import torch
-    from helpers import default_config, play
-
-    torch.set_num_threads(1)
+def start(folder: Path, log: Path) -> subprocess.Popen:
+    """A process that makes or resumes the run in ``folder``."""
     resume = str(folder) if (folder / "config.json").is_file() else ""
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     places = {"output-dir": str(folder.parent), "run-name": folder.name, "resume": resume}
-    play(default_config() | SETTINGS | places, nodes=4)
-
-
-def start(folder: Path, log: Path) -> subprocess.Popen:
+    settings, file = default_config() | SETTINGS | places, folder.with_suffix(".toml")
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+    command = [sys.executable, "-m", "fedkrso_app.local_app", str(file), "4"]
     with open(log, "a") as output:
-        return subprocess.Popen([sys.executable, __file__, "--child", str(folder)], stdout=output, stderr=output)
+        return subprocess.Popen(command, stdout=output, stderr=output)
 
 
 def digest(folder: Path) -> str:
@@ -93,6 +88,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--instants", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--child", type=Path)
     options = parser.parse_args()
-    sys.exit(child(options.child) if options.child else main(options.instants, options.seed))
+    sys.exit(main(options.instants, options.seed))

@@ -36,7 +36,7 @@ def test_the_card_of_a_run_says_what_its_folder_says(run, run_config):
     assert loaded.data.pipeline_tag == "text-classification" and loaded.data.model_name == "run"
     assert loaded.data.base_model is None  # a folder of one's own is no name on the hub
     sent = sum(line["uplink_bytes"] for line in run.metrics()) / 6 / 1e6  # three rounds of two clients
-    assert facts["Sent by a client in a round, on average"].startswith(f"{sent:.3f} MB;")
+    assert facts["Sent per client and round, on average"].startswith(f"{sent:.3f} MB;")
     assert facts["Clients"] == "2 took part; 6 of 6 replies were counted"
     assert facts["Accuracy"].startswith(f"{last['metric']:.4f} (loss {last['eval_loss']:.4f}), by the server")
     assert "arxiv.org/abs/2602.03019" in facts["Method"] and "flwr" in facts["Libraries"]

@@ -274,7 +274,7 @@ def test_a_vocabulary_of_sentencepiece_alone_is_read(model_folder, tmp_path):
     for file in folder.glob("*token*"):
         file.unlink()
     (tmp_path / "texts").write_text("\n".join(["the soup was cold", "the bread was fine", "stale tea"] * 9))
-    options = {"vocab_size": 26, "minloglevel": 2, "pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": 2}
+    options = {"vocab_size": 22, "minloglevel": 2, "pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": 2}
     pieces.SentencePieceTrainer.train(input=str(tmp_path / "texts"), model_prefix=str(folder / "spm"), **options)
     loaded = model.load(str(folder), 2, 0)
     one = loaded.tokenizer("the soup was cold", add_special_tokens=False)["input_ids"]

@@ -13,6 +13,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,20 @@ def test_three_devices_with_a_file_each_give_the_bits_of_one_process_with_the_wh
     assert re.search(r"server\.pem is valid\s+until", ended.stdout), ended.stdout
     assert "server.pem is valid until" in (federation.folder / "superlink.log").read_text()
     assert not [path for i in range(NODES) for path in (federation.folder / f"cache-{i}").glob("nodes/*/*")]
+    for own in own_files:
+        longest = max((own / "train.csv").read_bytes().splitlines(), key=len)
+        assert not files_with(longest.split(b",")[0], federation.folder)
     assert digest(run) == digest(play(settings | {"run-name": "process"}, nodes=NODES))
+
+
+def files_with(text: bytes, folder: Path) -> list[Path]:
+    """Files in ``folder``, the devices' data apart, in which ``text`` is: the database, logs and caches among them."""
+    found = []
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # what runs there may remove a file now
+            if path.is_file() and "data-" not in path.relative_to(folder).parts[0] and text in path.read_bytes():
+                found.append(path)
+    return found
 
 
 def test_who_holds_the_public_certificate_starts_no_run_and_registers_no_key(federation, app, tmp_path):

@@ -107,7 +107,7 @@ def test_every_snippet_does_what_it_says(page, model_folder, data_folder, tmp_pa
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(compare, "_play", lambda config, clients: (play(config, nodes=2) for _ in "1"))
+    monkeypatch.setattr(compare, "_play", lambda config, clients, engine: (play(config, nodes=2) for _ in "1"))
     for cached in (data.load, data.resolve, hub.splits, files.warn):
         cached.cache_clear()
     own, rows = tmp_path / "own", [f"w{i} w{i + 1},{'neg' if i % 2 else 'pos'},w{i},w{i + 1}\n" for i in range(30)]

@@ -305,7 +305,7 @@ def test_a_node_that_numbers_its_labels_in_another_way_is_told(run_config, tmp_p
     client.workplace.cache_clear()
     grid = Grid(keys, 2)
     for context in grid.contexts.values():
-        context.node_config = dict(context.node_config) | {"data-dir": str(tmp_path / "node"), "share-errors": True}
+        context.node_config |= {"data-dir": str(tmp_path / "node"), "share-errors": True}
     with pytest.raises(ConfigError, match=r"label names \(b, c\), which the key labels settles"):
         server_app.app(grid, Context(1, 1, {}, RecordDict(), keys))
 

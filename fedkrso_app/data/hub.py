@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
 
 from fedkrso_app.config import Config, ConfigError, is_local, resolved_path
-from fedkrso_app.data import repository
+from fedkrso_app.data import files, repository
 from fedkrso_app.data.repository import Repository
 from fedkrso_app.data.tasks import GLUE, task
 
@@ -122,14 +122,16 @@ def _folder(text: str) -> Any:
 def _loaded(asked: Repository) -> Any:
     if asked.name in BUILDERS:
         raise ConfigError(f"{asked.name!r} is a kind of files, not a dataset: put the files into a folder, data-dir")
-    found = asked if asked.commit and "/" in asked.name else repository.pinned(asked)
+    found = repository.pinned(asked)
     try:
-        with repository.progress(found):
+        with repository.progress(found), repository.offline(found):
             loaded = datasets.load_dataset(found.name, found.configuration or None, revision=found.commit)
     except Exception:
         repository.verify(found.cache / "snapshots" / found.commit)  # a damaged file is named, and not what it led to
         raise
     for split in loaded.values():
+        if found.cached and not found.configuration and split.config_name not in (None, "default"):
+            files.warn(f"{found.name}: its configuration {split.config_name!r} is read, the one in the cache")
         for file in split.cache_files:
             # datasets falls back on whatever it has of this name; its folders are named by commit
             if found.commit not in Path(file["filename"]).parts:

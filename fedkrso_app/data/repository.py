@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import datasets
 import httpx
 import huggingface_hub
 from huggingface_hub import HfApi, constants
@@ -45,6 +46,7 @@ class Repository:
     name: str
     revision: str = ""
     configuration: str = ""  # of a dataset that has several
+    cached: bool = False  # the hub did not answer: only the cache can be read
 
     @property
     def commit(self) -> str:
@@ -104,13 +106,26 @@ def fetch(repository: Repository, patterns: Sequence[str]) -> Path:
     Every process of a machine shares it. Raises :class:`ConfigError` (a reason).
     """
     try:
-        with progress(repository):
+        with progress(repository), offline(repository):
             folder = huggingface_hub.snapshot_download(
                 repository.name, repo_type=repository.kind, revision=repository.commit, allow_patterns=list(patterns)
             )
     except Exception as error:
         raise ConfigError(why(error)) from None
     return Path(folder)
+
+
+@contextlib.contextmanager
+def offline(repository: Repository) -> Iterator[None]:
+    """Without requests where the hub did not answer before: each would be waited for, and tried again."""
+    flags = [(constants, constants.HF_HUB_OFFLINE), (datasets.config, datasets.config.HF_HUB_OFFLINE)]
+    try:
+        for owner, before in flags:
+            owner.HF_HUB_OFFLINE = before or repository.cached
+        yield
+    finally:
+        for owner, before in flags:
+            owner.HF_HUB_OFFLINE = before
 
 
 def files(repository: Repository) -> list[str]:
@@ -200,7 +215,7 @@ def _known(repository: Repository, reason: str) -> Repository:
     if not _COMMIT.fullmatch(commit) or not (repository.cache / "snapshots" / commit).is_dir():
         raise ConfigError(f"{reason}, and {repository} is not in the cache {constants.HF_HUB_CACHE}")
     logger.warning("%s: %s is used as the cache has it, commit %s", reason, repository, commit)
-    return replace(repository, revision=commit)
+    return replace(repository, revision=commit, cached=True)
 
 
 def _note(repository: Repository, commit: str) -> None:

@@ -13,8 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from fedkrso_app.config import Config, is_local
 from fedkrso_app.data.hub import source
 from fedkrso_app.data.tasks import Task
-from fedkrso_app.runs.folder import Run, asked_in
-from fedkrso_app.runs.results import text
+from fedkrso_app.runs.folder import Run
+from fedkrso_app.runs.results import asked_in, text
 from fedkrso_app.strategies import STRATEGIES
 
 
@@ -56,9 +56,9 @@ def write(run: Run, task: Task, round: int, folder: Path) -> None:
         "Data": _data(config, task),
         "Partition": _partition(config),
         "Clients": _clients(lines),
-        "Rounds": f"{round}, each of {config.local_steps} steps a client in batches of {config.batch_size}",
+        "Rounds": f"{round}, each of {config.local_steps} steps per client in batches of {config.batch_size}",
         **_measured(line, config, task),
-        "Sent by a client in a round, on average": _bytes(lines),
+        "Sent per client and round, on average": _bytes(lines),
         "Libraries": ", ".join(f"{library} {version}" for library, version in info["libraries"].items()),
     }
     settings = {key: text(_shown(key, value)) for key, value in info["config"].items()}
@@ -77,12 +77,12 @@ Fine-tuned by federated learning, with FedKRSO's app on Flower.
 ```python
 from transformers import AutoModelFor{auto}, AutoTokenizer
 
-folder = "."  # this folder, or the hub's name of it
+folder = "."  # this folder, or its name on the Hub
 model = AutoModelFor{auto}.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-<details><summary>Settings that the run began with</summary>
+<details><summary>Settings at the start of the run</summary>
 
 {_table({key: html.escape(value) for key, value in settings.items()})}
 

@@ -21,8 +21,9 @@ from fedkrso_app import data
 from fedkrso_app.config import ConfigError, flatten, resolved_path
 from fedkrso_app.runs import engines
 from fedkrso_app.runs.engines import APP, Engine
-from fedkrso_app.runs.folder import ASIDE, Run, line
+from fedkrso_app.runs.folder import ASIDE, Run
 from fedkrso_app.runs.results import mean_sd, measures
+from fedkrso_app.runs.summary import line
 from fedkrso_app.strategies import STRATEGIES, parse
 from fedkrso_app.training import metrics
 

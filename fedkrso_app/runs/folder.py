@@ -1,7 +1,6 @@
 """A run's folder: config.json, status, metrics.jsonl, ledger/, model/. Made new, or opened to be resumed."""
 
 import fcntl
-import io
 import json
 import os
 import re
@@ -12,13 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from fedkrso_app.config import Config, ConfigError, resolved_path
 from fedkrso_app.data import hub
 from fedkrso_app.strategies import parse
-from fedkrso_app.training import metrics
 
 _LIBRARIES = ("flwr", "torch", "transformers", "datasets", "flwr-datasets", "peft", "numpy", "safetensors")
 # Settings that touch only where a run is kept and what is told of it.
@@ -189,67 +184,6 @@ def resume(config: Config, model_digest: str) -> Run:
     if model_digest and run.info["model_digest"] != model_digest:
         raise ConfigError(f"resume: model = {config.model!r} has other weights than when the run in {run.path} began.")
     return run
-
-
-def line(figures: dict[str, Any], config: Config, metric: str) -> str:
-    """One round in one line."""
-    parts = [f"round {figures['round']}/{config.num_server_rounds}"]
-    if "metric" in figures:
-        parts.append(f"{metric} {figures['metric']:.4f}  loss {figures['eval_loss']:.4f}")
-    if figures["round"]:
-        train_loss = "none" if figures["train_loss"] is None else f"{figures['train_loss']:.4f}"
-        parts.append(f"train loss {train_loss}")
-        parts.append(f"up {figures['uplink_bytes'] / 1e6:.2f} MB  down {figures['downlink_bytes'] / 1e6:.2f} MB")
-        if figures.get("catchup_bytes"):
-            parts.append(f"catch-up {figures['catchup_bytes'] / 1e6:.2f} MB of it")
-        parts.append(f"clients {figures['clients']}  refused {figures['refused']}  failed {figures['failed']}")
-        parts.append(f"{figures['seconds']:.1f} s")
-    return "  ".join(parts)
-
-
-def replied_in(line: dict[str, Any]) -> int:
-    """How many replies a line of metrics.jsonl tells of, those refused included."""
-    return line["clients"] + line["refused"]
-
-
-def asked_in(line: dict[str, Any]) -> int:
-    return replied_in(line) + line["failed"]
-
-
-def closing_table(run: Run, metric: str) -> str:
-    """What the run came to, as text."""
-    rounds = [figures for figures in run.metrics() if figures["round"]]
-    config = run.config
-    replied, asked = sum(map(replied_in, rounds)), sum(map(asked_in, rounds))
-    table = Table(title=f"{config.strategy} on {config.task}, {len(rounds)} rounds", show_header=False)
-    scores = [figures["metric"] for figures in run.metrics() if "metric" in figures]
-    if scores:
-        table.add_row(
-            metric,
-            f"{scores[-1]:.4f} at the end, {scores[0]:.4f} at the start, {metrics.best(metric, scores):.4f} at best",
-        )
-    for label, key, count in (("up", "uplink_bytes", replied), ("down", "downlink_bytes", asked)):
-        total = sum(figures[key] for figures in rounds)
-        table.add_row(label, f"{total / 1e6:.2f} MB in all, {total / 1e6 / max(count, 1):.3f} MB a client and round")
-    if catchup := sum(figures.get("catchup_bytes", 0) for figures in rounds):
-        table.add_row("down, catch-up", f"{catchup / 1e6:.2f} MB of it, to nodes that had missed rounds")
-    paper = sum(figures["paper_bytes"] for figures in rounds)
-    table.add_row(
-        "both, paper's formula", f"{paper / 1e6:.2f} MB in all, {paper / 1e6 / max(asked, 1):.3f} MB a client and round"
-    )
-    if idle := len(rounds) - run.metrics()[-1]["version"]:
-        table.add_row("rounds without an update", f"{idle}: too few good replies, see the warnings above")
-    for key in ("refused", "failed"):
-        table.add_row(f"replies {key}", str(sum(figures[key] for figures in rounds)))
-    table.add_row("seconds", f"{sum(figures['seconds'] for figures in rounds):.1f} in all rounds")
-    if run.digest:
-        table.add_row("model", str(run.model))
-        table.add_row("SHA-256 of the weights", run.digest)
-    else:
-        table.add_row("model", f"not built here; `fedkrso export {run.path} DIR` makes it from the ledger")
-    console = Console(width=110, file=io.StringIO())
-    console.print(table)
-    return "\n" + console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def _write(file: Path, text: str) -> None:

@@ -78,7 +78,7 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
 
 
 def batch(loaded: model.LoadedModel, task: data.Task, config: Config) -> dict[str, Tensor]:
-    """A batch of full length on the default device."""
+    """A batch of full length on the default device, but for its labels, which training counts before it moves them."""
     settings: Any = loaded.module.config
     positions = getattr(settings.get_text_config(), "max_position_embeddings", config.max_length)
     longest = getattr(loaded.tokenizer, "model_max_length", positions)
@@ -86,8 +86,9 @@ def batch(loaded: model.LoadedModel, task: data.Task, config: Config) -> dict[st
     names = {"input_ids", "attention_mask", *getattr(loaded.tokenizer, "model_input_names", ())}
     inputs = {name: torch.ones(rows, tokens, dtype=torch.long) for name in names}
     if task.language:
-        return inputs | {"labels": torch.zeros(rows, tokens, dtype=torch.long)}
-    return inputs | {"labels": torch.zeros(rows, dtype=torch.float32 if task.regression else torch.long)}
+        return inputs | {"labels": torch.zeros(rows, tokens, dtype=torch.long, device="cpu")}
+    kind = torch.float32 if task.regression else torch.long
+    return inputs | {"labels": torch.zeros(rows, dtype=kind, device="cpu")}
 
 
 def entries_received(share: float, rounds: int) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkrso_app.config import ConfigError
-from fedkrso_app.runs.folder import ASIDE, Run, asked_in, replied_in
+from fedkrso_app.runs.folder import ASIDE, Run
 from fedkrso_app.strategies import STRATEGIES
 
 RATES = {strategy.learning_rate_key for strategy in STRATEGIES.values()}
@@ -24,6 +24,15 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
             raise ConfigError(f"{path} is neither a run's folder nor holds any: there is no config.json in it.")
         found |= {folder.resolve(): Run(folder) for folder in folders}
     return list(found.values())
+
+
+def replied_in(line: dict[str, Any]) -> int:
+    """How many replies a line of metrics.jsonl tells of, those refused included."""
+    return line["clients"] + line["refused"]
+
+
+def asked_in(line: dict[str, Any]) -> int:
+    return replied_in(line) + line["failed"]
 
 
 def measures(run: Run) -> dict[str, Any]:

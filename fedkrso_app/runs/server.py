@@ -23,7 +23,8 @@ from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.runs import card
-from fedkrso_app.runs.folder import Run, closing_table, line
+from fedkrso_app.runs.folder import Run
+from fedkrso_app.runs.summary import closing_table, line
 from fedkrso_app.strategies.base import Method
 from fedkrso_app.training import metrics, model
 from fedkrso_app.training.activations import TrainingError

@@ -114,7 +114,7 @@ def train(
     was_training = module.training
     module.train(not session.from_losses)
     kind = "cuda" if device.type == "cpu" else device.type
-    devices = [] if device.type in ("cpu", "mps") else [device]  # torch keeps the one generator of mps by itself
+    devices = [] if device.type in ("cpu", "mps") else [device]  # fork_rng does not know the one generator of mps
 
     def loss_of(batch: Mapping[str, Tensor], share: float) -> Tensor:
         with precision(config.compute_dtype, device):
