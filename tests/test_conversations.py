@@ -146,8 +146,8 @@ def test_an_answer_is_found_where_it_is_and_not_where_its_letters_are(tokenizer,
 
 
 def test_a_token_that_has_a_letter_of_the_answer_is_learned(tokenizer):
-    """ "Q:w2" is one word of this tokenizer: its letters are the mark's and the answer's."""
-    tokenizer.chat_template = "{% for m in messages %}w9 Q:{{ m.content }} {% endfor %}</s>"
+    """ "x:w2" is one word of this tokenizer: its letters are the mark's and the answer's."""
+    tokenizer.chat_template = "{% for m in messages %}w9 x:{{ m.content }} {% endfor %}</s>"
     batch = language.batch([[messages(TURNS[:2])]], tokenizer, 64)
     assert learned(batch, tokenizer) == ["w9 <unk> w9 [<unk> w3 </s>]"]
 

@@ -160,7 +160,7 @@ def test_what_is_no_number_is_named_by_its_row(tmp_path, score):
     for kind in FORMATS:
         write(tmp_path / kind / f"train.{kind}", ["text", "score"], rows)
         write(tmp_path / kind / f"validation.{kind}", ["text", "score"], rows[:1])
-        where = {"csv": r"train\.csv, line 3", "jsonl": r"train\.jsonl, line 2", "json": "line 2", "parquet": "row 2"}[
+        where = {"csv": r"train\.csv, line 3", "jsonl": r"train\.jsonl, line 2", "json": "row 2", "parquet": "row 2"}[
             kind
         ]
         message = f"holds {re.escape(repr(score))}, which is not a finite number, in 1 of 3 rows .*{where}"
@@ -249,20 +249,21 @@ def test_a_column_that_nobody_reads_decides_nothing(tmp_path, case):
     assert first == second and [row["text"] for row in first[1]] == [row[0] for row in rows]
 
 
-def test_the_index_that_pandas_writes_is_no_label_and_no_text(tmp_path):
-    frame = pandas.DataFrame({"utterance": ["good soup", "bad tea", "old tea"], "kind": ["pos", "neg", "neg"]})
-    for kind in ("csv", "parquet"):
-        (tmp_path / kind).mkdir()
-        for split in ("train", "validation"):
-            path = tmp_path / kind / f"{split}.{kind}"
-            if kind == "csv":
-                frame.to_csv(path)
-                path.write_text(path.read_text().replace(",utterance", "Unnamed: 0,utterance"))
-            else:
-                frame[frame["kind"] != ""].iloc[[0, 1, 2]].set_axis([5, 3, 4]).to_parquet(path)
-        found, train, _, _ = read(tmp_path / kind, text_columns="utterance")
-        assert (found.label, [row["utterance"] for row in train]) == ("kind", list(frame["utterance"]))
-        assert read(tmp_path / kind, label_column="kind")[0].columns == ("utterance",)
+@pytest.mark.parametrize("kind", ["csv", "a csv that was read and written again", "parquet"])
+def test_the_index_that_pandas_writes_is_no_label_and_no_text(tmp_path, kind):
+    frame = pandas.DataFrame(
+        {"utterance": ["good soup", "bad tea", "old tea"], "kind": ["pos", "neg", "neg"]}, [5, 3, 4]
+    )
+    for split in ("train", "validation"):
+        if kind == "parquet":
+            frame.to_parquet(tmp_path / f"{split}.parquet")
+            continue
+        frame.to_csv(tmp_path / f"{split}.csv")
+        if "again" in kind:
+            pandas.read_csv(tmp_path / f"{split}.csv").to_csv(tmp_path / f"{split}.csv")
+    found, train, _, _ = read(tmp_path, text_columns="utterance")
+    assert (found.label, [row["utterance"] for row in train]) == ("kind", list(frame["utterance"]))
+    assert read(tmp_path, label_column="kind")[0].columns == ("utterance",)
 
 
 def test_a_column_that_is_there_twice_is_refused_only_where_it_is_read(tmp_path):
@@ -284,6 +285,28 @@ def test_validation_rows_need_no_partition_column(tmp_path):
         validation = data.load(found, str(tmp_path / kind), "validation")
         parts = data.partition(validation, found, 4, "iid", 0.5, 0)  # how clients share it out
         assert sorted(np.concatenate(parts).tolist()) == list(range(9))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("lacks", ["text", "label"])
+def test_a_column_that_validation_lacks_is_named(tmp_path, kind, lacks):
+    rows = [["a", "x"], ["b", "y"]]
+    write(tmp_path / f"train.{kind}", ["text", "label"], rows)
+    write(tmp_path / f"validation.{kind}", ["label" if lacks == "text" else "text"], [row[:1] for row in rows])
+    with pytest.raises(ConfigError, match=rf"validation\.{kind}: column '{lacks}' .*is missing"):
+        read(tmp_path, text_columns="text", label_column="label", labels="x,y,a,b")
+
+
+BYTES = {"bytes": pa.binary(), "many bytes": pa.large_binary(), "a fixed number of bytes": pa.binary(2)}
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_bytes_are_no_names(tmp_path, kind):
+    table = pa.table({"text": ["a", "b"], "label": pa.array([b"xx", b"yy"], BYTES[kind])})
+    for split in ("train", "validation"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(ConfigError, match=r"column 'label' holds .*binary.*, not texts or numbers"):
+        read(tmp_path)
 
 
 # --- lines that are JSON and no rows ---
@@ -401,5 +424,5 @@ def test_any_small_table_is_the_same_from_every_format_or_refused_in_the_same_wo
                 outcomes.append(read(here, **keys, clients=2))
             except ConfigError as error:
                 file = rf"{re.escape(str(here))}/(train|validation)\.{kind}"
-                outcomes.append(re.sub(rf"{file}(, line \d+)?|row \d+", "…", str(error)))
+                outcomes.append(re.sub(rf"{file}(, (line|row) \d+)?|row \d+", "…", str(error)))
     assert all(outcome == outcomes[0] for outcome in outcomes)

@@ -47,7 +47,7 @@ def names(column: pa.ChunkedArray, classes: Sequence[str] = ()) -> pa.ChunkedArr
     kind = column.type
     if pa.types.is_large_string(kind):
         return column
-    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    if pa.types.is_nested(kind) or "binary" in str(kind):
         return None
     if pa.types.is_float16(kind):
         column = column.cast(pa.float32())

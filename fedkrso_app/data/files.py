@@ -109,7 +109,7 @@ def _read(files: tuple[Path, ...], stamps: tuple, wanted: tuple[str, ...], texts
             raise pa.ArrowInvalid("class names or lists")
     except pa.ArrowException as error:
         raise ConfigError(f"{source}: these files differ in the type of a column ({_reason(error)}).") from error
-    if not len(table):
+    if kept and not len(table):
         raise ConfigError(_no_rows(source))
     lines = tuple(part for of_file in parts for part in of_file.parts)
     return Rows(source, table, tuple(dict.fromkeys(found)), parts[0].lists, parts[0].classes, lines)

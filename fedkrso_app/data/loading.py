@@ -227,6 +227,9 @@ def _checked(rows: Rows, task: Task) -> tuple[datasets.Dataset, Callable[[int], 
     """The columns that ``task`` reads of ``rows``, and where each row is; ConfigError where it cannot be trained on."""
     count, found, good = len(rows.table), listed(rows.found), np.ones(len(rows.table), bool)
     reasons: dict[int, str] = {}  # first bad row of a kind -> what is wrong
+    for column in task.reads:
+        if column not in rows.found:
+            raise ConfigError(f"{rows.source}: column {column!r} of {task.name} is missing. {found}")
     if not count:
         raise ConfigError(f"{rows.source}: there are no rows. {found}")
 
@@ -243,9 +246,6 @@ def _checked(rows: Rows, task: Task) -> tuple[datasets.Dataset, Callable[[int], 
             good &= ~bad
 
     made: dict[str, Any] = {}
-    for column in task.reads:
-        if column not in rows.found:
-            raise ConfigError(f"{rows.source}: column {column!r} of {task.name} is missing. {found}")
     for column in task.columns:
         texts = cells.texts(rows.table[column])
         if texts is None:

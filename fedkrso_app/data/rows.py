@@ -28,15 +28,15 @@ class Rows:
     found: tuple[str, ...]
     lists: frozenset[str] = frozenset()
     classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    parts: tuple[tuple[str, np.ndarray], ...] = ()  # (file, line of each of its rows); () where rows have no lines
+    parts: tuple[tuple[str, np.ndarray], ...] = ()  # ("file, line", number of each of its rows); () without lines
 
     def place(self, row: int) -> str:
-        """Where row ``row`` (from 0) is: ``file, line n``, or its number from 1."""
+        """Where row ``row`` (from 0) is: ``file, line n``, or only ``row n``, from 1."""
         at = row
-        for file, lines in self.parts:
-            if at < len(lines):
-                return f"{file}, line {lines[at]}"
-            at -= len(lines)
+        for what, numbers in self.parts:
+            if at < len(numbers):
+                return f"{what} {numbers[at]}"
+            at -= len(numbers)
         return f"row {row + 1}"
 
 

@@ -44,6 +44,7 @@ def read(file: Path, wanted: Sequence[str], texts: frozenset[str], skip: bool) -
 
     Raises :class:`ConfigError` for a broken line unless ``skip``, and for what is no text in a wanted column.
     """
+    what = f"{file}, {'row' if _is_list(file) else 'line'}"
     of = _csv_records if file.suffix == ".csv" else _json_records
     lists: dict[str, bool] = {}  # column of texts -> whether its cells are lists
     broken: list[str] = []
@@ -58,7 +59,7 @@ def read(file: Path, wanted: Sequence[str], texts: frozenset[str], skip: bool) -
 
     for line, record in of(file, wanted, texts, lists):
         if isinstance(record, str):
-            broken.append(f"{file}, line {line}: {record}")
+            broken.append(f"{what} {line}: {record}")
             continue
         for held, cell in zip(cells, record, strict=True):
             held.append(cell)
@@ -77,7 +78,7 @@ def read(file: Path, wanted: Sequence[str], texts: frozenset[str], skip: bool) -
         table,
         tuple(wanted),
         frozenset(name for name, are in lists.items() if are),
-        parts=((str(file), np.array(lines, np.int64)),),
+        parts=((what, np.array(lines, np.int64)),),
     )
 
 
@@ -188,7 +189,7 @@ def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     A text in place of the row says what is wrong with it. Raises :class:`ConfigError` where a list is none.
     """
     text, _ = _decoded(file)
-    if text.lstrip()[:1] == "[" and file.suffix == ".json":
+    if _is_list(file):
         try:
             whole = _JSON.decode(text.strip())
         except (ValueError, RecursionError) as error:
@@ -203,6 +204,10 @@ def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 yield line, row if isinstance(row, dict) else "is not a JSON object"
             except (ValueError, RecursionError) as error:
                 yield line, f"is not JSON ({error})"
+
+
+def _is_list(file: Path) -> bool:
+    return file.suffix == ".json" and _decoded(file)[0].lstrip()[:1] == "["
 
 
 def _cell(value: Any, name: str, text: bool, lists: dict[str, bool]) -> str | None:
