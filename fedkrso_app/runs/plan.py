@@ -122,22 +122,24 @@ def traffic(method: Method, clients: int, tally: int) -> tuple[dict[str, float],
     entry = method.entry.travelling
     entry, first = entry.only([name for name, f in entry.fields.items() if not f.optional]), entry.start
     newest = record_bytes(entry, down)
+    if config.evaluate != "server":
+        first = first.only([])  # a server without a model leaves the start to the seed
     judged = config.evaluate == "clients"
     if judged:
-        status = RecordDict({"status": Status(1).record(), TALLY: wire.pack({"tally": np.zeros(tally)})})
-        costs["up"] += wire.measured_bytes(status)
+        answer = RecordDict({"status": Status(1).record(), TALLY: wire.pack({"tally": np.zeros(tally)})})
+        costs["up"] += wire.measured_bytes(answer)
         question += wire.measured_bytes(RecordDict({EVALUATE: replace(instructions, round=0, method={}).record()}))
     # Whoever has judged a round has its entry when it trains next.
-    costs["down"] = question + (newest * (2 - share + share / rounds) if judged else newest)
+    later = newest * (1 - share) if judged else newest
+    entries = share * (record_bytes(first, down) + (rounds - 1) * later + rounds * judged * newest)
     if entry.span is None:
         # Of several entries only the newest has its states.
         older, oldest = entry.only(entry.named("update", "key")), first.only(set(first.fields) - set(entry.fields))
-        last = rounds + judged
-        updates, latest = entries_received(share, last), share * (last - 1)
+        updates, latest = entries_received(share, rounds + judged), share * (rounds + judged - 1)
         late = (1 - share) * (1 - (1 - share) ** (rounds - 1))  # first asked after round 1
         entries = share * record_bytes(first, down) + latest * newest
         entries += (updates - latest) * record_bytes(older, down) + late * record_bytes(oldest, down)
-        costs["down"] = question + entries / (share * rounds)
+    costs["down"] = question + entries / (share * rounds)
     return {**costs, "run": rounds * asked * (costs["up"] + costs["down"])}, up
 
 
