@@ -42,7 +42,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """What the user can mend ends with exit code 2 and one sentence."""
+    """What the user can fix ends with exit code 2 and one sentence."""
     try:
         yield
     except (ConfigError, LedgerError, OSError) as error:  # the last: a full disk, a folder that cannot be written to
@@ -177,11 +177,15 @@ def export(
     run: RunFolder,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder for the model.")],
     round: Annotated[int | None, typer.Option(min=0, help="Round to export; default: the newest.")] = None,
+    partition: Annotated[
+        int | None, typer.Option(min=0, help="Whose model, where clients keep a part of it to themselves.")
+    ] = None,
 ) -> None:
     """Rebuild the model of a round from the base model and the ledger, and write it in the hub's format.
 
     transformers' from_pretrained reads DIR without this package; its README.md is a model card with the metric of that
-    round. A method whose entries stand for themselves keeps only the newest ones: its older rounds cannot be exported.
+    round. A method whose entries are complete states keeps only the newest ones: its older rounds cannot be exported.
+    What clients keep to themselves is on their own machines: run this there, with --partition, once the run has ended.
     """
     with explained():
         opened, ledger = _open(run)
@@ -191,7 +195,7 @@ def export(
         from fedkrso_app.training import model
 
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} is there already and not empty; choose another folder.")
+            raise ConfigError(f"{folder} exists and is not empty; choose another folder.")
         versions = ledger.versions()
         span = _method(opened.config).entry.span
         versions = [v for v in versions if {*range(first_needed(-1, v, span), v + 1)} <= {*versions}]
@@ -204,7 +208,8 @@ def export(
             raise LedgerError(f"{asked} can be exported from {run}; the ledger leads to these rounds: {listed}.")
         round = max(at) if round is None else round
         version = at[round]
-        loaded, state = _replay(opened, ledger, version)
+        own = _personal(opened, round, partition)
+        loaded, state = _replay(opened, ledger, version, own)
         model.export(loaded, state, folder)
         card.write(opened, data.resolve(opened.config), round, folder)
     out.print(f"{folder}: version {version} of {run}", **_PLAIN)
@@ -265,12 +270,31 @@ def _open(folder: Path) -> "tuple[Run, Ledger]":
     return run, entries
 
 
-def _replay(run: "Run", entries: Ledger, to: int) -> tuple[Any, Any]:
-    """The loaded model, and its plain state at version ``to``."""
+def _personal(run: "Run", round: int, partition: int | None) -> Any:
+    """What ``partition`` kept to itself of the model of ``run``, after its newest round up to ``round``."""
+    from fedkrso_app.federation.store import NodeStore
+
+    needed = _method(run.config).reply.named("personal")
+    if not needed and partition is None:
+        return {}
+    if not needed:
+        raise ConfigError(f"--partition: clients of {run.config.strategy} keep nothing of the model to themselves.")
+    if partition is None:
+        raise ConfigError(f"clients of {run.config.strategy} keep {', '.join(needed)} to themselves: give --partition.")
+    store = NodeStore(run.info["id"])
+    own = store.released_personal(partition, before=round + 1)
+    if not own:
+        raise ConfigError(f"partition {partition} has left nothing in {store.released}: export on the node's machine.")
+    return own
+
+
+def _replay(run: "Run", entries: Ledger, to: int, own: Any = None) -> tuple[Any, Any]:
+    """The loaded model, and its plain state at version ``to`` with the personal arrays ``own``."""
     from fedkrso_app.federation.replica import first_needed
 
     loaded, steps = _steps(run, entries, range(first_needed(-1, to, _method(run.config).entry.span), to + 1))
     *_, (_, local) = steps
+    local.adopt(own or {})
     return loaded, local.plain_state()
 
 
@@ -461,7 +485,7 @@ def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
         "peak of a pass: forward and backward, gradients included; total: most at any moment. Attention is counted as "
         "written out: fused kernels keep less. On top: libraries, the allocator's reserve, packing the reply."
     )
-    yield "fedkrso.rank: bytes both ways, gradients and optimizer in proportion, but for the head; lora.rank too."
+    yield "fedkrso.rank: bytes both ways, gradients and optimizer in proportion, except for the head; lora.rank too."
     yield (
         "fedkrso.num-seeds K, fedkrso.interval J: I = local-steps / J draws a client, so K(1 - (1 - 1/K)^I) seeds up; "
         "down the same with I × clients draws. In memory an accumulator for each seed drawn, and no more."

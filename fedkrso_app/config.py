@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 
 class ConfigError(ValueError):
-    """A setting or an input that the user can mend; the message names it and says how."""
+    """A setting or an input that the user can fix; the message names it and says how."""
 
 
 class Settings:

@@ -46,7 +46,7 @@ def test_resume_with_other_settings_is_refused_by_name(run_config):
 def test_a_second_run_never_shares_a_folder(run_config):
     run = play(run_config | {"num-server-rounds": 1})
     before = digest(run)
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         play(run_config)
     assert digest(run) == before and run.status == "completed"
 

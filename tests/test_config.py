@@ -1,4 +1,4 @@
-"""The config's door: good settings get types, bad ones one sentence that names the key and the mend."""
+"""The config's door: good settings get types, bad ones one sentence that names the key and the fix."""
 
 import pytest
 from helpers import default_config

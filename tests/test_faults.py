@@ -276,7 +276,7 @@ def test_a_run_that_is_going_on_cannot_be_resumed_beside_it(run_config):
 
     def again(partition, message, reply):
         if partition == 0:
-            with pytest.raises(ConfigError, match="still going on"):
+            with pytest.raises(ConfigError, match="has not ended"):
                 Run(path).lock()
             refused.append(message.content["train"]["round"])
         return reply

@@ -17,6 +17,7 @@ import pytest
 import torch
 from flwr.app import Error, Message
 from helpers import arrays_of, play, replica
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from fedkrso_app import cli
@@ -301,6 +302,20 @@ def test_it_is_planned_to_the_byte_and_reported(settings, model_folder, tmp_path
     assert "scalars" in (tmp_path / "report.html").read_text()
     entries = json.loads(CliRunner().invoke(cli.app, ["ledger", str(run.path), "--json"]).stdout)["entries"]
     assert set(entries[-1]["norms"]) == {"scalars"} and entries[-1]["version"] == 3
+
+
+def test_the_model_of_a_partition_is_exported_with_its_own_part(settings, tmp_path):
+    run = play(settings)
+    call = lambda *options: CliRunner().invoke(cli.app, ["export", str(run.path), str(tmp_path / "out"), *options])  # noqa: E731
+    assert "keep head to themselves: give --partition" in call().output
+    assert "partition 9 has left nothing" in call("--partition", "9").output
+    assert call("--partition", "2").exit_code == 0
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    names = list(replica(run).head)
+    assert flatten(dict(exported.named_parameters())[name] for name in names).tobytes() == heads(run)[2]
+    fedit = play(settings | {"strategy": "fedit", "evaluate": "server", "run-name": "fedit"}, run_id=2)
+    answer = CliRunner().invoke(cli.app, ["export", str(fedit.path), str(tmp_path / "no"), "--partition", "0"])
+    assert "keep nothing of the model to themselves" in answer.output
 
 
 def test_a_server_that_would_judge_alone_is_refused(settings):

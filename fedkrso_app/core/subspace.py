@@ -3,8 +3,8 @@
 At B = 0 the layer y = x(W + B P)ᵀ + b is the plain linear map, and its gradient for B is ∇W·Pᵀ. It needs only
 P xᵀ (r × tokens) from the forward pass: neither the input x (tokens × n) nor ∇W (m × n) is ever kept.
 
-Two forms, equal but for rounding: :class:`SubspaceLinear` moves W itself at every step; :class:`AdapterLinear` leaves W
-alone and adds Σ_k B_k P_k beside it, for a W of few bits (bfloat16), which would round most of a step away.
+Two forms, equal except for rounding: :class:`SubspaceLinear` moves W itself at every step; :class:`AdapterLinear`
+leaves W alone and adds Σ_k B_k P_k beside it, for a W of few bits (bfloat16), which would round most of a step away.
 """
 
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ class _AdaptedLinear(torch.autograd.Function):
 class SubspaceLinear(nn.Module):
     """A linear layer that is trained along P only.
 
-    Shares its weight (as ``W``) and ``bias`` with the layer it stands for (``nn.Linear``, or transformers' ``Conv1D``,
+    Shares its weight (as ``W``) and ``bias`` with the layer it replaces (``nn.Linear``, or transformers' ``Conv1D``,
     whose weight is stored as n × m). ``B`` (m × r, at least float32) stays zero and exists to receive G_B as
     ``B.grad``.
     """
@@ -129,7 +129,7 @@ def is_conv1d(layer: nn.Module) -> bool:
 def attached(
     module: nn.Module, targets: Mapping[str, nn.Module], rank: int, form: type[SubspaceLinear] = SubspaceLinear
 ):
-    """Put a ``form`` in the place of every target (name -> layer of ``module``) and yield them by name.
+    """Replace every target by a ``form`` (name -> layer of ``module``) and yield them by name.
 
     On leaving, the original layers stand where they stood.
     """

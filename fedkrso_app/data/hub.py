@@ -105,8 +105,8 @@ def splits(text: str) -> datasets.DatasetDict:
         loaded = _folder(text) if local else _loaded(repository.parse("dataset", text))
     except Exception as error:  # the hub, HTTP and datasets libraries each raise errors of their own
         reason = repository.why(error)
-        mend = "check the name, 'name:configuration' where it has several, and the network; or put files into data-dir"
-        raise ConfigError(f"dataset = {text!r} could not be loaded ({reason}); {mend}.") from error
+        fix = "check the name, 'name:configuration' where it has several, and the network; or put files into data-dir"
+        raise ConfigError(f"dataset = {text!r} could not be loaded ({reason}); {fix}.") from error
     if "test" in loaded and _hides_labels(loaded["test"]):
         if "validation" not in loaded:
             logger.info("%s: the labels of its split 'test' are not public; it is left out.", text)

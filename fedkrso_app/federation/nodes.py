@@ -1,4 +1,4 @@
-"""Who is there: which node holds which partition, who takes part in a round, and at which version each one is."""
+"""The nodes: which of them holds which partition, takes part in a round, and is at which version."""
 
 import logging
 import time

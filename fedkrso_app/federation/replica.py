@@ -43,7 +43,7 @@ class Replica:
             self._advance(to)
         except LedgerError:
             try:
-                self._advance(to)  # another process may have put weights in the place of the entries just now
+                self._advance(to)  # another process may just have replaced the entries by weights
             except LedgerError as error:
                 if self.store:  # a node's entry that is damaged must go, so that it can be sent again; a run's never
                     self.entries.discard(self._applying)

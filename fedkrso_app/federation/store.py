@@ -51,7 +51,7 @@ class NodeStore:
 
     def stamp(self, version: int) -> str:
         """The digest of entry ``version``, from which its weights were made; "" if it is not here."""
-        for _ in range(2):  # another process may put weights in the place of the entry between two looks
+        for _ in range(2):  # another process may replace the entry by weights between two looks
             try:
                 if version in self._weights():
                     with safe_open(self._weights()[version], framework="numpy") as file:
@@ -113,9 +113,11 @@ class NodeStore:
         A message that comes twice, or a round that is done again, so begins with the same arrays. Raises LedgerError
         if the file is damaged.
         """
-        kept = self._personal(partition)
-        rounds = [round for round in kept.versions() if before is None or round < before]
-        return kept.read(rounds[-1]).arrays if rounds else {}
+        return _newest(self._personal(partition), before)
+
+    def released_personal(self, partition: int, before: int) -> Mapping[str, np.ndarray]:
+        """The same, where :meth:`clear` has left it."""
+        return _newest(Ledger(self.released / f"personal-{partition}"), before)
 
     def _personal(self, partition: int) -> Ledger:
         return Ledger(self.folder / f"personal-{partition}")
@@ -163,3 +165,9 @@ class NodeStore:
 def _private(folder: Path) -> None:
     """Make ``folder``, for its owner's eyes alone, unless it is there."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _newest(kept: Ledger, before: int | None) -> Mapping[str, np.ndarray]:
+    """The arrays after the newest round (below ``before``) in ``kept``; empty if there is none."""
+    rounds = [round for round in kept.versions() if before is None or round < before]
+    return kept.read(rounds[-1]).arrays if rounds else {}

@@ -124,7 +124,7 @@ class Ledger:
         self._path(version).unlink(missing_ok=True)
 
     def recover(self) -> None:
-        """Read all entries again. The newest is set aside, with a warning, if it is damaged: the run goes on from the
+        """Read all entries again. The newest is set aside, with a warning, if it is damaged: the run continues from the
         one before it. Raises LedgerError if an earlier one is damaged or missing."""
         versions = self.versions()
         for version, expected in zip(versions, itertools.count(versions[0] if versions else 0), strict=False):
@@ -137,7 +137,7 @@ class Ledger:
                     raise LedgerError(f"{error}; the later ones lead nowhere without it: restore the file") from None
                 path = self._path(version)
                 path.rename(path.with_suffix(".damaged"))
-                logger.warning("%s; set aside as %s.damaged, going on from the entry before it", error, path.stem)
+                logger.warning("%s; set aside as %s.damaged, continuing from the entry before it", error, path.stem)
 
     def _path(self, version: int) -> Path:
         return self.folder / f"{version:06d}.safetensors"

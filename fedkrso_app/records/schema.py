@@ -15,7 +15,7 @@ SCALES = ".scales"  # suffix of the array that holds the scales of a quantised o
 
 @dataclass(frozen=True)
 class Field:
-    """One array. A letter in ``shape`` stands for one length, the same in every array of its schema.
+    """One array. A letter in ``shape`` is one length, the same in every array of its schema.
 
     The dtypes float16, int8 and int4 are those of float32 arrays that travel quantised (:mod:`core.quantize`).
     ``every``: in how many consecutive entries it occurs at least once (methods whose arrays take turns: 2).

@@ -22,7 +22,7 @@ _NPY_HEADER_LIMIT = 1024
 
 
 class Refused(ValueError):
-    """A message that does not fit; the text says which part and why. The run goes on without it."""
+    """A message that does not fit; the text says which part and why. The run continues without it."""
 
 
 def encode(arrays: Mapping[str, np.ndarray], schema: Schema, rng: np.random.Generator) -> dict[str, np.ndarray]:

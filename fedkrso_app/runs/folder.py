@@ -68,9 +68,7 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise ConfigError(
-                f"{self.path} is being written by a run that is still going on; stop that first."
-            ) from None
+            raise ConfigError(f"{self.path} is being written by a run that has not ended; stop that first.") from None
 
     def unlock(self) -> None:
         self._lock.close()
@@ -134,7 +132,7 @@ class Run:
 
 
 def create(config: Config, model_digest: str, commits: Mapping[str, str] | None = None) -> Run:
-    """A new folder ``<output-dir>/<run-name>``; raises ConfigError if it is there already or cannot be made.
+    """A new folder ``<output-dir>/<run-name>``; raises ConfigError if it already exists or cannot be made.
 
     ``commits`` are those of what the run reads from the hub.
     """
@@ -146,7 +144,7 @@ def create(config: Config, model_digest: str, commits: Mapping[str, str] | None 
         path.mkdir(mode=0o700, parents=True)  # a ledger, a model and figures of other people's data
     except FileExistsError:
         raise ConfigError(
-            f"{path} is there already: choose another run-name, remove it, or go on with it by resume='{path}'."
+            f"{path} already exists: choose another run-name, delete it, or continue it with resume='{path}'."
         ) from None
     except OSError as error:
         raise ConfigError(f"output-dir = {config.output_dir!r}: {path} cannot be made ({error.strerror}).") from None
@@ -157,7 +155,7 @@ def create(config: Config, model_digest: str, commits: Mapping[str, str] | None 
         except PackageNotFoundError:
             libraries[library] = "not installed"
     info = {
-        "id": secrets.token_hex(8),  # names the run's files on the nodes, also when another Flower run goes on with it
+        "id": secrets.token_hex(8),  # names the run's files on the nodes, also when another Flower run continues it
         "config": config.to_dict(),
         "commits": dict(commits or {}),
         "libraries": libraries,
@@ -166,7 +164,7 @@ def create(config: Config, model_digest: str, commits: Mapping[str, str] | None 
     try:
         _write(path / "config.json", json.dumps(info, indent=2) + "\n")
     except OSError as error:
-        path.rmdir()  # or the name would be taken by a folder that no run can go on with
+        path.rmdir()  # or the name would be taken by a folder that no run can continue
         raise ConfigError(f"output-dir = {config.output_dir!r}: nothing can be written ({error.strerror}).") from None
     return Run(path)
 

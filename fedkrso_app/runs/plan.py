@@ -1,4 +1,4 @@
-"""What a run will cost before it starts: trained numbers, bytes and a client's memory, from shapes alone.
+"""What a run will cost before it starts: trained parameters, bytes and a client's memory, from shapes alone.
 
 The model is built from its config.json on torch's meta device, where a tensor has a shape and no memory, and each
 method trains it there for two steps, for its memory to be counted. Bytes follow from the schemas of the wire and from
@@ -79,7 +79,7 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
 
 
 def batch(loaded: model.LoadedModel, task: data.Task, config: Config) -> dict[str, Tensor]:
-    """A batch of full length on the default device, but for its labels, which training counts before it moves them."""
+    """A batch of full length on the default device; its labels, which training counts, are on the CPU."""
     settings: Any = loaded.module.config
     positions = getattr(settings.get_text_config(), "max_position_embeddings", config.max_length)
     longest = getattr(loaded.tokenizer, "model_max_length", positions)

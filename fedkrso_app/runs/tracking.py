@@ -38,7 +38,7 @@ def started(config: Config, run: Run, metric: str) -> Iterator[Callable[[Mapping
             action()
         except Exception as error:  # each library and its network raise errors of their own
             if tracker.name not in failing:
-                logger.warning("tracker %s failed (%s); the run goes on", tracker.name, _sentence(error))
+                logger.warning("tracker %s failed (%s); the run continues", tracker.name, _sentence(error))
             failing.add(tracker.name)
 
     with ExitStack() as stack:

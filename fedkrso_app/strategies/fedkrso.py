@@ -1,4 +1,4 @@
-"""FedKRSO (arXiv:2602.03019): K seeds a round, clients train inside their subspaces, accumulators are averaged by seed.
+"""FedKRSO (arXiv:2602.03019): K seeds per round, clients train in their subspaces, accumulators are averaged by seed.
 
     Server, round t                                  Client n
     S^t = K fresh seeds                              W^t = W^{t-1} + Σ_k B_k^t P_k^{t-1}

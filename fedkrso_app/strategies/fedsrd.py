@@ -60,7 +60,7 @@ class FedSRDSettings(Settings):
 
 
 def dare_rng(seed: int) -> np.random.Generator:
-    """The generator of a broadcast's mask; its seed travels in the place of a bitmap."""
+    """The generator of a broadcast's mask; its seed travels instead of a bitmap."""
     return np.random.Generator(philox(seed, layer_key("dare")))
 
 

@@ -108,7 +108,7 @@ def settle_padding(tokenizer: Any, module: nn.Module) -> None:
 
 
 def _refuse_strange_ids(tokenizer: Any, rows: int) -> None:
-    """Refuse ids that the model does not embed; but for special tokens that no text has and nobody adds."""
+    """Refuse ids that the model does not embed, except for special tokens that no text has and nobody adds."""
     named = {
         getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
     }
