@@ -45,6 +45,7 @@ rate = config["fedkrso.learning-rate"]
 lines = []
 for round in range(config["num-server-rounds"] + 1):
     metric = 0.5 + config["seed"] / 10 - abs(rate - plan.get("best", rate)) if round else 0.0
+    metric = plan.get("curves", {{}}).get(f"{{rate:g}}", {{}}).get(str(round), metric)
     lines.append(dict(round=round, version=round, metric=metric, eval_loss=1.0, train_loss=1.0,
         uplink_bytes=4000000 * bool(round), downlink_bytes=8000000 * bool(round), paper_bytes=16000000 * bool(round),
         clients=3, refused=1, failed=0, partitions=[0, 1, 2], seconds=2.0 + config["seed"], client_seconds=1.0,
@@ -200,6 +201,18 @@ def test_the_sweep_takes_the_best_rate_and_never_sees_the_validation_rows(flwr, 
     assert choice["best"] == 2e-3 and not choice["edge"]
     assert choice["scores"] == pytest.approx([0.4985, 0.499, 0.5, 0.498])
     assert json.loads(result.stdout)["rows"][0]["learning_rate"] == 2e-3
+
+
+def test_the_result_is_the_last_round_and_a_sweep_goes_by_the_mean_of_the_last_three(flwr, command, tmp_path):
+    """The rate with the best single round and the one with the best last round lose to the best mean."""
+    peak, last = {"1": 0.1, "2": 0.9, "3": 0.1, "4": 0.1}, {"1": 0.9, "2": 0.1, "3": 0.1, "4": 0.6}
+    steady = {"1": 0.1, "2": 0.5, "3": 0.5, "4": 0.45}
+    flwr(curves={"0.0005": peak, "0.001": last, "0.002": steady, "0.004": {"1": 0.99, "2": 0.0, "3": 0.0, "4": 0.0}})
+    result = command("--seeds", "1", "--sweep", "--json", "--partitions", "dirichlet")
+    (choice,) = json.loads((tmp_path / "out" / "sweep" / "sweep.json").read_text())
+    assert choice["best"] == 2e-3 and choice["scores"] == pytest.approx([1.1 / 3, 0.8 / 3, 1.45 / 3, 0.0])
+    assert all(config["partition"] == "dirichlet" for config in started(flwr))
+    assert json.loads(result.stdout)["rows"][0]["metric"] == 0.45
 
 
 def test_of_perplexities_the_sweep_takes_the_lowest(flwr, command, tmp_path):

@@ -449,3 +449,12 @@ def test_the_real_glue_files_load_with_their_known_sizes(name, split, rows):
     if split == "train":
         parts = data.partition(loaded, task, 10, "dirichlet", 0.5, seed=0)
         assert sum(map(len, parts)) == rows
+
+
+def test_uneven_clients_of_a_regression_share_out_fifths_of_the_scores():
+    """With a tiny alpha nearly every fifth is at one client: the rows of a client are whole fifths of the scale."""
+    rows = datasets.Dataset.from_dict({"text": ["x"] * 1000, "label": np.random.default_rng(0).permutation(1000) / 10})
+    task = data.Task("regression", ("text",), 1, "pearson", label="label")
+    shares = data.partition(rows, task, 3, "dirichlet", 1e-3, 0)
+    held = [{int(score // 20) for score in np.array(rows["label"])[share]} for share in shares]
+    assert sum(map(len, held)) <= 7 and set().union(*held) == set(range(5))

@@ -1,10 +1,12 @@
 """Projections: golden vectors, moments, and independence of anything but (seed, name, r, n)."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from fedkrso_app.core.projection import KINDS, _gaussian, layer_key, philox, probe, projection, projections
+from fedkrso_app.core.projection import KINDS, _gaussian, layer_key, philox, probe, projection, projections, stream
 
 
 def test_golden_raw_words():
@@ -86,3 +88,10 @@ def test_more_orthonormal_rows_than_columns_are_refused():
 
 def test_probe_is_constant_and_names_the_generator():
     assert probe() == probe() and probe().startswith("philox4x64-10")
+
+
+def test_streams_differ_by_every_one_of_their_labels_and_repeat():
+    labels = list(itertools.product((0, 1), ("client", "reply"), (1, 2), (0, 1)))
+    drawn = [stream(*label).random(4).tobytes() for label in labels]
+    assert len(set(drawn)) == len(labels) == 16
+    assert drawn == [stream(*label).random(4).tobytes() for label in labels]

@@ -24,6 +24,13 @@ def test_trimmed_mean_of_ten_leaves_three_out_at_either_end():
     assert mean("trimmed-mean", rows * rows)[0] == (9 + 16 + 25 + 36) / 4
 
 
+@pytest.mark.parametrize(("n", "out"), [(1, 0), (2, 0), (3, 1), (4, 1), (7, 3), (11, 4), (20, 6)])
+def test_the_trimmed_mean_leaves_out_three_tenths_rounded_up_while_any_are_left(n, out):
+    rows = np.random.default_rng(n).normal(size=(n, 5)).astype(np.float32)
+    expected = [np.mean(sorted(column)[out : n - out]) for column in rows.T.astype(np.float64)]
+    np.testing.assert_allclose(mean("trimmed-mean", rows), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["median", "trimmed-mean"])
 def test_any_order_gives_the_same_bits(kind):
     rows = np.random.default_rng(1).normal(size=(9, 50)).astype(np.float32)
