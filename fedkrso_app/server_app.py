@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedkrso_app import data
 from fedkrso_app.config import ConfigError, resolved_path
 from fedkrso_app.data import hub
+from fedkrso_app.federation import evaluation
 from fedkrso_app.federation.streaming import StreamingGrid
 from fedkrso_app.runs import folder as run
 from fedkrso_app.runs import tracking
@@ -49,6 +50,7 @@ def main(grid: Grid, context: Context) -> None:
         )
         for split in ("train", "validation") if here else ():
             data.check(task, config.data_dir, split, config.holdout, loaded.tokenizer)
+            evaluation.trial(loaded, data.load(task, config.data_dir, split, config.holdout), task, config, split)
         method = make(config, Shapes.of(loaded))
         digest = loaded.digest() if here else ""
         folder = run.resume(asked, digest) if asked.resume else run.create(asked, digest, hub.commits(config))

@@ -201,3 +201,36 @@ def test_more_clients_than_rows_fail_with_the_reason_of_the_clients(run_config, 
         for context in grid.contexts.values():
             context.node_config = {"partition-id": 0, "num-partitions": 500}
         server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))
+
+
+def failing(monkeypatch, run_config, longest: int) -> None:
+    """Have the model raise an error of its own for labelled texts of more than ``longest`` tokens."""
+    kind = type(model.load(run_config["model"], 2, 0).module)
+    forward = kind.forward
+
+    def short_alone(self, input_ids, labels=None, **rest):
+        if labels is not None and input_ids.shape[1] > longest:
+            raise IndexError(f"no position for {input_ids.shape[1]} tokens")
+        return forward(self, input_ids=input_ids, labels=labels, **rest)
+
+    monkeypatch.setattr(kind, "forward", short_alone)
+
+
+def test_what_fails_on_the_longest_rows_fails_on_the_server_before_there_is_a_folder(run_config, monkeypatch):
+    failing(monkeypatch, run_config, 9)  # the texts have five to ten tokens
+    with pytest.raises(ConfigError, match=r"fails on the longest train rows .IndexError: no position for 10 tokens"):
+        play(run_config)
+    assert not Path(run_config["output-dir"]).exists()
+
+
+def test_what_fails_on_a_nodes_longest_rows_fails_at_its_join(run_config, monkeypatch):
+    failing(monkeypatch, run_config, 9)
+    with pytest.raises(ConfigError, match=r"no node can take part: partition 0: model = .* fails on the longest train"):
+        play(run_config | {"evaluate": "clients"})
+
+
+def test_a_node_that_cannot_write_its_files_says_so_at_its_join(run_config, tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setenv("FEDKRSO_CACHE", str(tmp_path / "taken"))
+    with pytest.raises(ConfigError, match=r"cannot be written .*set FEDKRSO_CACHE to a folder"):
+        play(run_config)

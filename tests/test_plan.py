@@ -79,7 +79,7 @@ def test_real_tensors_take_what_was_planned_without_any(strategy, config, run_co
 
 
 def test_every_seed_drawn_after_the_first_adds_an_accumulator(run_config, model_folder):
-    """J = 2 of 8 steps and K = 10^4: four seeds with near certainty, so three accumulators of Q float32 more than J = 8."""
+    """J = 2 of 8 steps and K = 10^4: four seeds with near certainty, so three accumulators more than J = 8."""
     many = run_config | {"fedkrso.num-seeds": 10_000, "local-steps": 8}
     one, four = (plan.plan(many | {"fedkrso.interval": J}, ["fedkrso"], 2)["rows"][0] for J in (8, 2))
     Q = Shapes.of(model.outline(str(model_folder), 2)).outputs(2)

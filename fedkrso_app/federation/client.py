@@ -65,9 +65,10 @@ class Workplace:
         return data.partition(examples, self.task, self._partitions, scheme, c.dirichlet_alpha, c.seed)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
-    def check(self, split: str) -> None:
-        """See that the tokenizer can lay out a split's rows, once in this process."""
+    def check(self, split: str, partition: int) -> None:
+        """See that a partition's rows can be trained on, or judged by. Raises :class:`ConfigError`."""
         data.check(self.task, self.config.data_dir, split, self.config.holdout, self.model.tokenizer)
+        evaluation.trial(self.model, self.share(split, partition), self.task, self.config, split)
 
     def _load(self) -> model.LoadedModel:
         c = self.config
@@ -176,12 +177,10 @@ def join(message: Message, context: Any) -> Answer:
         answer = Answer(partition, partitions)
         NodeStore(asked.run).pin(asked.commits)
         place = workplace_of(context, asked.run)
-        place.share("train", partition)
-        place.check("train")
+        place.check("train", partition)
         if place.config.evaluate == "clients":
             try:
-                place.share("validation", partition)
-                place.check("validation")
+                place.check("validation", partition)
             except ConfigError as error:
                 raise ConfigError(f"evaluate = 'clients' reads validation rows here, and {error}") from None
         if asked.probe != probe():

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fedkrso_app.config import cache
+from fedkrso_app.config import ConfigError, cache
 from fedkrso_app.records.ledger import Entry, Ledger, LedgerError
 
 _KEEP = 25  # entries on a node's disk: about the bytes of the weights themselves (RoBERTa-base, K = 10, r = 4)
@@ -123,12 +123,23 @@ class NodeStore:
         return Ledger(self.folder / f"personal-{partition}")
 
     def pin(self, commits: Mapping[str, str]) -> None:
-        """Keep the commits of what the run reads from the hub, for the processes to come."""
-        if commits:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f"commits.{os.getpid()}.tmp"
+        """Keep the commits of what the run reads from the hub, for the processes to come.
+
+        Raises :class:`ConfigError` where nothing can be written, also if there are none to keep.
+        """
+        temporary = self.folder / f"commits.{os.getpid()}.tmp"
+        try:
+            _private(self.folder)
             temporary.write_text(json.dumps(dict(commits)))
-            os.replace(temporary, self.folder / "commits.json")
+            if commits:
+                os.replace(temporary, self.folder / "commits.json")
+            else:
+                temporary.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder} cannot be written ({error.strerror}); set FEDKRSO_CACHE to a folder that this node may "
+                "write to."
+            ) from None
 
     def commits(self) -> Mapping[str, str]:
         """What :meth:`pin` kept; nothing if the file is missing."""
@@ -156,7 +167,8 @@ class NodeStore:
         """Remove all files of this run, the personal arrays too: they belong to another history. The commits stay."""
         commits = self.commits()
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.pin(commits)
+        if commits:
+            self.pin(commits)
 
     def _weights(self) -> dict[int, Path]:
         return {int(path.stem): path for path in self.folder.glob("*.weights")}
