@@ -1,28 +1,22 @@
 """``fedkrso``: plan a run, compare methods, draw runs, export a model of any round, read and verify a ledger."""
 
 import json
-import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from fedkrso_app.config import ConfigError, names
-from fedkrso_app.records.ledger import Entry, Ledger, LedgerError
+from fedkrso_app.records.ledger import LedgerError
 
-if TYPE_CHECKING:  # imported inside the commands instead, since torch takes seconds and --help should not
-    from fedkrso_app.records.schema import Schema
-    from fedkrso_app.runs.folder import Run
+# The rest of the package is imported inside the commands, since torch takes seconds and --help should not.
 
 app = typer.Typer(
     name="fedkrso",
@@ -188,28 +182,23 @@ def export(
     What clients keep to themselves is on their own machines: run this there, with --partition, once the run has ended.
     """
     with explained():
-        opened, ledger = _open(run)
         from fedkrso_app import data
-        from fedkrso_app.federation.replica import first_needed
-        from fedkrso_app.runs import card
+        from fedkrso_app.runs import card, replay
         from fedkrso_app.training import model
+
+        opened, entries = replay.opened(run)
 
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{folder} exists and is not empty; choose another folder.")
-        versions = ledger.versions()
-        span = _method(opened.config).entry.span
-        versions = [v for v in versions if {*range(first_needed(-1, v, span), v + 1)} <= {*versions}]
-        at = {line["round"]: line["version"] for line in opened.metrics() if line["version"] in versions}
-        if versions:
-            at[ledger.read(versions[-1]).record["round"]] = versions[-1]  # its line may not have been written
+        at = replay.exportable(opened, entries)
         if not at or (round is not None and round not in at):
             listed = ", ".join(map(str, sorted(at))) or "none"
             asked = "no round" if round is None else f"round {round}"
             raise LedgerError(f"{asked} can be exported from {run}; the ledger leads to these rounds: {listed}.")
         round = max(at) if round is None else round
         version = at[round]
-        own = _personal(opened, round, partition)
-        loaded, state = _replay(opened, ledger, version, own)
+        own = replay.personal(opened, round, partition)
+        loaded, state = replay.replayed(opened, entries, version, own)
         model.export(loaded, state, folder)
         card.write(opened, data.resolve(opened.config), round, folder)
     out.print(f"{folder}: version {version} of {run}", **_PLAIN)
@@ -235,18 +224,20 @@ def ledger(
     from the base model and the ledger; exit code 1 if it is another one.
     """
     with explained():
-        opened, entries = _open(run)
-        described = list(_described(opened, entries))
+        from fedkrso_app.runs import replay
+
+        opened, entries = replay.opened(run)
+        described = list(replay.described(opened, entries))
         facts: dict[str, Any] = {"run": str(run), "status": opened.status, "entries": described}
         if layers:
-            moved = _moved(opened, entries)
+            moved = replay.moved(opened, entries)
             facts["entries"] = described = [e | {"layers": moved.get(e["version"], {})} for e in described]
         if verify:
             from fedkrso_app.training import model
 
             if not (expected := opened.digest):
                 raise LedgerError(f"{run} has no result.json with a digest to compare with: {opened.status}.")
-            facts["digest"] = model.state_digest(_replay(opened, entries, entries.version)[1])
+            facts["digest"] = model.state_digest(replay.replayed(opened, entries, entries.version)[1])
             facts["verified"] = facts["digest"] == expected
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -258,129 +249,6 @@ def ledger(
         said = "leads to the model in" if facts["verified"] else f"leads to another model ({facts['digest']}) than"
         (out if facts["verified"] and not as_json else err).print(f"The ledger {said} result.json.", **_PLAIN)
         raise typer.Exit(0 if facts["verified"] else 1)
-
-
-def _open(folder: Path) -> "tuple[Run, Ledger]":
-    from fedkrso_app.runs.folder import Run
-
-    run = Run(folder)
-    _ = run.config  # says so where the folder is no run
-    if not (entries := Ledger(run.ledger)).versions():
-        raise LedgerError(f"{folder} has no ledger, or an empty one.")
-    return run, entries
-
-
-def _personal(run: "Run", round: int, partition: int | None) -> Any:
-    """What ``partition`` kept to itself of the model of ``run``, after its newest round up to ``round``."""
-    from fedkrso_app.federation.store import NodeStore
-
-    needed = _method(run.config).reply.named("personal")
-    if not needed and partition is None:
-        return {}
-    if not needed:
-        raise ConfigError(f"--partition: clients of {run.config.strategy} keep nothing of the model to themselves.")
-    if partition is None:
-        raise ConfigError(f"clients of {run.config.strategy} keep {', '.join(needed)} to themselves: give --partition.")
-    store = NodeStore(run.info["id"])
-    own = store.released_personal(partition, before=round + 1)
-    if not own:
-        raise ConfigError(f"partition {partition} has left nothing in {store.released}: export on the node's machine.")
-    return own
-
-
-def _replay(run: "Run", entries: Ledger, to: int, own: Any = None) -> tuple[Any, Any]:
-    """The loaded model, and its plain state at version ``to`` with the personal arrays ``own``."""
-    from fedkrso_app.federation.replica import first_needed
-
-    loaded, steps = _steps(run, entries, range(first_needed(-1, to, _method(run.config).entry.span), to + 1))
-    *_, (_, local) = steps
-    local.adopt(own or {})
-    return loaded, local.plain_state()
-
-
-def _method(config: Any) -> Any:
-    """The method of a run, from its settings and the model's shapes."""
-    from fedkrso_app import data
-    from fedkrso_app.strategies import make
-    from fedkrso_app.strategies.base import Shapes
-    from fedkrso_app.training import model
-
-    return make(config, Shapes.of(model.outline(config.model, data.resolve(config).num_labels)))
-
-
-def _steps(run: "Run", entries: Ledger, versions: Sequence[int]) -> tuple[Any, Iterator[tuple[int, Any]]]:
-    """The loaded model, and each of ``versions`` with the half that has brought the model there."""
-    from fedkrso_app import data
-    from fedkrso_app.federation.replica import NeedSync, Replica
-    from fedkrso_app.strategies import make
-    from fedkrso_app.strategies.base import Shapes
-    from fedkrso_app.training import model, threads
-
-    config = run.config
-    threads.hold(config.torch_threads)
-    task = data.resolve(config)
-    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=config.weights_device)
-    if run.info["model_digest"] not in ("", loaded.digest()):
-        raise ConfigError(f"model = {config.model!r} has other weights than when {run.path} was made.")
-    method = make(config, Shapes.of(loaded))
-    local = method.local(loaded)
-    replica = Replica(local, entries, method.entry.span)
-
-    def steps() -> Iterator[tuple[int, Any]]:
-        try:
-            for version in track(versions, "Replaying", console=err, transient=True):
-                replica.advance(version)
-                yield version, local
-        except NeedSync as error:
-            raise LedgerError(str(error)) from None
-
-    return loaded, steps()
-
-
-def _moved(run: "Run", entries: Ledger) -> dict[int, dict[str, float]]:
-    """Of every entry whose predecessor is there: target layer, or ``head`` -> Frobenius norm of what it moved."""
-    loaded, steps = _steps(run, entries, entries.versions())
-    parts = {name: [f"{name}.weight"] for name in loaded.targets} | ({"head": list(loaded.head)} if loaded.head else {})
-    moved: dict[int, dict[str, float]] = {}
-    last, before = -1, dict[str, Any]()
-    for version, local in steps:
-        state = local.plain_state()
-        now = {key: state[key].clone() for keys in parts.values() for key in keys}  # the state moves on in place
-        if before and last == version - 1:
-            squares = {key: float((now[key].double() - before[key].double()).square().sum()) for key in now}
-            moved[version] = {name: math.sqrt(sum(squares[key] for key in keys)) for name, keys in parts.items()}
-        last, before = version, now
-    return moved
-
-
-def _described(run: "Run", entries: Ledger) -> Iterator[dict[str, Any]]:
-    """What every entry on disk says, as JSON would have it."""
-    from fedkrso_app.records import wire
-
-    schema, before = _method(run.config).entry, None
-    for version in entries.versions():
-        entry = entries.read(version)
-        entry = replace(entry, arrays=wire.decode(entry.arrays))
-        yield {
-            "version": version,
-            **{key: value for key, value in entry.record.items() if key != "version"},
-            "arrays": {name: list(value.shape) for name, value in entry.arrays.items()},
-            "disk_bytes": (entries.folder / f"{version:06d}.safetensors").stat().st_size,
-            "norms": _norms(entry, before, schema),
-        }
-        before = entry
-
-
-def _norms(entry: Entry, before: Entry | None, schema: "Schema") -> dict[str, float]:
-    """L2 norms of an entry's updates, and of the changes of its states since the entry ``before``."""
-    norms = {}
-    earlier = before.arrays if before is not None and before.version == entry.version - 1 else {}
-    for name, value in entry.arrays.items():
-        if schema.fields[name].role == "update":
-            norms[name] = float(np.linalg.norm(value.astype(np.float64)))
-        elif schema.fields[name].role == "state" and name in earlier:
-            norms[name] = float(np.linalg.norm(value.astype(np.float64) - earlier[name]))
-    return norms
 
 
 def _entries_table(facts: Mapping[str, Any]) -> Table:
