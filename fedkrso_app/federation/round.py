@@ -67,9 +67,9 @@ class Round(Strategy):
     def summary(self) -> None:
         c, shapes = self.config, self.method.shapes
         logger.info(
-            "%s on %s, model %s: %d target layers with %d weights, head of %d; %g of the nodes per round, %d steps",
+            "%s on %s, model %s: %d target layers with %d weights, head of %d; %g %% of the nodes per round, %d steps",
             c.strategy, c.task, c.model, len(shapes.targets), sum(m * n for m, n in shapes.targets.values()),
-            shapes.head, c.fraction_train, c.local_steps,
+            shapes.head, 100 * c.fraction_train, c.local_steps,
         )  # fmt: skip
 
     def configure_train(
