@@ -278,6 +278,7 @@ def test_the_process_engine_survives_ctrl_c_and_a_failed_run_and_gives_the_bits_
     run_config, tmp_path, monkeypatch
 ):
     file, out = tmp_path / "settings.toml", tmp_path / "out"
+    run_config |= {"num-server-rounds": 24}  # so that it is under way for seconds, and is looked at twice in one
     file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in run_config.items()))
     options = ["compare", "--engine", "process", "--clients", "3", "--config", str(file), "--output", str(out)]
     options += ["--strategies", "fedkrso,fedfft", "--seeds", "0", "--set", "fedkrso.rank=999"]  # no layer has that
