@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def replayed(
     return loaded, local.plain_state()
 
 
+@lru_cache(maxsize=1)  # an export asks three times, and a large model takes a while to outline
 def method_of(config: Config) -> Method:
     """The method of a run, from its settings and the model's shapes."""
     return make(config, Shapes.of(model.outline(config.model, data.resolve(config).num_labels)))
