@@ -217,7 +217,7 @@ def _play(config: Settings, clients: int, engine: Engine) -> Generator[None]:
         run.set_status("running")  # so that an old failure is not taken for a new one
         config = config | {"resume": str(run.path)}
     file.write_text("".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items()))
-    yield from engines.play(engine, file, clients, log)
+    yield from engines.play(engine, file, clients, int(config["clients-per-node"]), log)
 
 
 def _why(config: Settings) -> str:
