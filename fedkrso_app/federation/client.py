@@ -28,6 +28,7 @@ from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.ledger import Entry
 from fedkrso_app.records.protocol import TALLY, Answer, Figures, Instructions, Question, Status
 from fedkrso_app.records.schema import Field, Schema
+from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Arrays, Shapes
 from fedkrso_app.training import loop, model, threads
@@ -285,7 +286,7 @@ def up_to_date(
     held, place = identity(context.node_config, context.run_config)[0], workplace_of(context, instructions.run)
     partitions = instructions.partitions or held
     if strangers := set(partitions) - set(held):
-        raise ConfigError(f"this node does not hold partition {min(strangers)}.")
+        raise Refused(f"this node does not hold partition {min(strangers)}")
     if instructions.afresh and place.store.version >= 0:  # the server has found that these files are not its run's
         place.forget()
         place = workplace_of(context, instructions.run)
