@@ -9,15 +9,18 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.projection import probe, stream
+from fedkrso_app.core.stacked import Group, Unstackable
 from fedkrso_app.data import hub
 from fedkrso_app.federation import evaluation
 from fedkrso_app.federation.discretion import told
@@ -31,8 +34,8 @@ from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Arrays, Shapes
-from fedkrso_app.training import loop, model, threads
-from fedkrso_app.training.device import device, peak_bytes, reset_peak
+from fedkrso_app.training import loop, model, threads, together
+from fedkrso_app.training.device import device, peak_bytes, release, reset_peak
 
 logger = logging.getLogger("flwr")
 
@@ -57,6 +60,7 @@ class Workplace:
         self.model = self._load()
         self.method = make(config, Shapes.of(self.model))
         self.transforms = transforms(self.method)
+        self.at_once = int(config.batch_clients) if config.batch_clients != "auto" else 2**31
         span = self.method.entry.span
         self.store = NodeStore(run, keep=span + 1) if span else NodeStore(run)
 
@@ -127,8 +131,23 @@ class Workplace:
             self.replica.version = -1
 
     def train(self, partitions: Sequence[int], instructions: Instructions) -> Iterator[Reply]:
-        """Train on the partitions' shares; each reply has an update."""
-        return _one_by_one(partitions, lambda partition: self._train(partition, instructions))
+        """Train on the partitions' shares, as many in one pass as ``batch-clients`` says; each reply has an update."""
+        rest = list(partitions)
+        while len(rest) > 1 and self.at_once > 1:
+            some = rest[: self.at_once]
+            try:
+                replies = self._train_together(some, instructions)
+            except Unstackable as reason:
+                logger.info("Clients train one after another: %s", reason)
+                self.at_once = 1
+            except (torch.OutOfMemoryError, MemoryError):
+                self.at_once = len(some) // 2
+                logger.warning("%d clients do not fit into memory: %d at once from now on", len(some), self.at_once)
+                release(device(self.config.device))
+            else:
+                yield from replies
+                rest = rest[len(some) :]
+        yield from _one_by_one(rest, lambda partition: self._train(partition, instructions))
 
     def _train(self, partition: int, instructions: Instructions) -> RecordDict:
         examples, c, started = self.share("train", partition), self.config, time.monotonic()
@@ -144,6 +163,41 @@ class Workplace:
                 arrays = session.update()
         seconds = time.monotonic() - started
         return self._trained(partition, instructions, arrays, start, loss, seconds, peak_bytes(used))
+
+    def _train_together(self, partitions: Sequence[int], instructions: Instructions) -> list[Reply]:
+        c, started, group = self.config, time.monotonic(), Group(len(partitions))
+        rngs = [stream(c.seed, "client", instructions.round, partition) for partition in partitions]
+        reading = self.model.tokenizer, c.batch_size, c.max_length
+        batches = [
+            data.batches(self.share("train", partition), self.task, *reading, rng)
+            for partition, rng in zip(partitions, rngs, strict=True)
+        ]
+        used = device(c.device)
+        reset_peak(used)
+        start = self.replica.local.state() if self.transforms else {}
+        updates: list[dict[str, np.ndarray] | Exception] = []
+        with self.replica.lend() as local, local.stacked(group) as (halves, stacks), ExitStack() as sessions:
+            of_each = []
+            for partition, half, rng in zip(partitions, halves, rngs, strict=True):
+                half.adopt(self.store.personal(partition, before=instructions.round))
+                of_each.append(sessions.enter_context(half.session(instructions.method, rng)))
+            padding = data.padding(self.task, self.model.tokenizer)
+            losses = together.train(local.module, batches, of_each, group, stacks, c, rngs, padding)
+            for own, session in zip(losses, of_each, strict=True):
+                try:
+                    loop.mean_loss(own, c)
+                    updates.append(session.update())
+                except Exception as error:
+                    updates.append(error)
+        seconds, peak = (time.monotonic() - started) / len(partitions), peak_bytes(used)
+        replies: list[Reply] = []
+        for partition, update, own in zip(partitions, updates, losses, strict=True):
+            if isinstance(update, Exception):
+                replies.append((partition, update))
+                continue
+            loss = float(own.double().mean())
+            replies.append((partition, self._trained(partition, instructions, update, start, loss, seconds, peak)))
+        return replies
 
     def _trained(
         self,

@@ -2,10 +2,10 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from fedkrso_app.config import Config, ConfigError, Settings, need, need_positive
 from fedkrso_app.core import lora
 from fedkrso_app.core.flat import unflatten
+from fedkrso_app.core.stacked import Group, Stack, StackedLora, Unstackable, replaced, stacked_linears
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.training.loop import Session
 from fedkrso_app.training.model import LoadedModel
 
 Arrays = Mapping[str, np.ndarray]
+L = TypeVar("L", bound="Local")
 
 # ``wire-dtype`` -> the dtype of a head, and that of other states in a ledger entry, which every round rounds anew.
 _HEAD = {"float32": "float32", "float16": "float16", "int8": "int8", "int4": "int8"}
@@ -105,6 +107,16 @@ class Local(ABC):
         """The tensors that a session changes."""
         return self.shared() + [tensor for tensors in self.personal().values() for tensor in tensors]
 
+    @contextmanager
+    def stacked(self, group: Group) -> Iterator[tuple[list["Local"], list[Stack]]]:
+        """Inside, the module computes the rows of a whole ``group`` of clients in one pass. Yields a half for each
+        client, whose session trains slices of the stacks that come with them.
+
+        Raises :class:`Unstackable` where clients have nothing in common that could be computed once, as here.
+        """
+        raise Unstackable("each of its clients trains the whole model")
+        yield
+
     def in_bfloat16(self, device: torch.device) -> "Local":
         """A copy to compute with on ``device``: bfloat16, but float32 where an optimizer works."""
         copied = copy.deepcopy(self)
@@ -154,6 +166,34 @@ class LoraLocal(Local):
 
     def plain_state(self) -> dict[str, Tensor]:
         return lora.merged_state(self.module, self.layers)
+
+    @contextmanager
+    def stacked(self, group: Group) -> Iterator[tuple[list[Local], list[Stack]]]:
+        layers, heads = stacked_linears(self.module, list(self.head), group)
+        stacks = {id(self.head[name]): stack for name, stack in heads.items()}
+        for name, layer in self.layers.items():
+            A, B = lora.factors(layer)
+            stacks |= {id(factor): Stack(factor, group.clients) for factor in (A, B)}
+            both = stacks[id(A)].whole, stacks[id(B)].whole
+            layers[name] = StackedLora(layer.get_base_layer(), *both, lora.scaling(layer), group)
+        with replaced(self.module, layers):
+            yield [sliced(self, stacks, client) for client in range(group.clients)], list(stacks.values())
+
+
+def sliced(local: L, stacks: Mapping[int, Stack], client: int) -> L:
+    """``local`` for one client of a pass: the same, with slices in the place of the parameters that ``stacks`` (by the
+    id of the parameter) were made of."""
+
+    def swapped(value: Any) -> Any:
+        if isinstance(value, nn.Parameter) and id(value) in stacks:
+            return stacks[id(value)].slices[client]
+        if isinstance(value, dict):
+            return {key: swapped(item) for key, item in value.items()}
+        return type(value)(map(swapped, value)) if type(value) in (list, tuple) else value
+
+    own = copy.copy(local)
+    vars(own).update({name: swapped(value) for name, value in vars(local).items()})
+    return own
 
 
 class Method(ABC):
