@@ -12,7 +12,6 @@ from fedkrso_app.records.protocol import Answer, Instructions
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.runs.folder import Run
 
-ONE_BY_ONE = {"batch-clients": "1"}
 COUNTED = (
     "uplink_bytes",
     "downlink_bytes",
@@ -32,14 +31,14 @@ def figures(run: Run) -> list[dict]:
 @pytest.mark.parametrize("strategy", ["fedkrso", "fedit", "fedsrd"])
 def test_how_many_clients_a_node_holds_changes_neither_bits_nor_bytes(run_config, strategy):
     """Partial participation too: a node is caught up for all of its clients, each is metered by itself."""
-    settings = run_config | ONE_BY_ONE | {"strategy": strategy, "fraction-train": 0.5, "num-server-rounds": 5}
+    settings = run_config | {"strategy": strategy, "fraction-train": 0.5, "num-server-rounds": 5}
     runs = [play(settings | {"run-name": f"by {each}", "clients-per-node": each}, run_id=each) for each in (1, 2, 4)]
     assert len({digest(run) for run in runs}) == 1 and replayed(runs[2]) == digest(runs[0])
     assert figures(runs[0]) == figures(runs[1]) == figures(runs[2])
 
 
 def test_clients_of_one_node_judge_and_are_told_apart(run_config):
-    settings = run_config | ONE_BY_ONE | {"evaluate": "clients", "client-metrics": True}
+    settings = run_config | {"evaluate": "clients", "client-metrics": True}
     runs = [play(settings | {"run-name": f"by {each}", "clients-per-node": each}, run_id=each) for each in (1, 4)]
     assert figures(runs[0]) == figures(runs[1])
     own = ("metric", "eval_loss", "train_loss", "uplink_bytes")
@@ -59,7 +58,7 @@ def test_a_client_that_fails_costs_its_node_no_other_reply(run_config, monkeypat
         return train(self, partition, instructions)
 
     monkeypatch.setattr(client.Workplace, "_train", failing)
-    run = play(run_config | ONE_BY_ONE | {"clients-per-node": 4, "num-server-rounds": 1})
+    run = play(run_config | {"clients-per-node": 4, "num-server-rounds": 1})
     assert run.metrics()[-1]["partitions"] == [0, 1, 3] and run.metrics()[-1]["failed"] == 1
     assert "partition 2 failed: its rows are on strike" in caplog.text
 
@@ -142,7 +141,7 @@ def test_each_partition_of_a_node_with_files_of_its_own_trains_on_its_own(run_co
         seen.update({name: record["num-examples"] for name, record in reply.content.metric_records.items()})
         return reply
 
-    run = play(run_config | ONE_BY_ONE | {"num-server-rounds": 1}, nodes=1, prepare=mine, tamper=look)
+    run = play(run_config | {"num-server-rounds": 1}, nodes=1, prepare=mine, tamper=look)
     assert seen == {"metrics-0": 20, "metrics-1": 30} and run.metrics()[-1]["clients"] == 2
 
 

@@ -17,6 +17,7 @@ from fedkrso_app.strategies.base import Local, Shapes
 from fedkrso_app.training import loop, model, together
 
 BATCHING = [name for name, method in STRATEGIES.items() if method.half.stacked is not Local.stacked]
+IN_ONE = {"batch-clients": "9"}
 CLIENTS, STEPS = 3, 5
 SIZES = [(4, 7), (2, 9), (4, 5)]  # rows and tokens of each client's batches
 
@@ -167,7 +168,7 @@ def test_a_client_whose_loss_is_not_finite_is_told_apart_in_a_run(run_config, ca
         return losses_of(logits, labels, weights, clients) * torch.tensor([1.0, 1.0, float("nan"), 1.0])
 
     monkeypatch.setattr(together, "client_losses", broken)
-    run = play(run_config | {"clients-per-node": 4, "num-server-rounds": 1})
+    run = play(run_config | {"clients-per-node": 4, "num-server-rounds": 1} | IN_ONE)
     assert run.metrics()[-1]["partitions"] == [0, 1, 3]
     assert "partition 2 failed: the loss is nan at step 1: lower fedkrso's learning-rate" in caplog.text
     assert replayed(run) == digest(run)
@@ -176,7 +177,7 @@ def test_a_client_whose_loss_is_not_finite_is_told_apart_in_a_run(run_config, ca
 @pytest.mark.parametrize("strategy", ["fedkrso", "fedit"])
 def test_the_same_passes_give_the_same_bits(strategy, run_config):
     """Simulation and devices, resumed or not, whoever stands first: what counts is who shares a pass."""
-    settings = run_config | {"strategy": strategy, "clients-per-node": 2, "num-server-rounds": 2}
+    settings = run_config | IN_ONE | {"strategy": strategy, "clients-per-node": 2, "num-server-rounds": 2}
     whole = play(settings)
     devices = play(settings | {"run-name": "devices"}, devices=True, run_id=2, order=lambda replies: replies[::-1])
     half = play(settings | {"run-name": "half", "num-server-rounds": 1}, run_id=3)
@@ -193,7 +194,7 @@ def test_batch_clients_says_how_many_share_a_pass(run_config, monkeypatch):
 
     monkeypatch.setattr(together, "train", counted)
     settings = run_config | {"num-server-rounds": 1, "clients-per-node": 5}
-    for run_id, (batch, expected) in enumerate({"auto": [5], "3": [3, 2], "2": [2, 2], "1": [], "9": [5]}.items()):
+    for run_id, (batch, expected) in enumerate({"auto": [], "3": [3, 2], "2": [2, 2], "9": [5]}.items()):
         sizes.clear()
         run = play(settings | {"batch-clients": batch, "run-name": batch}, nodes=5, run_id=run_id + 1)
         assert sizes == expected and run.metrics()[-1]["clients"] == 5
@@ -208,17 +209,17 @@ def test_a_pass_that_does_not_fit_into_memory_is_halved(run_config, monkeypatch,
         return train(module, batches, *args)
 
     monkeypatch.setattr(together, "train", scarce)
-    run = play(run_config | {"num-server-rounds": 1, "clients-per-node": 5}, nodes=5)
+    settings = run_config | {"num-server-rounds": 1, "clients-per-node": 5}
+    run = play(settings | IN_ONE, nodes=5)
     assert "5 clients do not fit into memory: 2 at once from now on" in caplog.text
     monkeypatch.setattr(together, "train", train)
-    twos = play(run_config | {"num-server-rounds": 1, "clients-per-node": 5, "batch-clients": "2", "run-name": "twos"},
-                nodes=5, run_id=2)  # fmt: skip
+    twos = play(settings | {"batch-clients": "2", "run-name": "twos"}, nodes=5, run_id=2)
     assert digest(run) == digest(twos)
 
 
 def test_methods_whose_clients_train_everything_take_turns(run_config, caplog):
     settings = run_config | {"strategy": "fedfft", "num-server-rounds": 2}
-    turns = play(settings | {"clients-per-node": 4})
+    turns = play(settings | IN_ONE | {"clients-per-node": 4})
     assert caplog.text.count("Clients train one after another: each of its clients trains the whole model") == 1
     assert digest(turns) == digest(play(settings | {"run-name": "alone"}, run_id=2))
 
