@@ -78,7 +78,7 @@ class Plan:
         pairs = [{"partition": partition, "strategy": strategy} for partition in partitions for strategy in strategies]
         self.pairs = [parse(base | pair).to_dict() for pair in pairs]
         self.runs = [self._job(pair, f"seed{seed}", seed=seed) for pair in self.pairs for seed in seeds]
-        self.metric = data.task(base["task"]).metric
+        self.metric = data.metric(base)
         file = self.output / "clients"
         now = f"{clients}" + (f" --engine {engine}" if engine != "flower" else "")  # times and memory differ
         before = file.read_text().strip() if file.is_file() else now
@@ -159,7 +159,7 @@ def choose(tried: Sequence[Settings]) -> list[dict[str, Any]]:
     for (strategy, partition), group in _by_pair(tried).items():
         rates, scores = [rate_of(config) for config in group], [_score(_run(config)) for config in group]
         ranked = [(score, rate) for score, rate in zip(scores, rates, strict=True) if score is not None]
-        metric = data.task(group[0]["task"]).metric
+        metric = data.metric(group[0])
         top = metrics.best(metric, (score for score, _ in ranked)) if ranked else None
         best = max((rate for score, rate in ranked if score == top), default=None)
         choice = {"strategy": strategy, "partition": partition, "rates": rates, "scores": scores, "best": best}
@@ -256,7 +256,7 @@ def _rounds(config: Settings) -> int:
 def _last(config: Settings) -> str:
     """The newest round of a run in one line."""
     figures = _run(config).metrics()[-1:]
-    return line(figures[0], parse(config), data.task(config["task"]).metric) if figures else "starting"
+    return line(figures[0], parse(config), data.metric(config)) if figures else "starting"
 
 
 def _score(run: Run) -> float | None:
