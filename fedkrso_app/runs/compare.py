@@ -18,9 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.text import Text
 
 from fedkrso_app import data
-from fedkrso_app.config import Config, ConfigError, flatten, resolved_path
-from fedkrso_app.data import hub
-from fedkrso_app.runs import engines
+from fedkrso_app.config import ConfigError, flatten, resolved_path
+from fedkrso_app.runs import engines, pins
 from fedkrso_app.runs.engines import APP, Engine
 from fedkrso_app.runs.folder import ASIDE, Run
 from fedkrso_app.runs.results import mean_sd, measures
@@ -30,7 +29,6 @@ from fedkrso_app.training import metrics
 
 Settings = dict[str, Any]  # a flat run config with every key
 
-_ON_THE_HUB = ("model", "model-revision", "task", "data-dir", "dataset", "dataset-revision")
 HOLDOUT, FACTOR, LAST = 0.2, 2.0, 3  # of a sweep: share of the training rows, step of the grid, rounds in the score
 
 
@@ -78,7 +76,7 @@ class Plan:
         self.seeds, self.output = seeds, output.expanduser().resolve()
         self.clients, self.engine = clients, engine
         pairs = [{"partition": partition, "strategy": strategy} for partition in partitions for strategy in strategies]
-        self.base = base = self._pinned(base, parse(base | pairs[0]))
+        self.base = base = base | pins.hold(parse(base | pairs[0]), self.output / "commits.json")
         self.pairs = [parse(base | pair).to_dict() for pair in pairs]
         self.runs = [self._job(pair, f"seed{seed}", seed=seed) for pair in self.pairs for seed in seeds]
         self.metric = data.metric(base)
@@ -89,17 +87,6 @@ class Plan:
             raise ConfigError(f"{output} was made with --clients {before}, not {now}; choose another --output.")
         self.output.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{now}\n")
-        self._commits.write_text(json.dumps(self._pins, indent=2) + "\n")
-
-    def _pinned(self, base: Settings, config: Config) -> Settings:
-        """``base`` with what it reads from the hub at one commit for all runs, also those of a later call."""
-        self._commits = self.output / "commits.json"
-        self._pins = json.loads(self._commits.read_text()) if self._commits.is_file() else {}
-        asked = {key: base[key] for key in _ON_THE_HUB}
-        known = self._pins.get("asked") == asked
-        config = hub.at(config, self._pins["commits"]) if known else hub.pinned(config)
-        self._pins = {"asked": asked, "commits": hub.commits(config)}
-        return base | {key: config.to_dict()[key] for key in _ON_THE_HUB}
 
     def sweep(self, count: int, console: Console) -> list[dict[str, Any]]:
         """Try ``count`` learning rates for every pair; returns what :func:`choose` does, and writes sweep.json."""
