@@ -45,6 +45,7 @@ class Config:
     text_columns: str
     label_column: str
     labels: str
+    metric: str
     bad_rows: str
     partition: str
     partition_column: str

@@ -1,5 +1,6 @@
 """What tests share: the default settings, whole runs in this process, and what can be asked of a run afterwards."""
 
+import copy
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from flwr.app import Message
 
 from fedkrso_app import client_app, data, server_app
@@ -72,8 +74,29 @@ def play(run_config: dict, nodes: int = 4, prepare: Callable[[Grid], None] = lam
     client.workplace.cache_clear()
     grid = Grid(run_config, nodes, **options)
     prepare(grid)
-    local.play(server_app.app, grid, run_config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "load", _once(model.load))
+        local.play(server_app.app, grid, run_config)
     return Run(resolved_path(run_config["output-dir"]) / run_config["run-name"])
+
+
+_LOADED: dict[str, model.LoadedModel] = {}
+
+
+def _once(load: Callable[..., model.LoadedModel]) -> Callable[..., model.LoadedModel]:
+    """``load``, but a copy of what it gave before where neither its arguments nor the folder's files have changed."""
+
+    def loaded(name: str, *args, **kwargs) -> model.LoadedModel:
+        folder = Path(name)
+        if not folder.is_dir():
+            return load(name, *args, **kwargs)
+        files = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in folder.iterdir())
+        key = repr((load, name, args, kwargs, files))
+        if key not in _LOADED:
+            _LOADED[key] = load(name, *args, **kwargs)
+        return copy.deepcopy(_LOADED[key])
+
+    return loaded
 
 
 def digest(run: Run) -> str:

@@ -17,6 +17,7 @@ from fedkrso_app.config import ConfigError
 from fedkrso_app.data import files, repository
 from fedkrso_app.data import hub as reading
 from fedkrso_app.federation import client
+from fedkrso_app.runs import compare
 from fedkrso_app.strategies import parse
 from fedkrso_app.training import model
 
@@ -220,6 +221,28 @@ def test_a_node_whose_rows_would_be_of_another_commit_is_refused(hub, run_config
 
     with pytest.raises(ConfigError, match=r"no node can take part: .*org/news@\w{40}' could not be loaded"):
         play(run_config | asked, nodes=2, prepare=move_on)
+
+
+def test_a_comparison_reads_one_commit_in_all_its_runs_also_those_of_a_later_call(hub, tmp_path):
+    def plan(seeds, **keys):
+        fresh()
+        base = default_config() | {"model": "org/tiny", "task": "text-classification", "dataset": "org/news"} | keys
+        return compare.Plan(base, ["fedkrso", "fedit"], ["iid"], seeds, tmp_path / "out", 2, "process").runs
+
+    model, rows = hub.commit("models", "org/tiny"), hub.commit("datasets", "org/news")
+    first = plan([0])
+    write_news(hub.folder("datasets", "org/news"), "newer")
+    torch.manual_seed(1)
+    folder = hub.folder("models", "org/tiny")
+    RobertaForMaskedLM(RobertaForMaskedLM.from_pretrained(folder).config).save_pretrained(folder)
+    assert (model, rows) != (hub.commit("models", "org/tiny"), hub.commit("datasets", "org/news"))
+    for run in (*first, *plan([0, 1])):
+        assert (run["model"], run["dataset"]) == (f"org/tiny@{model}", f"org/news@{rows}")
+        assert parse(run).model_revision == model
+    assert {run["model"] for run in plan([0], model="embedded")} == {"embedded"}  # what was asked for has changed
+    assert {run["dataset"] for run in plan([0], dataset="org/news@main")} == {
+        f"org/news@{hub.commit('datasets', 'org/news')}"
+    }
 
 
 def test_a_resumed_run_reads_the_commits_that_it_began_with(hub, run_config, tmp_path):

@@ -54,6 +54,29 @@ def jsonl(*rows):
 
 TWENTY = [f"text {i},{'neg' if i % 2 else 'pos'}" for i in range(20)]
 
+# --- metrics ---
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "choices"),
+    [
+        ("glue/mrpc", "pearson", "accuracy or f1 or matthews"),
+        ("regression", "f1", "pearson"),
+        ("causal-lm", "accuracy", "perplexity or exact-match"),
+    ],
+)
+def test_a_metric_that_a_task_does_not_have_is_refused_with_those_that_it_has(read, task, metric, choices):
+    with pytest.raises(ConfigError, match=f"metric = '{metric}' does not go with task = '{task}': set it to {choices}"):
+        read(task, "a,b\n", metric=metric)
+
+
+@pytest.mark.parametrize(("labels", "positive"), [("", "'pos', the second"), ("pos,neg", "'neg', the second")])
+def test_the_log_names_the_class_that_f1_is_of(read, labels, positive, caplog):
+    with caplog.at_level("INFO", "flwr"):
+        found, *_ = read("text-classification", table(*TWENTY), metric="f1", labels=labels)
+    assert found.metric == "f1" and f"f1 is that of class {positive}" in caplog.text
+
+
 # --- columns ---
 
 

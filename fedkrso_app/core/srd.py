@@ -69,8 +69,8 @@ def compensate_l1(delta: Tensor, pruned: Tensor) -> Tensor:
 
     Both have one shape and dtype, and so has the result: ``pruned`` itself if less than 1e-9 is left of it.
     """
-    left = pruned.double().abs().sum().item()
-    return pruned if left < 1e-9 else pruned * (delta.double().abs().sum().item() / left)
+    left, whole = (values.cpu().double().abs().sum().item() for values in (pruned, delta))  # mps has no float64
+    return pruned if left < 1e-9 else pruned * (whole / left)
 
 
 def truncated_svd(Bs: Sequence[Tensor], As: Sequence[Tensor], p: Sequence[float], r: int) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ def _real(x: Tensor) -> Tensor:
 
 
 def _flat(scores: Tensor) -> NDArray[np.float64]:
-    x = scores.detach().double().flatten().cpu().numpy()
+    x = scores.detach().flatten().cpu().double().numpy()
     if not x.size or not np.isfinite(x).all():
         raise ValueError("importance scores must be finite, and at least one")
     return x

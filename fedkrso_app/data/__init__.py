@@ -3,6 +3,17 @@
 from fedkrso_app.data.batching import batches, evaluation_batches, padding
 from fedkrso_app.data.loading import check, load, resolve
 from fedkrso_app.data.partitions import partition
-from fedkrso_app.data.tasks import Task, task
+from fedkrso_app.data.tasks import Task, metric, task
 
-__all__ = ["Task", "batches", "check", "evaluation_batches", "load", "padding", "partition", "resolve", "task"]
+__all__ = [
+    "Task",
+    "batches",
+    "check",
+    "evaluation_batches",
+    "load",
+    "metric",
+    "padding",
+    "partition",
+    "resolve",
+    "task",
+]

@@ -38,6 +38,15 @@ def resolve(config: Config, look: bool = True) -> Task:
     this process sees, unless ``labels`` names them. A process that has no data does not ``look``; its task has no
     columns. Raises :class:`ConfigError` where something cannot be known.
     """
+    task = _resolved(config, look)
+    if task.metric == "f1":
+        positive = repr(task.classes[1]) if task.classes else "1"
+        many = f"the unweighted mean over {task.num_labels} classes"
+        logger.info("f1 is %s", many if task.num_labels > 2 else f"that of class {positive}, the second")
+    return task
+
+
+def _resolved(config: Config, look: bool) -> Task:
     found = declared(config)
     if not found.own:
         return found

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from fedkrso_app import data
 from fedkrso_app.config import ConfigError, flatten, resolved_path
-from fedkrso_app.runs import engines
+from fedkrso_app.runs import engines, pins
 from fedkrso_app.runs.engines import APP, Engine
 from fedkrso_app.runs.folder import ASIDE, Run
 from fedkrso_app.runs.results import mean_sd, measures
@@ -73,12 +73,13 @@ class Plan:
         if not (strategies and partitions and seeds) or base["evaluate"] != "server":
             raise ConfigError("a comparison needs a method, a partition and a seed at least, and evaluate = 'server'.")
         engines.check(engine)
-        self.base, self.seeds, self.output = base, seeds, output.expanduser().resolve()
+        self.seeds, self.output = seeds, output.expanduser().resolve()
         self.clients, self.engine = clients, engine
         pairs = [{"partition": partition, "strategy": strategy} for partition in partitions for strategy in strategies]
+        self.base = base = base | pins.hold(parse(base | pairs[0]), self.output / "commits.json")
         self.pairs = [parse(base | pair).to_dict() for pair in pairs]
         self.runs = [self._job(pair, f"seed{seed}", seed=seed) for pair in self.pairs for seed in seeds]
-        self.metric = data.task(base["task"]).metric
+        self.metric = data.metric(base)
         file = self.output / "clients"
         now = f"{clients}" + (f" --engine {engine}" if engine != "flower" else "")  # times and memory differ
         before = file.read_text().strip() if file.is_file() else now
@@ -159,7 +160,7 @@ def choose(tried: Sequence[Settings]) -> list[dict[str, Any]]:
     for (strategy, partition), group in _by_pair(tried).items():
         rates, scores = [rate_of(config) for config in group], [_score(_run(config)) for config in group]
         ranked = [(score, rate) for score, rate in zip(scores, rates, strict=True) if score is not None]
-        metric = data.task(group[0]["task"]).metric
+        metric = data.metric(group[0])
         top = metrics.best(metric, (score for score, _ in ranked)) if ranked else None
         best = max((rate for score, rate in ranked if score == top), default=None)
         choice = {"strategy": strategy, "partition": partition, "rates": rates, "scores": scores, "best": best}
@@ -256,7 +257,7 @@ def _rounds(config: Settings) -> int:
 def _last(config: Settings) -> str:
     """The newest round of a run in one line."""
     figures = _run(config).metrics()[-1:]
-    return line(figures[0], parse(config), data.task(config["task"]).metric) if figures else "starting"
+    return line(figures[0], parse(config), data.metric(config)) if figures else "starting"
 
 
 def _score(run: Run) -> float | None:

@@ -6,7 +6,6 @@ from typing import Any
 
 from jinja2 import Template
 
-from fedkrso_app import data
 from fedkrso_app.runs import pictures
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.results import Line, lines, mean_sd, plus_minus, text
@@ -39,7 +38,7 @@ def write(runs: Sequence[Run], file: Path) -> None:
 
 
 def _section(setting: tuple[str, str], here: list[Line]) -> dict[str, Any]:
-    metric = data.task(setting[0]).metric
+    metric = here[0].metric
     rows = [
         [
             line.label,

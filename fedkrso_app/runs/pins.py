@@ -1,0 +1,23 @@
+"""What several runs read from the hub: one commit of each repository, whenever each run is made."""
+
+import json
+from pathlib import Path
+
+from fedkrso_app.config import Config
+from fedkrso_app.data import hub
+
+_KEYS = ("model", "model-revision", "task", "data-dir", "dataset", "dataset-revision")
+
+
+def hold(config: Config, file: Path) -> dict[str, str]:
+    """The keys of a run config that say what is read, at the commits of the first call.
+
+    ``file`` keeps these; a call that asks for something else replaces them. Raises :class:`ConfigError` where the hub
+    has no such repository, or where it may not be read.
+    """
+    asked = {key: config.to_dict()[key] for key in _KEYS}
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    config = hub.at(config, before["commits"]) if before.get("asked") == asked else hub.pinned(config)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"asked": asked, "commits": hub.commits(config)}, indent=2) + "\n")
+    return {key: config.to_dict()[key] for key in _KEYS}
