@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
-from helpers import arrays_of, digest, play, replayed
+from helpers import arrays_of, digest, play, replayed, replica, versions
 from transformers import AutoModelForSequenceClassification
 
 from fedkrso_app import data
@@ -74,7 +74,7 @@ def test_the_clients_model_equals_the_servers_and_is_given_back_unchanged(at_any
 
     run = play(settings, tamper=look)
     assert replayed(run) == digest(run)
-    kept = set(Ledger(run.ledger).versions()) & set(seen)
+    kept = versions(run) & set(seen)
     assert kept and {version: {replayed(run, version)} for version in kept} == {v: seen[v] for v in kept}
     assert len(seen) == 3 and all(len(states) == 1 for states in seen.values())
 
@@ -82,7 +82,8 @@ def test_the_clients_model_equals_the_servers_and_is_given_back_unchanged(at_any
 def test_only_what_an_optimizer_trains_asks_for_gradients(settings, monkeypatch):
     config, asked = parse(settings), set()
     loaded = model.load(config.model, 2, 0)
-    local = make(config, Shapes.of(loaded)).local(loaded)
+    method = make(config, Shapes.of(loaded))
+    local = method.local(loaded)
     forward = type(loaded.module).forward
 
     def watch(self, *args, **kwargs):
@@ -91,10 +92,10 @@ def test_only_what_an_optimizer_trains_asks_for_gradients(settings, monkeypatch)
 
     monkeypatch.setattr(type(loaded.module), "forward", watch)
     batch = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "labels": torch.tensor([1])}
-    seeds = np.arange(3, dtype=np.uint64).tobytes()
     rng = np.random.default_rng(0)
-    with local.session({"seeds": seeds}, rng) as session:
-        loop.train(local.module, iter([batch] * config.local_steps), session, config, rng)
+    for turn in method.turns():
+        with local.session(turn, rng) as session:
+            loop.train(local.module, iter([batch] * config.local_steps), session, config, rng)
     trained = {id(parameter) for parameter in local.optimized()}
     expected = {name for name, parameter in loaded.module.named_parameters() if id(parameter) in trained}
     assert {name for name in asked if not name.endswith(".B")} == expected  # .B: where FedKRSO's gradients arrive
@@ -114,7 +115,7 @@ def test_partial_participation_catches_up_to_the_same_model(settings, dtype):
     run = play(partial, tamper=look)
     assert all(line["clients"] == 2 for line in run.metrics()[1:])
     assert len({tuple(line["partitions"]) for line in run.metrics()[1:]}) > 1
-    kept = set(Ledger(run.ledger).versions()) & set(seen)
+    kept = versions(run) & set(seen)
     assert kept and all(replayed(run, version) == seen[version] for version in kept)
 
 
@@ -190,8 +191,8 @@ def test_resume_ends_in_the_same_bits_as_no_interruption(settings, instant, dtyp
     assert [line["metric"] for line in run.metrics()] == [line["metric"] for line in whole.metrics()]
 
 
-def altered(reply, kind, first):
-    """``reply`` made wrong; ``first`` names an array of it."""
+def altered(reply, kind):
+    """``reply`` made wrong."""
     arrays, metrics, status = arrays_of(reply), dict(reply.content["metrics"]), dict(reply.content["status"])
     floats = next(name for name, value in arrays.items() if value.dtype == np.float32)
     changes = {
@@ -200,7 +201,7 @@ def altered(reply, kind, first):
         "huge": lambda: arrays.update({floats: np.full_like(arrays[floats], 1e30)}),
         "broadcastable": lambda: arrays.update({floats: arrays[floats].reshape(-1)[:1]}),
         "other dtype": lambda: arrays.update({floats: arrays[floats].astype(np.float64)}),
-        "missing array": lambda: arrays.pop(first),
+        "missing array": lambda: arrays.pop(next(iter(arrays))),
         "extra array": lambda: arrays.update({"extra": np.zeros(3, np.float32)}),
         "old version": lambda: status.update(version=status["version"] - 1),
         "future version": lambda: status.update(version=status["version"] + 1),
@@ -234,7 +235,7 @@ KINDS = ["NaN", "infinite", "huge", "broadcastable", "other dtype", "missing arr
          "records swapped", "error", "no reply"]  # fmt: skip
 
 
-def test_a_reply_that_does_not_count_changes_nothing_but_the_divisor(settings, arrays_in_a_reply, caplog):
+def test_a_reply_that_does_not_count_changes_nothing_but_the_divisor(settings, caplog):
     """Partition 2 sends something wrong in every round, of another kind each time; the result is that without it."""
     rounds = settings | {"num-server-rounds": len(KINDS), "local-steps": 2, "round-timeout": 0.3}
 
@@ -244,7 +245,7 @@ def test_a_reply_that_does_not_count_changes_nothing_but_the_divisor(settings, a
             return reply
         if kind == "error":
             return Message(Error(code=8, reason="ClientApp stopped responding."), reply_to=message)
-        return None if kind == "no reply" else altered(reply, kind, arrays_in_a_reply[0])
+        return None if kind == "no reply" else altered(reply, kind)
 
     run = play(rounds, nodes=3, tamper=wrong)
     silent = lambda partition, message, reply: None if partition == 2 else reply  # noqa: E731
@@ -262,9 +263,9 @@ def test_identical_clients_equal_one(settings, count, monkeypatch):
     monkeypatch.setattr("fedkrso_app.data.partition", lambda train, task, n, *rest: [np.arange(40)] * n)
     one = play(settings | {"run-name": "one", "num-server-rounds": 1}, nodes=1)
     many = play(settings | {"run-name": "many", "num-server-rounds": 1}, nodes=count, run_id=2)
-    a, b = (Ledger(run.ledger).read(1).arrays for run in (one, many))
+    a, b = (replica(run).plain_state() for run in (one, many))
     for name in a:
-        np.testing.assert_allclose(a[name].astype(np.float64), b[name].astype(np.float64), rtol=0, atol=1e-6)
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
 
 
 def _rng(round):

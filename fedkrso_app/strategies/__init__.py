@@ -11,12 +11,14 @@ from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.ffa_lora import FFALora
+from fedkrso_app.strategies.rolora import RoLoRA
 
 STRATEGIES: dict[str, type[Method]] = {
     "fedkrso": FedKRSO,
     "fedfft": FedFFT,
     "fedit": FedIT,
     "ffa-lora": FFALora,
+    "rolora": RoLoRA,
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
 }

@@ -16,7 +16,7 @@ from fedkrso_app.core import lora
 from fedkrso_app.core.flat import unflatten
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Schema
-from fedkrso_app.training.loop import Session
+from fedkrso_app.training.loop import Session, head_optimizer
 from fedkrso_app.training.model import LoadedModel
 
 Arrays = Mapping[str, np.ndarray]
@@ -145,12 +145,25 @@ class LoraLocal(Local):
         settings = config.of(Lora)
         self.layers = lora.attach(self.module, list(self.targets), settings.rank, settings.alpha, config.seed)
         self.module.requires_grad_(False)  # the new factors too: training turns on those that it trains
-        pairs = [lora.factors(layer) for layer in self.layers.values()]
-        tensors = {"A": [A for A, _ in pairs], "B": [B for _, B in pairs], "head": list(self.head.values())}
+        self.pairs = [lora.factors(layer) for layer in self.layers.values()]
+        tensors = {"A": [A for A, _ in self.pairs], "B": [B for _, B in self.pairs], "head": list(self.head.values())}
         self.tensors: dict[str, list[nn.Parameter]] = {name: tensors[name] for name in (*self.factors, "head")}
 
     def optimized(self) -> list[nn.Parameter]:
-        return [parameter for parameters in self.tensors.values() for parameter in parameters]
+        return [parameter for name in (*self.factors, "head") for parameter in self.tensors[name]]
+
+    def shared(self) -> list[Tensor]:
+        return [parameter.detach() for parameters in self.tensors.values() for parameter in parameters]
+
+    def trained(self) -> list[Tensor]:
+        own = [tensor for tensors in self.personal().values() for tensor in tensors]
+        return [parameter.detach() for parameter in self.optimized()] + own
+
+    def optimizers(self, factors: Sequence[str], learning_rate: float) -> list[torch.optim.Optimizer]:
+        """AdamW on the named ``factors`` (without decay) and on the head."""
+        parameters = [parameter for name in factors for parameter in self.tensors[name]]
+        adamw = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        return [adamw, head_optimizer(self.head, learning_rate)]
 
     def plain_state(self) -> dict[str, Tensor]:
         return lora.merged_state(self.module, self.layers)
@@ -225,6 +238,10 @@ class Method(ABC):
         """What the clients must know for this round beside the model."""
         return {}
 
+    def turns(self) -> Sequence[Mapping[str, Any]]:
+        """The instructions of one round of each kind: what clients train, and so their memory, may differ."""
+        return [self.instructions(1)]
+
     def check(self, arrays: Arrays, round: int) -> None:  # noqa: B027
         """Raise :class:`wire.Refused` where a reply fits its schema and is wrong all the same."""
 
@@ -234,7 +251,7 @@ class Method(ABC):
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         """The arrays of the next ledger entry."""
-        return {name: means.mean(name) for name in self.reply.travelling.fields}
+        return {name: means.mean(name) for name in self.reply.travelling.fields if name in means}
 
     def observe(self, version: int, arrays: Arrays) -> None:  # noqa: B027
         """See a ledger entry: each one once, in order, those before a resume included (the last ``span`` of them)."""

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from fedkrso_app.config import Settings
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies.base import Arrays, Lora, LoraLocal, Method
-from fedkrso_app.training.loop import Session, head_optimizer
+from fedkrso_app.training.loop import Session
 
 
 class FedITLocal(LoraLocal):
@@ -24,16 +23,12 @@ class FedITLocal(LoraLocal):
         return {name: flatten(tensors) for name, tensors in self.tensors.items()}
 
     def apply(self, arrays: Arrays) -> None:
-        for name, tensors in self.tensors.items():
-            unflatten(arrays[name], tensors)
+        for name, values in arrays.items():
+            unflatten(values, self.tensors[name])
 
     @contextmanager
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
-        rate = self.learning_rate()
-        factors = [tensor for name in self.factors for tensor in self.tensors[name]]
-        yield Session(
-            [torch.optim.AdamW(factors, lr=rate, weight_decay=0.0), head_optimizer(self.head, rate)], self.state
-        )
+        yield Session(self.optimizers(self.factors, self.learning_rate()), self.state)
 
     def learning_rate(self) -> float:
         return self.config.of(Lora).learning_rate
