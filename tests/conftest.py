@@ -104,6 +104,7 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "lora.learning-rate": 0.05,
         "ffa-lora.learning-rate": 0.05,
         "rolora.learning-rate": 0.05,
+        "fedsvd.learning-rate": 0.03,
         "fedsrd.learning-rate": 0.01,
     }
 

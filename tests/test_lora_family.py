@@ -137,3 +137,42 @@ def test_the_ledger_of_rolora_says_how_far_each_factor_moved_since_its_last_entr
 def answered(result):
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
+
+
+# FedSVD
+
+
+def test_fedsvd_sends_orthonormal_rows_and_the_products_mean(run_config):
+    replies = Replies()
+    run = play(run_config | {"strategy": "fedsvd", "num-server-rounds": 2}, tamper=replies)
+    assert all(set(arrays) == {"B", "head"} for arrays in replies.at[1].values())
+    half, ledger = replica(run, 1), Ledger(run.ledger)
+    before = matrices(half, "A", ledger.read(1).arrays["A"])
+    after = ledger.read(2).arrays
+    for Bs, A0, B, A in zip(
+        of_layers(half, "B", replies.at[2]), before, matrices(half, "B", after["B"]), matrices(half, "A", after["A"]),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(B @ A, sum(Bs) / 4 @ A0, rtol=0, atol=1e-6)
+        torch.testing.assert_close(A @ A.T, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-6)
+        torch.testing.assert_close(A0 @ A.T @ A, A0, rtol=0, atol=1e-6)  # the same span
+        assert B[:, 0].norm() >= B[:, 1].norm() and not torch.allclose(A, A0, atol=1e-3)
+
+
+@pytest.mark.parametrize("more", [{}, {"evaluate": "off"}, {"aggregation": "median"}])
+def test_fedsvd_without_decompositions_is_ffa_lora(run_config, more):
+    """With a server that has no model too: then A comes from the seed on both sides."""
+    same = run_config | {"fedsvd.learning-rate": 0.05, "fedsvd.period": 0} | more
+    ffa, svd = (
+        play(same | {"strategy": name, "run-name": name}, run_id=i) for i, name in enumerate(("ffa-lora", "fedsvd"))
+    )
+    assert replayed(svd) == replayed(ffa)
+
+
+def test_fedsvd_decomposes_every_period(run_config):
+    run = play(run_config | {"strategy": "fedsvd", "fedsvd.period": 2, "num-server-rounds": 3})
+    rows = [Ledger(run.ledger).read(version).arrays["A"] for version in (2, 3)]
+    assert np.array_equal(*rows)  # the third round keeps what the second has made
+    half = replica(run, 3)
+    for A in matrices(half, "A", rows[0]):
+        torch.testing.assert_close(A @ A.T, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-6)

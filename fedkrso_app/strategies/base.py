@@ -182,6 +182,7 @@ class Method(ABC):
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
     linear: ClassVar[bool] = True  # the entry needs no more of the replies than the means of their summands
+    from_values: ClassVar[bool] = False  # and is no linear function of the states in them: they must be values
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         self.config, self.shapes = config, shapes

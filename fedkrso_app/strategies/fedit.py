@@ -3,11 +3,14 @@
 The mean of B times the mean of A is not the mean of the products: FedIT's average is biased, which is its known price.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedkrso_app.config import Settings
 from fedkrso_app.core.flat import flatten, unflatten
@@ -56,6 +59,13 @@ class FedIT(Method):
         sizes = {"A": self.shapes.inputs(rank), "B": self.shapes.outputs(rank)}
         factors = {name: Field(dtype, (sizes[name],), "state") for name in self.half.factors}
         return Schema({**factors, "head": self.head_field()})
+
+    def matrices(self, name: str, values: np.ndarray) -> list[Tensor]:
+        """The factor ``name`` of each layer (A: r × n, B: m × r) in an array of the wire, float64."""
+        rank = self.config.of(Lora).rank
+        shapes = [(rank, n) if name == "A" else (m, rank) for m, n in self.shapes.targets.values()]
+        parts = torch.from_numpy(values.astype(np.float64)).split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def paper_bytes(self) -> int:
         return 8 * sum(f.shape[0] for f in self.reply.fields.values())  # type: ignore[misc]
