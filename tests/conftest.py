@@ -103,6 +103,8 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "fedfft.learning-rate": 0.005,
         "lora.learning-rate": 0.05,
         "ffa-lora.learning-rate": 0.05,
+        "rolora.learning-rate": 0.05,
+        "fedsvd.learning-rate": 0.03,
         "fedsrd.learning-rate": 0.01,
     }
 

@@ -18,6 +18,7 @@ from fedkrso_app.federation import client, local
 from fedkrso_app.federation.replica import Replica
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs.folder import Run
+from fedkrso_app.runs.replay import exportable
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Local, Shapes
 from fedkrso_app.training import model
@@ -112,6 +113,11 @@ def replica(run: Run, version: int | None = None) -> Local:
     half, ledger = method.local(loaded), Ledger(run.ledger)
     Replica(half, ledger, method.entry.span).advance(ledger.version if version is None else version)
     return half
+
+
+def versions(run: Run) -> set[int]:
+    """The versions that the entries on disk lead to."""
+    return set(exportable(run, Ledger(run.ledger)).values())
 
 
 def replayed(run: Run, version: int | None = None) -> str:

@@ -271,6 +271,8 @@ class Round(Strategy):
                 raise Refused(
                     f"its update has norm {norm:.4g}, above max-update-norm = {self.config.max_update_norm:g}"
                 )
+        for transform in reversed(self.transforms):
+            arrays = dict(transform.reply(arrays, self._start))
         weight = figures.num_examples if self.config.weighting == "examples" else 1
         try:
             self._sums.add(self.method.summands(arrays), arrays, weight, partition)

@@ -18,7 +18,8 @@ class Field:
     """One array. A letter in ``shape`` is one length, the same in every array of its schema.
 
     The dtypes float16, int8 and int4 are those of float32 arrays that travel quantised (:mod:`core.quantize`).
-    ``every``: in how many consecutive entries it occurs at least once (methods whose arrays take turns: 2).
+    ``every``: in how many consecutive entries it occurs at least once. Arrays that take turns (2) are ``optional`` and
+    come in their order in the schema.
     """
 
     dtype: str
@@ -55,6 +56,17 @@ class Schema:
     def travelling(self) -> "Schema":
         """The arrays that leave the machine they are made on."""
         return self.only(self.named("update", "state", "key"))
+
+    @property
+    def usual(self) -> list["Schema"]:
+        """What an entry after the first, or a reply, holds: one schema, or one for each array that takes turns."""
+        always = [name for name, f in self.fields.items() if not f.optional]
+        return [self.only([*always, name]) for name in self.in_turn] or [self.only(always)]
+
+    @property
+    def in_turn(self) -> list[str]:
+        """The names of the arrays that take turns."""
+        return [name for name, f in self.fields.items() if f.every > 1]
 
     @property
     def start(self) -> "Schema":

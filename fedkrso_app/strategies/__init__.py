@@ -10,13 +10,17 @@ from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
+from fedkrso_app.strategies.fedsvd import FedSVD
 from fedkrso_app.strategies.ffa_lora import FFALora
+from fedkrso_app.strategies.rolora import RoLoRA
 
 STRATEGIES: dict[str, type[Method]] = {
     "fedkrso": FedKRSO,
     "fedfft": FedFFT,
     "fedit": FedIT,
     "ffa-lora": FFALora,
+    "rolora": RoLoRA,
+    "fedsvd": FedSVD,
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
 }

@@ -17,7 +17,7 @@ from fedkrso_app.core.flat import unflatten
 from fedkrso_app.core.stacked import Group, Stack, StackedLora, Unstackable, replaced, stacked_linears
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Schema
-from fedkrso_app.training.loop import Session
+from fedkrso_app.training.loop import Session, head_optimizer
 from fedkrso_app.training.model import LoadedModel
 
 Arrays = Mapping[str, np.ndarray]
@@ -157,12 +157,25 @@ class LoraLocal(Local):
         settings = config.of(Lora)
         self.layers = lora.attach(self.module, list(self.targets), settings.rank, settings.alpha, config.seed)
         self.module.requires_grad_(False)  # the new factors too: training turns on those that it trains
-        pairs = [lora.factors(layer) for layer in self.layers.values()]
-        tensors = {"A": [A for A, _ in pairs], "B": [B for _, B in pairs], "head": list(self.head.values())}
+        self.pairs = [lora.factors(layer) for layer in self.layers.values()]
+        tensors = {"A": [A for A, _ in self.pairs], "B": [B for _, B in self.pairs], "head": list(self.head.values())}
         self.tensors: dict[str, list[nn.Parameter]] = {name: tensors[name] for name in (*self.factors, "head")}
 
     def optimized(self) -> list[nn.Parameter]:
-        return [parameter for parameters in self.tensors.values() for parameter in parameters]
+        return [parameter for name in (*self.factors, "head") for parameter in self.tensors[name]]
+
+    def shared(self) -> list[Tensor]:
+        return [parameter.detach() for parameters in self.tensors.values() for parameter in parameters]
+
+    def trained(self) -> list[Tensor]:
+        own = [tensor for tensors in self.personal().values() for tensor in tensors]
+        return [parameter.detach() for parameter in self.optimized()] + own
+
+    def optimizers(self, factors: Sequence[str], learning_rate: float) -> list[torch.optim.Optimizer]:
+        """AdamW on the named ``factors`` (without decay) and on the head."""
+        parameters = [parameter for name in factors for parameter in self.tensors[name]]
+        adamw = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        return [adamw, head_optimizer(self.head, learning_rate)]
 
     def plain_state(self) -> dict[str, Tensor]:
         return lora.merged_state(self.module, self.layers)
@@ -209,6 +222,7 @@ class Method(ABC):
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
     linear: ClassVar[bool] = True  # the entry needs no more of the replies than the means of their summands
+    from_values: ClassVar[bool] = False  # and is no linear function of the states in them: they must be values
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         self.config, self.shapes = config, shapes
@@ -265,6 +279,10 @@ class Method(ABC):
         """What the clients must know for this round beside the model."""
         return {}
 
+    def turns(self) -> Sequence[Mapping[str, Any]]:
+        """The instructions of one round of each kind: what clients train, and so their memory, may differ."""
+        return [self.instructions(1)]
+
     def check(self, arrays: Arrays, round: int) -> None:  # noqa: B027
         """Raise :class:`wire.Refused` where a reply fits its schema and is wrong all the same."""
 
@@ -274,7 +292,7 @@ class Method(ABC):
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         """The arrays of the next ledger entry."""
-        return {name: means.mean(name) for name in self.reply.travelling.fields}
+        return {name: means.mean(name) for name in self.reply.travelling.fields if name in means}
 
     def observe(self, version: int, arrays: Arrays) -> None:  # noqa: B027
         """See a ledger entry: each one once, in order, those before a resume included (the last ``span`` of them)."""
