@@ -104,6 +104,8 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "lora.learning-rate": 0.05,
         "ffa-lora.learning-rate": 0.05,
         "fedsrd.learning-rate": 0.01,
+        "zeroth.head-learning-rate": 0.05,
+        "decomfl.learning-rate": 1e-4,
     }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import default_config, play
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AlbertConfig, RobertaConfig
 from typer.testing import CliRunner
 
@@ -25,16 +26,15 @@ from fedkrso_app.training.metrics import tally_size
 
 MIB = 2**20
 KINDS = ("weights", "gradients", "optimizer", "activations", "peak")
-SEEDS = {"seeds": np.arange(3, dtype="<u8").tobytes()}
 
 
 def figures(config, folder, device):
     """Bytes by setting of ``activation-memory`` for a RoBERTa in ``folder``, on a batch of full length."""
     loaded = model.outline(str(folder), 2) if device == "meta" else model.load(str(folder), 2, 0)
     with torch.device(device):
-        local = make(config, Shapes.of(loaded)).local(loaded)
+        method = make(config, Shapes.of(loaded))
         inputs = plan.batch(loaded, plan.data.task("glue/sst2"), config)
-        counted, refused = client_memory(local, inputs, SEEDS)
+        counted, refused = client_memory(method.local(loaded), inputs, method.instructions(1))
     assert not refused
     return counted
 
@@ -72,7 +72,8 @@ def test_the_memory_planned_of_roberta_base_is_that_of_the_docs(tmp_path):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_real_tensors_take_what_was_planned_without_any(strategy, config, run_config, model_folder):
     config = parse(run_config | {"strategy": strategy})
-    planned, real = (figures(config, model_folder, device) for device in ("meta", "cpu"))
+    with sdpa_kernel(SDPBackend.MATH):  # as on meta; a CPU has a smaller one, for models without dropout
+        planned, real = (figures(config, model_folder, device) for device in ("meta", "cpu"))
     for setting in SETTINGS:
         for kind in (*KINDS, "aside", "total"):
             assert getattr(planned[setting], kind) == pytest.approx(getattr(real[setting], kind), rel=0.02), kind

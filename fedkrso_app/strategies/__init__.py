@@ -6,6 +6,7 @@ from typing import Any
 from fedkrso_app import config as common
 from fedkrso_app.config import Config, ConfigError, Settings, choice
 from fedkrso_app.strategies.base import Method, Shapes
+from fedkrso_app.strategies.decomfl import DeComFL
 from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
@@ -19,6 +20,7 @@ STRATEGIES: dict[str, type[Method]] = {
     "ffa-lora": FFALora,
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
+    "decomfl": DeComFL,
 }
 
 
