@@ -106,6 +106,8 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "fedsrd.learning-rate": 0.01,
         "zeroth.head-learning-rate": 0.05,
         "decomfl.learning-rate": 1e-4,
+        "fedkseed.learning-rate": 1e-4,
+        "fedkseed.slots": 64,
     }
 
 

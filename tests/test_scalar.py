@@ -9,10 +9,12 @@ from fedkrso_app.config import ConfigError
 from fedkrso_app.core.directions import move, seeds_of
 from fedkrso_app.core.flat import flatten
 from fedkrso_app.core.subspace import matrix
+from fedkrso_app.federation.aggregate import aggregate
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.strategies.fedkseed import probabilities
 from fedkrso_app.training import model
 
 
@@ -25,6 +27,12 @@ def weights(half) -> list[torch.Tensor]:
     return [matrix(layer).clone() for layer in half.targets.values()]
 
 
+def at_start(run):
+    """The half beside the model at W^0, which needs no entry."""
+    loaded = model.load(run.config.model, 2, run.config.seed)
+    return make(run.config, Shapes.of(loaded)).local(loaded)
+
+
 def head(half) -> bytes:
     return flatten(half.head.values()).tobytes()
 
@@ -35,6 +43,8 @@ VARIANTS = [
     {"zeroth.directions": "dense", "zeroth.head": "zeroth"},
     {"decomfl.quantize": "sign", "zeroth.rank": 2},
     {"zeroth.head": "zeroth", "compute-dtype": "bfloat16"},
+    {"strategy": "fedkseed", "zeroth.head": "zeroth", "compute-dtype": "bfloat16"},
+    {"strategy": "fedkseed-pro", "wire-dtype": "int8"},
 ]
 
 
@@ -137,3 +147,103 @@ def test_a_language_model_has_no_head_to_send(model_folder, decomfl):
     method = make(parse(decomfl | {"zeroth.head": "zeroth"}), outline)
     assert method.weights_size == 12 and method.paper_bytes() == 2 * 4 * 4 + 8
     assert model.outline(str(model_folder), 2).head
+
+
+# --- FedKSeed ---
+
+
+@pytest.fixture
+def fedkseed(run_config) -> dict:
+    return run_config | {"strategy": "fedkseed", "num-server-rounds": 2}
+
+
+def reply(method, indices, scalars, slopes=None, counts=None) -> dict[str, np.ndarray]:
+    arrays = {"indices": np.array(indices, np.uint16), "scalars": np.array(scalars, np.float32)}
+    if slopes is not None:
+        arrays |= {"slopes": np.array(slopes, np.float32), "counts": np.array(counts, np.uint32)}
+    return arrays | {name: np.zeros(2, np.float32) for name in method.head}
+
+
+def concluded(method, replies, round=1) -> dict[str, np.ndarray]:
+    sums = aggregate(method)
+    for partition, arrays in enumerate(replies):
+        method.check(arrays, round)
+        sums.add(method.summands(arrays), arrays, 1, partition)
+    return method.conclude(sums, round)
+
+
+SHAPES = Shapes({"a": (3, 4)}, head=2, parameters=14)
+
+
+def test_slots_add_up_over_clients_and_rounds_and_one_that_is_missing_counts_as_zero(fedkseed):
+    method = make(parse(fedkseed | {"fedkseed.slots": 4}), SHAPES)
+    for round in (1, 2):
+        entry = concluded(method, [reply(method, [0, 2], [4e-6, -2e-6]), reply(method, [3], [1e-3])], round)
+        np.testing.assert_allclose(entry["slots"], np.array([2e-6, 0, -1e-6, 5e-4]) * round, rtol=1e-6)
+        method.observe(round, entry)
+
+
+def test_the_newest_entry_alone_leads_from_the_start_to_the_model(fedkseed):
+    run = play(fedkseed | {"zeroth.head": "frozen", "num-server-rounds": 3, "fedkseed.slots": 5})
+    assert make(run.config, SHAPES).entry.span == 1
+    half, slots = at_start(run), Ledger(run.ledger).read(3).arrays["slots"]
+    name = next(iter(half.targets))
+    moved = matrix(half.targets[name]).clone()
+    move(moved, half.seeds, slots.tolist(), name, 1)
+    assert slots.shape == (5,) and slots.all() and torch.equal(matrix(replica(run).targets[name]), moved)
+
+
+def test_with_one_slot_all_steps_of_all_clients_lie_on_a_line(fedkseed):
+    run = play(fedkseed | {"zeroth.head": "frozen", "fedkseed.slots": 1})
+    start, end = (torch.cat([W.flatten() for W in weights(half)]).double() for half in (at_start(run), replica(run)))
+    (s,) = Ledger(run.ledger).read(2).arrays["slots"]
+    torch.testing.assert_close((end - start).abs(), torch.full_like(start, abs(s)), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"indices": np.array([0, 4], np.uint16)}, "slot 4 is not below fedkseed.slots = 4"),
+        ({"indices": np.array([1, 1], np.uint16)}, "a slot occurs twice"),
+        ({"counts": np.array([3, 2], np.uint32)}, "do not add up to local-steps = 4"),
+        ({"counts": np.array([4, 0], np.uint32)}, "do not add up to local-steps = 4"),
+        ({"slopes": np.array([3e3 + 9, 1], np.float32)}, "sums of slopes cannot be"),
+        ({"slopes": np.array([1, -1], np.float32)}, "sums of slopes cannot be"),
+    ],
+)
+def test_replies_that_no_client_can_send_are_refused(fedkseed, changes, reason):
+    method = make(parse(fedkseed | {"strategy": "fedkseed-pro", "fedkseed.slots": 4}), SHAPES)
+    good = reply(method, [0, 1], [1e-6, 1e-6], [3e3, 0.5], [3, 1])
+    method.check(good, 1)
+    with pytest.raises(Refused, match=reason):
+        method.check(good | changes, 1)
+
+
+def test_steeper_slots_are_drawn_more_often_but_at_most_e_times():
+    """By hand: means 0, 2 and 4 are spread to 0, 1/2 and 1."""
+    e = np.exp([0, 0.5, 1])
+    np.testing.assert_allclose(probabilities(np.array([0.0, 2.0, 4.0], np.float32)), e / e.sum(), rtol=1e-6)
+    np.testing.assert_allclose(probabilities(np.zeros(5, np.float32)), np.full(5, 0.2))
+    p = probabilities(np.random.default_rng(0).random(100).astype(np.float32) * 1e3)
+    assert p.max() / p.min() == pytest.approx(np.e, rel=1e-6)
+
+
+def test_probabilities_follow_from_the_mean_slope_over_all_draws_of_the_run(fedkseed):
+    method = make(parse(fedkseed | {"strategy": "fedkseed-pro", "fedkseed.slots": 3}), SHAPES)
+    p = lambda: np.frombuffer(method.instructions(1)["p"], "<f4")  # noqa: E731
+    np.testing.assert_allclose(p(), np.full(3, 1 / 3), rtol=1e-6)
+    for one, two in ((6, 2), (600, 48)):
+        replies = reply(method, [0, 1], [0, 0], [one, 10], [3, 1]), reply(method, [0], [0], [two], [4])
+        method.kept = {"seen": concluded(method, replies)["seen"]}
+    means = np.array([(6 + 2 + 600 + 48) / 14, 20 / 2, 0])
+    np.testing.assert_allclose(p(), probabilities(means), rtol=1e-5)
+
+
+def test_the_pro_form_draws_by_the_probabilities_that_it_is_sent(fedkseed):
+    run = play(fedkseed | {"strategy": "fedkseed-pro", "fedkseed.slots": 3, "local-steps": 10})
+    half = at_start(run)
+    certain = {"p": np.array([0, 0, 1], "<f4").tobytes()}
+    with half.session(certain, np.random.default_rng(0)) as session:
+        assert {session.optimizers[-1].seeds(j)[0] for j in range(20)} == {half.seeds[2]}
+    kept = Ledger(run.path / "server").read(2).arrays["seen"]
+    assert kept[:, 1].sum() == pytest.approx(2 * 10) and (kept[:, 0] > 0).all()

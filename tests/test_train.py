@@ -128,6 +128,7 @@ RATES = {  # all different, so that no method can take another's
     "fedsrd.learning-rate": 5e-3,
     "zeroth.head-learning-rate": 6e-3,
     "decomfl.learning-rate": 1e-5,
+    "fedkseed.learning-rate": 2e-5,
 }
 
 

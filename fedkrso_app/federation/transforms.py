@@ -20,11 +20,11 @@ class Transform(Protocol):
 
 
 class Differences:
-    """States travel as differences to the start, so that rounding to few bits costs as little as the update is small;
-    the next entry is the newest plus the mean."""
+    """States of a reply travel as differences to the start, so that rounding to few bits costs as little as the update
+    is small; the next entry is the newest plus the mean."""
 
     def __init__(self, method: Method) -> None:
-        self.schema = method.entry
+        self.schema = method.reply
 
     def update(self, arrays: Arrays, start: Arrays) -> dict[str, np.ndarray]:
         return differences(arrays, start, self.schema)

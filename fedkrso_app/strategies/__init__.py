@@ -10,6 +10,7 @@ from fedkrso_app.strategies.decomfl import DeComFL
 from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
+from fedkrso_app.strategies.fedkseed import FedKSeed, FedKSeedPro
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.ffa_lora import FFALora
 
@@ -21,6 +22,8 @@ STRATEGIES: dict[str, type[Method]] = {
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
     "decomfl": DeComFL,
+    "fedkseed": FedKSeed,
+    "fedkseed-pro": FedKSeedPro,
 }
 
 
