@@ -106,6 +106,10 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "rolora.learning-rate": 0.05,
         "fedsvd.learning-rate": 0.03,
         "fedsrd.learning-rate": 0.01,
+        "zeroth.head-learning-rate": 0.05,
+        "decomfl.learning-rate": 1e-4,
+        "fedkseed.learning-rate": 1e-4,
+        "fedkseed.slots": 64,
     }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import default_config, play
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AlbertConfig, RobertaConfig
 from typer.testing import CliRunner
 
@@ -72,7 +73,8 @@ def test_the_memory_planned_of_roberta_base_is_that_of_the_docs(tmp_path):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_real_tensors_take_what_was_planned_without_any(strategy, config, run_config, model_folder):
     config = parse(run_config | {"strategy": strategy})
-    planned, real = (figures(config, model_folder, device) for device in ("meta", "cpu"))
+    with sdpa_kernel(SDPBackend.MATH):  # as on meta; a CPU has a smaller one, for models without dropout
+        planned, real = (figures(config, model_folder, device) for device in ("meta", "cpu"))
     for setting in SETTINGS:
         for kind in (*KINDS, "aside", "total"):
             assert getattr(planned[setting], kind) == pytest.approx(getattr(real[setting], kind), rel=0.02), kind
@@ -100,6 +102,7 @@ def predicted(run_config, clients):
 
 CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one, nothing dropped on the way down
     "fedkrso.num-seeds": 1,
+    "fedkseed.slots": 1,
     "fedsrd.alpha": 0.9,
     "fedsrd.max-sparsity": 0.9,
     "fedsrd.download-sparsity": 0.0,

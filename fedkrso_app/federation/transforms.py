@@ -23,11 +23,12 @@ class Transform(Protocol):
 
 
 class Differences:
-    """States travel as differences to the start, so that rounding to few bits costs as little as the update is small;
-    the next entry is the newest plus the mean. A method that computes with the values gets the sum reply by reply."""
+    """States of a reply travel as differences to the start, so that rounding to few bits costs as little as the update
+    is small; the next entry is the newest plus the mean. A method that computes with the values gets the sum reply by
+    reply."""
 
     def __init__(self, method: Method) -> None:
-        self.schema, self.values = method.entry, method.from_values
+        self.schema, self.values = method.reply, method.from_values
 
     def update(self, arrays: Arrays, start: Arrays) -> dict[str, np.ndarray]:
         return differences(arrays, start, self.schema)

@@ -6,9 +6,11 @@ from typing import Any
 from fedkrso_app import config as common
 from fedkrso_app.config import Config, ConfigError, Settings, choice
 from fedkrso_app.strategies.base import Method, Shapes
+from fedkrso_app.strategies.decomfl import DeComFL
 from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
+from fedkrso_app.strategies.fedkseed import FedKSeed, FedKSeedPro
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.fedsvd import FedSVD
 from fedkrso_app.strategies.ffa_lora import FFALora
@@ -23,6 +25,9 @@ STRATEGIES: dict[str, type[Method]] = {
     "fedsvd": FedSVD,
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
+    "decomfl": DeComFL,
+    "fedkseed": FedKSeed,
+    "fedkseed-pro": FedKSeedPro,
 }
 
 

@@ -59,8 +59,9 @@ def deterministic(device: torch.device) -> Iterator[None]:
 class Session:
     """One client's round, for whoever drives it: optimizers, what happens before a step, and the update at the end.
 
-    ``update`` gives the arrays of the reply. With ``from_losses`` a step takes no gradients: ``optimizer.step`` gets a
-    closure that evaluates the step's loss at the parameters as they are, without dropout.
+    ``update`` gives the arrays of the reply. With ``from_losses`` there is no dropout, and ``optimizer.step`` gets a
+    closure that evaluates the step's loss at the parameters as they are. An optimizer that moves by that alone gives a
+    parameter outside the module; those that are in it have their gradients as ever.
     """
 
     optimizers: Sequence[torch.optim.Optimizer]
@@ -113,7 +114,7 @@ def train(
     with at_work(module, int(rng.integers(2**63)), device, config, dropout=not session.from_losses):
         try:
             for parameter in parameters:
-                parameter.requires_grad_(not session.from_losses)
+                parameter.requires_grad_(True)
             for j in range(steps):
                 session.before_step(j)
                 held = [next(batches) for _ in range(config.gradient_accumulation)]
@@ -124,12 +125,12 @@ def train(
                     closure = torch.no_grad()(
                         lambda of_step=of_step: torch.stack([loss_of(*part) for part in of_step]).sum()
                     )
-                    losses[j] = closure()
-                for batch, share in () if session.from_losses else of_step:
+                for batch, share in of_step:
                     loss = loss_of(batch, share)
-                    loss.backward()
+                    if loss.requires_grad:
+                        loss.backward()
                     losses[j] += loss.detach()
-                if config.max_grad_norm and not session.from_losses:
+                if config.max_grad_norm:
                     nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 for optimizer, rate in zip(session.optimizers, rates, strict=True):
                     optimizer.step(closure)  # type: ignore[arg-type]
