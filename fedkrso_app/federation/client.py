@@ -119,7 +119,7 @@ class Workplace:
             with local.session(instructions.method, rng) as session:
                 loss = loop.train(local.module, batches, session, c, rng)
                 arrays = session.update()
-        if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:
+        if own := {name: arrays.pop(name) for name in self.method.reply.named("personal", "client")}:
             self.store.put_personal(partition, instructions.round, own)
         update = self._encoded(arrays, start, stream(c.seed, "reply", instructions.round, partition))
         seconds = time.monotonic() - started

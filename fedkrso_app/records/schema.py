@@ -7,8 +7,9 @@ from typing import Any, Literal
 from fedkrso_app.core import quantize
 
 # update: adds to the model.  state: replaces what was there.  key: says what the others belong to (seeds, a bitmap).
-# server: stays on the server, beside the ledger.  personal: stays on the node, one copy for each partition.
-Role = Literal["update", "state", "key", "server", "personal"]
+# server: stays on the server, beside the ledger.  personal: a part of the model that stays on the node, one copy for
+# each partition.  client: stays there too, and is no part of the model.
+Role = Literal["update", "state", "key", "server", "personal", "client"]
 
 SCALES = ".scales"  # suffix of the array that holds the scales of a quantised one
 
