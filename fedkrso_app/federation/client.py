@@ -72,7 +72,9 @@ class Workplace:
 
     def _load(self) -> model.LoadedModel:
         c = self.config
-        return model.load(c.model, self.task.num_labels, c.seed, self.task.classes, device=c.weights_device)
+        return model.load(
+            c.model, self.task.num_labels, c.seed, self.task.classes, device=c.weights_device, head=c.head
+        )
 
     def take(self, content: RecordDict, instructions: Instructions) -> None:
         """Keep what a message brings and advance to the version that it names. Raises :class:`NeedSync`."""
