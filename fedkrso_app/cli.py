@@ -277,7 +277,10 @@ def _layers_table(entries: Sequence[Mapping[str, Any]]) -> Table:
 def _results_table(facts: Mapping[str, Any]) -> Table:
     from fedkrso_app.runs.results import plus_minus
 
-    table = Table(title=f"{facts['task']}: mean ± sd over the seeds, after the last round", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{facts['task']}, head {facts['head']}: mean ± sd over the seeds, after the last round",
+        box=box.SIMPLE_HEAD,
+    )
     table.caption = "MB: 10^6 bytes, of one client and round; lost: replies refused or failed; more in results.csv"
     costs = {
         "uplink_mb": "MB up",
@@ -298,7 +301,10 @@ def _results_table(facts: Mapping[str, Any]) -> Table:
 
 def _costs_table(facts: Mapping[str, Any]) -> Table:
     parameters = facts["rows"][0]["parameters"]
-    table = Table(title=f"{facts['model']} on {facts['task']}: {parameters:,} parameters", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{facts['model']} on {facts['task']}, head {facts['head']}: {parameters:,} parameters",
+        box=box.SIMPLE_HEAD,
+    )
     table.caption = (
         f"MB: 10^6 bytes, of one client and round; GB: of {facts['rounds']} rounds × {facts['sampled']} clients"
     )

@@ -25,7 +25,7 @@ SIZES = [(4, 7), (2, 9), (4, 5)]  # rows and tokens of each client's batches
 def exact(folder, labels: int, settings: dict):
     """A method's half beside a float64 model without dropout, and instructions for a round."""
     config = parse(settings)
-    loaded = model.load(str(folder), labels, 0)
+    loaded = model.load(str(folder), labels, 0, head=config.head)
     method = make(config, Shapes.of(loaded))
     local = method.local(loaded)
     local.module.double()
@@ -116,6 +116,12 @@ def check(folder, labels, settings, **changes):
 def test_a_pass_trains_each_client_as_it_would_train_alone(strategy, changes, model_folder, run_config):
     """Float64, no dropout: batches of unequal size and length, other seeds, every client's own gradient norm."""
     check(model_folder, 2, run_config | {"strategy": strategy}, **changes)
+
+
+@pytest.mark.parametrize("option", [{"client.proximal": 0.5}, {"client.correction": "scaffold"}, {"head": "linear"}])
+def test_options_hold_for_each_client_of_a_pass(option, model_folder, run_config):
+    for strategy in ["fedit", "fedkrso"] if "client.correction" not in option else ["fedit"]:
+        check(model_folder, 2, run_config | {"strategy": strategy} | option)
 
 
 @pytest.mark.parametrize("strategy", ["fedkrso", "fedit"])

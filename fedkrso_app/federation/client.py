@@ -98,7 +98,9 @@ class Workplace:
 
     def _load(self) -> model.LoadedModel:
         c = self.config
-        return model.load(c.model, self.task.num_labels, c.seed, self.task.classes, device=c.weights_device)
+        return model.load(
+            c.model, self.task.num_labels, c.seed, self.task.classes, device=c.weights_device, head=c.head
+        )
 
     def take(self, content: RecordDict, instructions: Instructions) -> None:
         """Keep what a message brings and advance to the version that it names. Raises :class:`NeedSync`."""
@@ -213,7 +215,7 @@ class Workplace:
         peak: int,
     ) -> RecordDict:
         """The reply with an update, once what of it is the partition's own is on this node's disk."""
-        if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:
+        if own := {name: arrays.pop(name) for name in self.method.reply.named("personal", "client")}:
             self.store.put_personal(partition, instructions.round, own)
         update = self._encoded(arrays, start, stream(self.config.seed, "reply", instructions.round, partition))
         figures = Figures(len(self.share("train", partition)), loss, seconds, peak)

@@ -176,7 +176,10 @@ class Nodes:
         self.partitions[node] = answer.partitions
 
     def _holds(self, version: int, stamp: str) -> bool:
-        """Whether a node that says it is at ``version`` has reached it by the server's entries."""
+        """Whether a node that says it is at ``version`` has reached it by the server's entries, or is so far behind
+        that those replace all it has."""
+        if version < min(self._ledger.versions(), default=0):
+            return True
         try:
             return self._ledger.stamp(version) == stamp
         except LedgerError:

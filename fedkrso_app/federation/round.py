@@ -59,7 +59,7 @@ class Round(Strategy):
         self.first_round = 1 + int(ledger.read(ledger.version).record["round"])  # later than 1 in a resumed run
         self.span = method.entry.span
         for version in ledger.versions():
-            method.observe(version, wire.decode(ledger.read(version).arrays))
+            method.observe(version, method.entry.filled(wire.decode(ledger.read(version).arrays)))
         if ledger.version > 0 and method.entry.named("server"):
             method.kept = dict(kept.read(ledger.version).arrays)
 
@@ -203,7 +203,7 @@ class Round(Strategy):
         for version in self.ledger.versions()[-every:] if every else ():
             arrays = wire.decode(self.ledger.read(version).arrays)
             state |= {name: arrays[name] for name in names if name in arrays}
-        return state
+        return self.method.entry.filled(state)
 
     # What comes back
 
@@ -263,7 +263,7 @@ class Round(Strategy):
         """Check one reply and add it to the sums; returns its figures."""
         version = self._check_version(content, node, partition)
         update, figures = protocol.arrays(content, UPDATE), Figures.read(content)
-        arrays = wire.decode(wire.unpack(update, self.method.reply.travelling))
+        arrays = self.method.reply.filled(wire.decode(wire.unpack(update, self.method.reply.travelling)))
         self.method.check(arrays, self.round)
         if self.config.max_update_norm:
             norm = self._norm(arrays)
@@ -337,7 +337,7 @@ class Round(Strategy):
             arrays = transform.mean(arrays, self._start)
         stored = wire.encode(arrays, schema, stream(self.config.seed, "broadcast", self.round))
         self.ledger.append(Entry(version, stored, figures))
-        self.method.observe(version, wire.decode(stored))
+        self.method.observe(version, schema.filled(wire.decode(stored)))
 
 
 def no_figures() -> dict[str, Any]:

@@ -4,11 +4,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from fedkrso_app.core import quantize
 
 # update: adds to the model.  state: replaces what was there.  key: says what the others belong to (seeds, a bitmap).
-# server: stays on the server, beside the ledger.  personal: stays on the node, one copy for each partition.
-Role = Literal["update", "state", "key", "server", "personal"]
+# server: stays on the server, beside the ledger.  personal: a part of the model that stays on the node, one copy for
+# each partition.  client: stays there too, and is no part of the model.
+Role = Literal["update", "state", "key", "server", "personal", "client"]
 
 SCALES = ".scales"  # suffix of the array that holds the scales of a quantised one
 
@@ -54,8 +57,13 @@ class Schema:
 
     @property
     def travelling(self) -> "Schema":
-        """The arrays that leave the machine they are made on."""
-        return self.only(self.named("update", "state", "key"))
+        """The arrays that leave the machine they are made on: none that is always empty, as a frozen head."""
+        return self.only(name for name in self.named("update", "state", "key") if 0 not in self.fields[name].shape)
+
+    def filled(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """``arrays``, and an empty one for each name that never reaches the server."""
+        reaching = {*self.travelling.fields, *self.named("server")}
+        return {name: np.zeros(0, np.float32) for name in self.fields if name not in reaching} | dict(arrays)
 
     @property
     def usual(self) -> list["Schema"]:

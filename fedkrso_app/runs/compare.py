@@ -126,6 +126,7 @@ class Plan:
             "command": command,
             "task": self.base["task"],
             "metric": self.metric,
+            "head": self.base["head"],
             "clients": self.clients,
             "engine": self.engine,
             "rows": table,

@@ -41,6 +41,7 @@ def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -
     return {
         "model": config.model,
         "task": config.task,
+        "head": config.head,
         "clients": clients,
         "sampled": sampled(config.fraction_train, clients),
         "rounds": config.num_server_rounds,
@@ -50,7 +51,7 @@ def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -
 
 def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any]:
     task = data.resolve(config, look=bool(config.data_dir or config.dataset))
-    loaded = model.outline(config.model, task.num_labels)
+    loaded = model.outline(config.model, task.num_labels, config.head)
     shapes = Shapes.of(loaded)
     method = make(config, shapes)
     costs, lengths = traffic(method, clients, metrics.tally_size(task.metric, task.num_labels))

@@ -77,7 +77,7 @@ def _reachable(run: Run, entries: Ledger) -> list[int]:
 @lru_cache(maxsize=1)  # an export asks three times, and a large model takes a while to outline
 def method_of(config: Config) -> Method:
     """The method of a run, from its settings and the model's shapes."""
-    return make(config, Shapes.of(model.outline(config.model, data.resolve(config).num_labels)))
+    return make(config, Shapes.of(model.outline(config.model, data.resolve(config).num_labels, config.head)))
 
 
 def _steps(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.LoadedModel, Iterator[tuple[int, Local]]]:
@@ -85,7 +85,8 @@ def _steps(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.Lo
     config = run.config
     threads.hold(config.torch_threads)
     task = data.resolve(config)
-    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=config.weights_device)
+    place, head = config.weights_device, config.head
+    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=place, head=head)
     if run.info["model_digest"] not in ("", loaded.digest()):
         raise ConfigError(f"model = {config.model!r} has other weights than when {run.path} was made.")
     method = make(config, Shapes.of(loaded))

@@ -51,7 +51,13 @@ def _section(setting: tuple[str, str], here: list[Line]) -> dict[str, Any]:
         for line in here
     ]
     head = ["method", "rate", "seeds", metric, *_MEANS, *_SUMS]
-    return {"title": ", ".join(setting), "pictures": pictures.of(here, metric), "head": head, "rows": rows}
+    heads = dict.fromkeys(line.config.get("head", "dense") for line in here)
+    return {
+        "title": ", ".join([*setting, f"head {' and '.join(heads)}"]),
+        "pictures": pictures.of(here, metric),
+        "head": head,
+        "rows": rows,
+    }
 
 
 def _settings(runs: Sequence[Run]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from fedkrso_app import config as common
 from fedkrso_app.config import Config, ConfigError, Settings, choice
+from fedkrso_app.strategies import options
 from fedkrso_app.strategies.base import Method, Shapes
 from fedkrso_app.strategies.decomfl import DeComFL
 from fedkrso_app.strategies.fedfft import FedFFT
@@ -33,7 +34,7 @@ STRATEGIES: dict[str, type[Method]] = {
 
 def parse(run_config: Mapping[str, Any]) -> Config:
     """The run config with the settings of every method, checked. Raises :class:`ConfigError`."""
-    tables: dict[type[Settings], None] = {}
+    tables: dict[type[Settings], None] = dict.fromkeys((options.ClientOptions, options.ServerOptions))
     for method in STRATEGIES.values():
         tables |= dict.fromkeys(method.settings)
     config = common.parse(run_config, list(tables))
@@ -44,13 +45,14 @@ def parse(run_config: Mapping[str, Any]) -> Config:
             f"aggregation = {config.aggregation!r} does not go with {config.strategy}, which averages products: "
             "set it to 'mean'."
         )
+    options.check(method, config)
     method.check_settings(config)
     return config
 
 
 def make(config: Config, shapes: Shapes) -> Method:
     """The method of a run. Raises :class:`ConfigError` where it does not go with the model or the settings."""
-    method = STRATEGIES[config.strategy](config, shapes)
+    method = options.applied(STRATEGIES[config.strategy], config)(config, shapes)
     if config.evaluate == "server" and method.reply.named("personal"):
         raise ConfigError(
             f"evaluate = 'server' does not go with {config.strategy}, which leaves a part of the model at each client: "

@@ -30,17 +30,19 @@ _STATE = {"float32": "float32", "float16": "float16", "int8": "float16", "int4":
 
 @dataclass(frozen=True)
 class Shapes:
-    """All that the server must know of a model: target layers (name -> m, n), head and parameter sizes."""
+    """All that the server must know of a model: target layers (name -> m, n), and numbers of parameters."""
 
     targets: Mapping[str, tuple[int, int]]
-    head: int
-    parameters: int
+    head: int  # what is trained of it
+    parameters: int  # all
+    frozen: int = 0  # what is left of the head
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> "Shapes":
         sizes = {name: (matrix(layer).shape[0], matrix(layer).shape[1]) for name, layer in loaded.targets.items()}
         head = sum(parameter.numel() for parameter in loaded.head.values())
-        return cls(sizes, head, sum(parameter.numel() for parameter in loaded.module.parameters()))
+        every = {name: parameter.numel() for name, parameter in loaded.module.named_parameters()}
+        return cls(sizes, head, sum(every.values()), sum(every[name] for name in loaded.frozen))
 
     def outputs(self, rank: int) -> int:
         """Q = Σ m·r, the size of all B factors."""
@@ -89,6 +91,11 @@ class Local(ABC):
     @abstractmethod
     def optimized(self) -> list[nn.Parameter]:
         """The parameters that an optimizer moves, which takes float32."""
+
+    @property
+    def absent(self) -> Arrays:
+        """The arrays that no entry has since they are empty, for :meth:`apply`."""
+        return {} if self.head else {"head": np.zeros(0, np.float32)}
 
     def shared(self) -> list[Tensor]:
         """The tensors that entries move: with W^0, the model at a version."""
@@ -223,6 +230,7 @@ class Method(ABC):
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
     linear: ClassVar[bool] = True  # the entry needs no more of the replies than the means of their summands
     from_values: ClassVar[bool] = False  # and is no linear function of the states in them: they must be values
+    zeroth_order: ClassVar[bool] = False  # its sessions take losses and no gradients
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         self.config, self.shapes = config, shapes

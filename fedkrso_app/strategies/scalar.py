@@ -100,6 +100,7 @@ class ScalarMethod(Method):
     """Server half of the methods whose entries hold scalars."""
 
     rank_key = "zeroth.rank"
+    zeroth_order = True
 
     @classmethod
     def check_settings(cls, config: Config) -> None:

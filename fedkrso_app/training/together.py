@@ -87,11 +87,17 @@ def fused(sessions: Sequence[Session], stacks: Sequence[Stack]) -> list[torch.op
     result: list[torch.optim.Optimizer] = []
     for alike in zip(*(session.optimizers for session in sessions), strict=True):
         groups = [_on_stacks(parts, whole) for parts in zip(*(o.param_groups for o in alike), strict=True)]
-        if all(type(o) is torch.optim.AdamW and not o.state for o in alike) and all(groups):
+        plain = all(type(o) is torch.optim.AdamW and not o.state and not _watched(o) for o in alike)
+        if plain and all(groups):
             result.append(torch.optim.AdamW([found for found in groups if found]))
         else:
             result += alike
     return result
+
+
+def _watched(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether somebody has asked to be called at its steps (FedProx)."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 def _on_stacks(parts: Sequence[Mapping[str, Any]], whole: Mapping[int, tuple[Tensor, int]]) -> dict[str, Any] | None:
