@@ -247,7 +247,7 @@ class ScaffoldLocal(Local):
         return {**super().state(), "drift": flatten(self.drift)}  # type: ignore[safe-super]
 
     def apply(self, arrays: Arrays) -> None:
-        super().apply(arrays)  # type: ignore[safe-super]
+        super().apply({name: value for name, value in arrays.items() if name != "drift"})  # type: ignore[safe-super]
         if "drift" in arrays:
             unflatten(arrays["drift"], self.drift)
 
