@@ -48,7 +48,9 @@ def explained() -> Iterator[None]:
 def compare(
     strategies: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "fedkrso,fedit,ffa-lora,fedfft",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; each method runs once with each.")] = "0,1,2",
-    partitions: Annotated[str, typer.Option(help="iid, dirichlet or both; default: what the settings say.")] = "",
+    partitions: Annotated[
+        str, typer.Option(help="Partition schemes, separated by commas; default: what the settings say.")
+    ] = "",
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file with run settings.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One run setting.")] = None,
     output: Annotated[

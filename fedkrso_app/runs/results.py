@@ -78,8 +78,9 @@ class Line:
     def setting(self) -> tuple[str, str]:
         """The task, and how its rows are shared out: what one picture is about."""
         c = self.config
-        alpha = f", α = {c['dirichlet-alpha']:g}" if c["partition"] == "dirichlet" else ""
-        return c["task"], {"iid": "IID", "dirichlet": "Dirichlet"}.get(c["partition"], c["partition"]) + alpha
+        alpha = f", α = {c['dirichlet-alpha']:g}" if c["partition"].startswith("dirichlet") else ""
+        schemes = {"iid": "IID", "dirichlet": "Dirichlet", "dirichlet-equal": "Dirichlet of equal size"}
+        return c["task"], schemes.get(c["partition"], c["partition"]) + alpha
 
     @property
     def rate(self) -> float:
