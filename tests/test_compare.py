@@ -19,10 +19,13 @@ from fedkrso_app.runs import compare, engines, study
 from fedkrso_app.runs.folder import Run
 
 FLWR = """#!{python}
-import json, pathlib, sys, time, tomllib
+import json, pathlib, shutil, sys, time, tomllib
 calls = pathlib.Path({calls!r})
+said = sys.argv[1:]
+if said[0] == "run":  # a comparison may delete the file of settings
+    said[said.index("--run-config") + 1] = shutil.copy(said[-1], f"{{calls}}-{{len(calls.read_text())}}")
 with calls.open("a") as file:
-    file.write(json.dumps(sys.argv[1:]) + "\\n")
+    file.write(json.dumps(said) + "\\n")
 if sys.argv[1] == "stop":
     sys.exit()
 print("Successfully started run 77", flush=True)
