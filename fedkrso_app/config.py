@@ -57,6 +57,7 @@ class Config:
     batch_size: int
     max_length: int
     warmup: float
+    schedule: str
     gradient_accumulation: int
     max_grad_norm: float
     activation_memory: str
@@ -240,6 +241,7 @@ def _check(c: Config) -> None:
         raise ConfigError(f"aggregation = {c.aggregation!r} knows no weights: take weighting = 'uniform'.")
     need(0 <= c.max_update_norm < float("inf"), "max-update-norm", c.max_update_norm, "0 (no bound) or above")
     choice("wire-dtype", c.wire_dtype, ["float32", "float16", "int8", "int4"])
+    choice("schedule", c.schedule, ["cosine", "constant"])
     choice("activation-memory", c.activation_memory, ["keep", "recompute", "checkpoint"])
     choice("device", c.device, ["auto", "cpu", "cuda", "mps", "xpu"])
     choice("compute-dtype", c.compute_dtype, ["float32", "bfloat16"])
