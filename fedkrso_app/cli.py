@@ -201,7 +201,10 @@ def plan(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders that hold some.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run folders, or folders that hold some; or one results.jsonl."),
+    ],
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: report.html in the first RUN.")] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw the metric over bytes alone, as a PNG picture.")
@@ -209,13 +212,22 @@ def report(
 ) -> None:
     """Draw runs as one HTML file that needs no network: metric over rounds and over bytes, costs, settings.
 
+    Of a comparison's results.jsonl it draws the paired differences of its arms, with their intervals, and the metric
+    over bytes; the runs' folders are not needed.
+
     Runs that differ in nothing but the seed are drawn as one line with a band. --picture draws one small picture
     instead, for a README.
     """
     with explained():
-        from fedkrso_app.runs import pictures
+        from fedkrso_app.runs import forest, journal, pictures
         from fedkrso_app.runs import report as r
         from fedkrso_app.runs.results import find_runs, lines
+
+        if [run.suffix for run in runs] == [".jsonl"] and runs[0].is_file() and not picture:
+            file = output or runs[0].with_name("report.html")
+            forest.write(journal.Journal(runs[0]), file)
+            out.print(str(file), **_PLAIN)
+            return
 
         file = picture or output or runs[0] / "report.html"
         found = find_runs(runs)

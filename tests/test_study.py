@@ -185,7 +185,7 @@ def test_a_sweep_is_done_once_and_its_choice_holds_for_every_draw(flwr, file, tm
 
 def entry(arm="a", model="m", **config) -> tuple[dict, dict]:
     settings = {"case": "c", "arm": arm, "task": "glue/sst2", "metric": "accuracy", "config": {"rank": 4} | config}
-    return settings, {"draw": 0, "rate": 0.1, "holdout": 0.0, "rounds": CURVE, "model": model}
+    return settings, {"draw": 0, "rate": 0.1, "sweep": False, "rounds": CURVE, "model": model}
 
 
 @pytest.fixture

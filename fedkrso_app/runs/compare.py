@@ -47,6 +47,7 @@ class Job:
     arm: str
     draw: int
     config: Settings
+    sweep: bool = False
 
     @property
     def run(self) -> Run:
@@ -217,8 +218,8 @@ class Comparison:
             return False
         config = job.config
         about = {"case": job.case, "arm": job.arm, "task": config["task"], "metric": self.metrics[job.case, job.arm]}
-        about |= {"config": self._defining(config)}
-        self.journal.add(about, journal.line_of(job.run, job.draw, rate_of(config), config["holdout"]))
+        about |= {"config": self._defining(self.configs[job.case, job.arm])}
+        self.journal.add(about, journal.line_of(job.run, job.draw, rate_of(config), job.sweep))
         if not self.keeps:
             shutil.rmtree(job.run.path)
             for ending in (".log", ".toml"):
@@ -226,7 +227,7 @@ class Comparison:
         return True
 
     def _line(self, job: Job) -> dict[str, Any] | None:
-        wanted = {"draw": job.draw, "rate": rate_of(job.config), "holdout": job.config["holdout"]}
+        wanted = {"draw": job.draw, "rate": rate_of(job.config), "sweep": job.sweep}
         found = (line for line in self.journal.find(job.case, job.arm) if wanted.items() <= line.items())
         return next(found, None)
 
@@ -249,7 +250,7 @@ class Comparison:
         places = {"output-dir": str(self.output / ("sweep" if sweep else "")), "run-name": name, "resume": ""}
         key = STRATEGIES[config["strategy"]].learning_rate_key
         changes = {vary: draw, key: rate or config[key]} | ({"holdout": HOLDOUT} if sweep else {})
-        return Job(case, arm, draw, parse(config | changes | places).to_dict())
+        return Job(case, arm, draw, parse(config | changes | places).to_dict(), sweep)
 
     def _defining(self, config: Settings) -> dict[str, Any]:
         return journal.defining(config, self.study.clients, self.study.vary)

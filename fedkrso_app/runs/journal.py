@@ -1,7 +1,7 @@
 """results.jsonl: the finished runs of a comparison, a line each, small enough to be kept in a repository.
 
     {"settings": "3f2a…", "case": …, "arm": …, "task": …, "metric": …, "config": {…}}      before the first of its runs
-    {"run": "3f2a…", "draw": 0, "rate": 0.001, "holdout": 0.0, "rounds": [[round, metric, bytes up, bytes down], …], …}
+    {"run": "3f2a…", "draw": 0, "rate": 0.001, "sweep": false, "rounds": [[round, metric, bytes up, bytes down], …], …}
 
 A line belongs to the settings that it names, whatever the machine. The folders of model and data are no part of these,
 and neither is where a run is kept; the digest of the model's weights is compared instead.
@@ -35,7 +35,7 @@ def defining(config: Mapping[str, Any], clients: int, vary: str) -> dict[str, An
     method = STRATEGIES[config["strategy"]]
     tables = {settings.table for settings in method.settings}
     own = {key: value for key, value in config.items() if "." not in key or key.split(".")[0] in tables}
-    left_out = (*_FREE, vary, "holdout", method.learning_rate_key)
+    left_out = (*_FREE, vary, method.learning_rate_key)
     return {key: value for key, value in own.items() if key not in left_out} | {"clients": clients, "vary": vary}
 
 
@@ -144,7 +144,7 @@ class Journal:
             self.runs.append(facts)
 
 
-def line_of(run: Run, draw: int, rate: float, holdout: float) -> dict[str, Any]:
+def line_of(run: Run, draw: int, rate: float, sweep: bool) -> dict[str, Any]:
     """What a completed run leaves in the journal. Bytes are those of one client that was asked in the round."""
     rounds: list[list[Any]] = []
     for line in run.metrics():  # a round that published nothing leaves the model and its metric as they were
@@ -155,7 +155,7 @@ def line_of(run: Run, draw: int, rate: float, holdout: float) -> dict[str, Any]:
     return {
         "draw": draw,
         "rate": rate,
-        "holdout": holdout,
+        "sweep": sweep,
         "rounds": rounds,
         "figures": {key: _short(value) for key, value in measures(run).items()},
         "model": info["model_digest"][:12],
