@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from rich.console import Console
 from test_compare import flwr, started  # noqa: F401  # a fixture
+from test_report import Page
 from typer.testing import CliRunner
 
 from fedkrso_app import cli
@@ -282,3 +284,51 @@ def test_a_real_run_leaves_its_digest_model_and_bytes(run_config, tmp_path):
     assert [row[0] for row in line["rounds"]] == [0, 1, 2]
     total = sum(figures["uplink_bytes"] for figures in run.metrics()) / 3
     assert sum(row[2] for row in line["rounds"]) == pytest.approx(total, abs=2)
+
+
+# --- what the repository holds ---
+
+STUDIES = [path for path in sorted((ROOT / "experiments").glob("*.toml")) if "[arms." in path.read_text()]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_of_the_repository_can_be_made_and_its_journal_is_its_own(path):
+    found, defaults = study.load(path, []), study.settings(None, [])
+    book = Journal(path.with_suffix("") / "results.jsonl")
+    configs = {pair: journal.defining(found.settings(*pair), found.clients, found.vary) for pair in found.pairs()}
+    book.expect((*pair, config, defaults) for pair, config in configs.items())
+    assert not book.notes
+
+
+# --- the page ---
+
+
+def test_the_page_of_a_journal_shows_every_arm_every_difference_and_no_run_of_a_sweep(tmp_path):
+    book = Journal(tmp_path / "mine" / "results.jsonl")
+    book.lock()
+    about = {"device": "a CPU", "versions": {"torch": "2"}, "commit": "c0ffee"}
+    for arm, shift in (("first <b>", 0.0), ("second $x$", 0.1), ("third", 0.2)):
+        for draw in range(3):
+            rounds = [[n, metric + shift + draw * shift, up, down] for n, metric, up, down in CURVE]
+            settings, run = entry(arm)
+            book.add(settings, run | about | {"draw": draw, "rounds": rounds})
+        book.add(settings, run | about | {"draw": 9, "sweep": True, "rate": 77.0})
+    book.close()
+    assert CliRunner().invoke(cli.app, ["report", str(book.file)]).exit_code == 0
+    shown = Page(book.file.with_name("report.html").read_text())
+    assert not shown.open and {"first <b>", "second $x$", "third"} <= set(shown.texts)
+    cells = [text for text in shown.texts if "[" in text and "]" in text and "%" not in text]
+    assert len(cells) == 2 * 3 and "77" not in shown.texts  # pairs × views
+    mean, low, high = paired.interval([0.1, 0.2, 0.3])  # second minus first, by hand: 0.1 · (1 + draw)
+    assert f"{-mean:+.4f} [{-high:+.4f}, {-low:+.4f}]" in " ".join(cells)
+    assert len([tag for tag in shown.tags if tag == "img"]) == 3
+
+
+def test_a_journal_with_sweeps_alone_has_no_page(tmp_path):
+    book = Journal(tmp_path / "results.jsonl")
+    book.lock()
+    settings, run = entry()
+    book.add(settings, run | {"sweep": True})
+    book.close()
+    result = CliRunner().invoke(cli.app, ["report", str(book.file)])
+    assert result.exit_code == 2 and "has no finished run yet" in result.stderr
