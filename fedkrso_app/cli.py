@@ -287,13 +287,18 @@ def ledger(
         bool,
         typer.Option("--layers", help=f"Replay, and show how far the last {_SHOWN} entries moved each layer."),
     ] = False,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Replay, and show which share of the gradient each round could move in.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
 ) -> None:
     """Show what every round did: who took part, what was sent, and how far the model moved.
 
     The norms are those of each kind of array: of what an entry adds, or of the change where an entry holds absolute
     values. --layers gives the Frobenius norm of what an entry moved each target layer's weight (in LoRA methods the
-    product of its factors) and the head; with --json of every entry but the first. --verify rebuilds the final model
+    product of its factors) and the head; with --json of every entry but the first. --energy takes the gradient of 128
+    training rows before each entry and gives the share of its energy that lies in the directions in which the entry
+    moved the layer; it needs the training data, and a second copy of the model. --verify rebuilds the final model
     from the base model and the ledger; exit code 1 if it is another one.
     """
     with explained():
@@ -305,6 +310,11 @@ def ledger(
         if layers:
             moved = replay.moved(opened, entries)
             facts["entries"] = described = [e | {"layers": moved.get(e["version"], {})} for e in described]
+        if energy:
+            from fedkrso_app.runs.energy import captured
+
+            shares = captured(opened, entries)
+            facts["entries"] = described = [e | {"energy": shares.get(e["version"], {})} for e in described]
         if verify:
             from fedkrso_app.training import model
 
@@ -318,6 +328,8 @@ def ledger(
         out.print(_entries_table(facts))
         if layers:
             out.print(_layers_table(described))
+        if energy:
+            out.print(_energy_table(described))
     if verify:
         said = "leads to the model in" if facts["verified"] else f"leads to another model ({facts['digest']}) than"
         (out if facts["verified"] and not as_json else err).print(f"The ledger {said} result.json.", **_PLAIN)
@@ -344,6 +356,16 @@ def _layers_table(entries: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(f"version {entry['version']}", justify="right")
     for name in shown[-1]["layers"] if shown else ():
         table.add_row(name, *(f"{entry['layers'][name]:.4g}" for entry in shown))
+    return table
+
+
+def _energy_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    shown = [entry for entry in entries if entry["energy"]][-_SHOWN:]
+    table = Table("layer", title="Share of the gradient's energy in the directions that each entry moved in (how many)")
+    for entry in shown:
+        table.add_column(f"version {entry['version']}", justify="right")
+    for name in shown[-1]["energy"] if shown else ():
+        table.add_row(name, *("{:.4f} ({})".format(*entry["energy"][name]) for entry in shown))
     return table
 
 

@@ -63,7 +63,7 @@ def replayed(
     run: Run, entries: Ledger, to: int, own: Arrays | None = None
 ) -> tuple[model.LoadedModel, Mapping[str, Any]]:
     """The loaded model, and its plain state at version ``to`` with the personal arrays ``own``."""
-    loaded, steps = _steps(run, entries, range(first_needed(-1, to, method_of(run.config).entry.span), to + 1))
+    loaded, steps = walked(run, entries, range(first_needed(-1, to, method_of(run.config).entry.span), to + 1))
     *_, (_, local) = steps
     local.adopt(own or {})
     return loaded, local.plain_state()
@@ -75,7 +75,7 @@ def method_of(config: Config) -> Method:
     return make(config, Shapes.of(model.outline(config.model, data.resolve(config).num_labels)))
 
 
-def _steps(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.LoadedModel, Iterator[tuple[int, Local]]]:
+def walked(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.LoadedModel, Iterator[tuple[int, Local]]]:
     """The loaded model, and each of ``versions`` with the half that has brought the model there."""
     config = run.config
     threads.hold(config.torch_threads)
@@ -100,7 +100,7 @@ def _steps(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.Lo
 
 def moved(run: Run, entries: Ledger) -> dict[int, dict[str, float]]:
     """Of every entry whose predecessor is there: target layer, or ``head`` -> Frobenius norm of what it moved."""
-    loaded, steps = _steps(run, entries, entries.versions())
+    loaded, steps = walked(run, entries, entries.versions())
     parts = {name: [f"{name}.weight"] for name in loaded.targets} | ({"head": list(loaded.head)} if loaded.head else {})
     lengths: dict[int, dict[str, float]] = {}
     last, before = -1, dict[str, Any]()
