@@ -81,8 +81,8 @@ def curves(here: Sequence[Curves], metric: str, by_bytes: bool) -> Picture:
 def forest(rows: Sequence[Mapping[str, Any]], metric: str) -> Picture:
     """The rows of :func:`paired.differences`: each mean with its interval, at equal steps and at equal bytes."""
     pairs = list(dict.fromkeys((row["a"], row["b"]) for row in rows))
-    figure = Figure(figsize=(9.4, 1.3 + 0.36 * len(pairs)), layout="constrained")
-    panels = dict(zip(("steps", "bytes"), figure.subplots(1, 2, sharey=True), strict=True))
+    figure = Figure(figsize=(4.9, 2 * (0.75 + 0.27 * len(pairs))), layout="constrained")
+    panels = dict(zip(("steps", "bytes"), figure.subplots(2, 1), strict=True))
     for view, axes in panels.items():
         axes.axvline(0, color="#1a1a1a", linewidth=1)
         for row in rows:
@@ -93,6 +93,7 @@ def forest(rows: Sequence[Mapping[str, Any]], metric: str) -> Picture:
                 axes.plot([low, high], [place, place], color=_COLOURS[0], linewidth=2)
                 axes.plot([mean], [place], "o", color=_COLOURS[0], markerfacecolor=_COLOURS[0] if clear else "white")
         axes.set_xlabel(f"difference in {metric}, at equal {view}")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_yticks(range(len(pairs)), [_plain(f"{a} − {b}") for a, b in pairs])
         axes.set_ylim(len(pairs) - 0.45, -0.55)
     note = "Means and 95 % intervals, paired over the draws. A full dot has an interval without 0."
