@@ -161,12 +161,13 @@ def test_every_step_has_the_papers_learning_rate_and_every_method_its_own(opened
         np.testing.assert_allclose(seen[i::several], head * expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize(("warmup", "steps", "rising"), [(0.29, 100, 29), (0.05, 50, 2), (0.1, 30, 3), (0.0, 9, 0)])
-def test_the_warm_up_takes_its_share_of_the_steps(config, warmup, steps, rising):
+def test_the_warm_up_takes_its_share_of_the_steps(config, warmup, steps, rising, schedule):
     weight, rates = nn.Parameter(torch.ones(1)), []
     optimizer = torch.optim.SGD([weight], lr=1.0)
     session = Session([optimizer], dict, lambda j: rates.append(optimizer.param_groups[0]["lr"]))
-    config = dataclasses.replace(config, warmup=warmup, local_steps=steps)
+    config = dataclasses.replace(config, warmup=warmup, local_steps=steps, schedule=schedule)
     train(
         Single(weight),
         iter([{"x": torch.ones(1), "labels": torch.zeros(1)}] * steps),
@@ -175,6 +176,7 @@ def test_the_warm_up_takes_its_share_of_the_steps(config, warmup, steps, rising)
         np.random.default_rng(0),
     )
     assert rates.index(max(rates)) == rising
+    assert (rates[rising:] == [1.0] * (steps - rising)) == (schedule == "constant")
 
 
 class Single(nn.Module):

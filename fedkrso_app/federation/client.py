@@ -86,7 +86,7 @@ class Workplace:
         c = self.config
         examples = data.load(self.task, c.data_dir, split, c.holdout)
         scheme = c.partition if split == "train" else "iid"
-        return data.partition(examples, self.task, self._partitions, scheme, c.dirichlet_alpha, c.seed)
+        return data.partition(examples, self.task, self._partitions, scheme, c.dirichlet_alpha, c.draw)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def check(self, split: str, partitions: tuple[int, ...]) -> None:

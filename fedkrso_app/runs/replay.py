@@ -35,7 +35,7 @@ def opened(folder: Path) -> tuple[Run, Ledger]:
 
 def exportable(run: Run, entries: Ledger) -> dict[int, int]:
     """Round -> version, of all versions that the entries on disk lead to."""
-    versions = _reachable(run, entries)
+    versions = reachable(run, entries)
     at = {line["round"]: line["version"] for line in run.metrics() if line["version"] in versions}
     if versions:
         at[entries.read(versions[-1]).record["round"]] = versions[-1]  # its line may not have been written
@@ -62,13 +62,13 @@ def replayed(
     run: Run, entries: Ledger, to: int, own: Arrays | None = None
 ) -> tuple[model.LoadedModel, Mapping[str, Any]]:
     """The loaded model, and its plain state at version ``to`` with the personal arrays ``own``."""
-    loaded, steps = _steps(run, entries, range(first_needed(-1, to, method_of(run.config).entry.span), to + 1))
+    loaded, steps = walked(run, entries, range(first_needed(-1, to, method_of(run.config).entry.span), to + 1))
     *_, (_, local) = steps
     local.adopt(own or {})
     return loaded, local.plain_state()
 
 
-def _reachable(run: Run, entries: Ledger) -> list[int]:
+def reachable(run: Run, entries: Ledger) -> list[int]:
     """The versions that the entries on disk lead to."""
     span, versions = method_of(run.config).entry.span, entries.versions()
     return [v for v in versions if {*range(first_needed(-1, v, span), v + 1)} <= {*versions}]
@@ -80,7 +80,7 @@ def method_of(config: Config) -> Method:
     return make(config, Shapes.of(model.outline(config.model, data.resolve(config).num_labels, config.head)))
 
 
-def _steps(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.LoadedModel, Iterator[tuple[int, Local]]]:
+def walked(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.LoadedModel, Iterator[tuple[int, Local]]]:
     """The loaded model, and each of ``versions`` with the half that has brought the model there."""
     config = run.config
     threads.hold(config.torch_threads)
@@ -106,7 +106,7 @@ def _steps(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.Lo
 
 def moved(run: Run, entries: Ledger) -> dict[int, dict[str, float]]:
     """Of every entry whose predecessor is there: target layer, or ``head`` -> Frobenius norm of what it moved."""
-    loaded, steps = _steps(run, entries, _reachable(run, entries))
+    loaded, steps = walked(run, entries, reachable(run, entries))
     parts = {name: [f"{name}.weight"] for name in loaded.targets} | ({"head": list(loaded.head)} if loaded.head else {})
     lengths: dict[int, dict[str, float]] = {}
     last, before = -1, dict[str, Any]()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
+from transformers import get_constant_schedule, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from fedkrso_app.config import Config
 from fedkrso_app.training.activations import TrainingError, activation_memory
@@ -97,7 +97,8 @@ def train(
     in a random subspace, E‖∇W Pᵀ‖² = ‖∇W‖².
 
     The session's parameters are trained (``requires_grad`` is set here and taken back). Unless its rate is constant,
-    the learning rate rises over the first ``warmup`` share of the steps and falls as a cosine to 0. Dropout is drawn
+    the learning rate rises over the first ``warmup`` share of the steps and then falls as a cosine to 0, or stays
+    (``schedule``). Dropout is drawn
     from ``rng`` and leaves torch's global generators as they were. Raises :class:`TrainingError` when the loss is no
     longer finite.
     """
@@ -151,7 +152,11 @@ def schedules(
     steps = config.local_steps
     rising = int(config.warmup * steps + 1e-9)  # .29 × 100 is 28.999…
     return [
-        get_constant_schedule(optimizer) if constant else get_cosine_schedule_with_warmup(optimizer, rising, steps)
+        get_constant_schedule(optimizer)
+        if constant
+        else get_constant_schedule_with_warmup(optimizer, rising)
+        if config.schedule == "constant"
+        else get_cosine_schedule_with_warmup(optimizer, rising, steps)
         for optimizer in optimizers
     ]
 
