@@ -126,6 +126,13 @@ def test_glue_comes_from_the_hub_with_both_validation_splits_of_mnli_and_the_nam
     assert read(resolved(task="glue/mnli"))[0].classes == ("entailment", "neutral", "contradiction")
 
 
+def test_a_few_rows_of_a_dataset_say_before_the_download_that_all_of_it_is_read(hub, caplog):
+    with caplog.at_level("INFO", "flwr"):
+        reading.pinned(resolved(dataset="org/news", rows=6))
+    assert "rows = 6 are drawn from all: org/news is downloaded as a whole." in caplog.text
+    assert not any("resolve" in line for line in hub.asked)
+
+
 def test_as_many_rows_as_asked_for_are_drawn_the_same_ones_each_time(hub):
     _, train, validation = read(resolved(dataset="org/news", rows=6))
     whole = read(resolved(dataset="org/news"))[1]
@@ -162,6 +169,39 @@ def test_a_gated_repository_says_so_and_what_is_left_of_it_in_the_cache_is_not_r
     hub.gated = {"org/tiny", "org/news"}
     with pytest.raises(ConfigError, match=r"gated.*HF_TOKEN"):
         read_it()
+
+
+def test_a_token_with_access_reads_what_is_gated_and_another_does_not(hub, run_config, monkeypatch):
+    """A whole run, whose nodes find the token where the server does."""
+    hub.gated, hub.token = {"org/tiny", "org/news"}, "hf_right"
+    settings = run_config | {"model": "org/tiny", "task": "text-classification", "dataset": "org/news", "data-dir": ""}
+    settings |= {"num-server-rounds": 1, "local-steps": 2}
+    for wrong in ("", "hf_wrong"):
+        monkeypatch.setenv("HF_TOKEN", wrong)
+        with pytest.raises(ConfigError, match=r"model = 'org/tiny': it is gated.*HF_TOKEN"):
+            play(settings, nodes=2)
+    fresh()
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    run = play(settings, nodes=2)
+    assert run.status == "completed" and run.metrics()[-1]["clients"] == 2
+    assert not [file for file in run.path.rglob("*") if file.is_file() and b"hf_right" in file.read_bytes()]
+
+
+@pytest.mark.parametrize("kind", ["hub", "datasets"])
+def test_a_cache_that_cannot_be_written_is_named_with_the_fix(hub, kind, tmp_path, monkeypatch):
+    """A path below a file: chmod would not stop root."""
+    (tmp_path / "file").write_text("")
+    owner, name = {
+        "hub": (huggingface_hub.constants, "HF_HUB_CACHE"),
+        "datasets": (datasets.config, "HF_DATASETS_CACHE"),
+    }[kind]
+    monkeypatch.setattr(owner, name, str(tmp_path / "file" / "cache"))
+    said = rf"the cache cannot be written, {tmp_path}/file/cache.* \(Not a directory\): set HF_HOME to a folder"
+    with pytest.raises(ConfigError, match=rf"^dataset = 'org/news': {said} that can be\.$"):
+        read(resolved(dataset="org/news"))
+    if kind == "hub":
+        with pytest.raises(ConfigError, match=rf"^model = 'org/tiny': {said} that can be\.$"):
+            model.load("org/tiny", 2, 0)
 
 
 @pytest.mark.parametrize("status", [0, 503])

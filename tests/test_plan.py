@@ -80,13 +80,15 @@ def test_real_tensors_take_what_was_planned_without_any(strategy, config, run_co
             assert getattr(planned[setting], kind) == pytest.approx(getattr(real[setting], kind), rel=0.02), kind
 
 
-def test_every_seed_drawn_after_the_first_adds_an_accumulator(run_config, model_folder):
-    """J = 2 of 8 steps and K = 10^4: four seeds with near certainty, so three accumulators more than J = 8."""
-    many = run_config | {"fedkrso.num-seeds": 10_000, "local-steps": 8}
-    one, four = (plan.plan(many | {"fedkrso.interval": J}, ["fedkrso"], 2)["rows"][0] for J in (8, 2))
+@pytest.mark.parametrize(("steps", "J"), [(8, 2), (4, 1)])
+def test_every_seed_drawn_after_the_first_adds_an_accumulator(steps, J, run_config, model_folder):
+    """K = 10^4, so four intervals have four seeds with near certainty: three accumulators more than one interval. With
+    J = 1 the two steps that are counted have two of them already."""
+    many = run_config | {"fedkrso.num-seeds": 10_000, "local-steps": steps}
+    one, four = (plan.plan(many | {"fedkrso.interval": each}, ["fedkrso"], 2)["rows"][0] for each in (steps, J))
     Q = Shapes.of(model.outline(str(model_folder), 2)).outputs(2)
     for kind in ("optimizer", "total"):
-        assert four["memory"]["keep"][kind] - one["memory"]["keep"][kind] == pytest.approx(3 * 4 * Q, rel=1e-3)
+        assert four["memory"]["keep"][kind] - one["memory"]["keep"][kind] == pytest.approx(3 * 4 * Q, rel=2e-3)
 
 
 def test_the_total_is_at_least_all_that_must_be_there_at_once(config, model_folder):

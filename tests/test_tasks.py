@@ -351,6 +351,25 @@ def test_without_a_validation_file_a_tenth_of_the_rows_stands_in_and_the_log_say
     assert "no validation file: 10 % of the training rows stand in" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["val.csv", "dev.jsonl", "Valid.csv", "eval_2024.parquet"])
+def test_a_validation_file_by_another_name_is_not_passed_over(read, tmp_path, name):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / name).write_text(table("text,pos"))
+    fix = rf"d has {name} and no validation file: name it validation\{name[name.rindex('.') :]}, or"
+    with pytest.raises(ConfigError, match=fix):
+        read("text-classification", table(*TWENTY))
+    (tmp_path / "d" / name).rename(tmp_path / "d" / "evaluate.md.csv")
+    assert len(read("text-classification", table(*TWENTY))[2]) == 2
+
+
+def test_labels_of_which_validation_and_training_share_none_are_refused(read):
+    with pytest.raises(
+        ConfigError, match=r"no training row has one of its classes \('neg', 'pos'\), but ' neg', ' pos'"
+    ):
+        read("text-classification", table("a b, pos", "c d, neg"), validation=table("a b,pos", "c d,neg"))
+    assert len(read("text-classification", table(*TWENTY), validation=table("a,pos", "b,odd"))[2]) == 2
+
+
 def test_a_sweep_without_a_validation_file_never_sees_the_rows_that_are_reported_on(read, tmp_path):
     found, train, reported = read("text-classification", table(*TWENTY))
     rest, held = (data.load(found, str(tmp_path / "d"), split, 0.5)["text"] for split in ("train", "validation"))

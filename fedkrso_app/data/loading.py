@@ -73,6 +73,11 @@ def _with_classes(task: Task, data_dir: str, sure: bool) -> Task:
     classes = task.classes or train.classes.get(task.label) or sorted_names({name for names in seen for name in names})
     if len(seen) > 1 and (only := sorted(set(seen[1]) - set(seen[0]))):
         rest = ", ".join(map(repr, only[:10])) + (f" and {len(only) - 10} more" if len(only) > 10 else "")
+        if len(only) == len(set(seen[1])) and not (task.classes or task.label in train.classes):
+            raise ConfigError(
+                f"{others[0].source}: no training row has one of its classes ({rest}), but "
+                f"{', '.join(map(repr, sorted(set(seen[0]))[:10]))}: write the labels alike in both."
+            )
         warn(f"{others[0].source}: classes that no training row has: {rest}")
     for rows, names in zip((train, *others), seen, strict=True):
         if alike := _alike(names):

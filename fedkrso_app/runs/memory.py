@@ -40,6 +40,7 @@ class Memory:
     aside: int = 0  # W^t, kept to give the model back unchanged
     standing: int = 0  # all that is there when the second step begins
     stepping: int = 0  # most at any moment of that step's optimizers
+    grown: int = 0  # what these hold beyond ``optimizer``, which is after the first step
     trained: int = 0  # how many numbers get a gradient
     steps: int = 0
 
@@ -130,7 +131,9 @@ def measured(module: nn.Module) -> Iterator[Memory]:
         memory.steps = max(stepped.values())
         if memory.steps == 1:
             memory.optimizer += total(_state(optimizer))
+            memory.grown -= total(_state(optimizer))
         else:
+            memory.grown += total(_state(optimizer))
             memory.stepping = max(memory.stepping, before + storage.peak)
 
     with ExitStack() as stack:

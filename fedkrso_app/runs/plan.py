@@ -64,7 +64,8 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
     more = method.client_bytes(lengths)
     kinds = ("weights", "gradients", "optimizer", "aside", "activations", "peak", "total")
     table = {
-        setting: {kind: getattr(memory, kind) + more * (kind in ("optimizer", "total")) for kind in kinds}
+        setting: {kind: getattr(memory, kind) for kind in kinds}
+        | {"optimizer": memory.optimizer + more, "total": memory.total + max(0, more - memory.grown)}
         for setting, memory in memories.items()
     }
     trained = next((memory.trained for memory in memories.values()), None)

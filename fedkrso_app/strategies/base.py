@@ -277,7 +277,7 @@ class Method(ABC):
         return {}, {}, {}
 
     def client_bytes(self, lengths: Mapping[str, float]) -> int:
-        """Bytes that a client holds at the end of a round beyond those of its first two steps; ``lengths`` as those
+        """Bytes that a client holds at the end of a round beyond those after its first step; ``lengths`` as those
         expected in a reply."""
         return 0
 
