@@ -108,6 +108,7 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "decomfl.learning-rate": 1e-4,
         "fedkseed.learning-rate": 1e-4,
         "fedkseed.slots": 64,
+        "fedmezo.learning-rate": 1e-3,
     }
 
 

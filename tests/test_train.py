@@ -129,6 +129,7 @@ RATES = {  # all different, so that no method can take another's
     "zeroth.head-learning-rate": 6e-3,
     "decomfl.learning-rate": 1e-5,
     "fedkseed.learning-rate": 2e-5,
+    "fedmezo.learning-rate": 3e-5,
 }
 
 

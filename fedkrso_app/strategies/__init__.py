@@ -11,6 +11,7 @@ from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
 from fedkrso_app.strategies.fedkseed import FedKSeed, FedKSeedPro
+from fedkrso_app.strategies.fedmezo import FedMeZO
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.ffa_lora import FFALora
 
@@ -24,6 +25,7 @@ STRATEGIES: dict[str, type[Method]] = {
     "decomfl": DeComFL,
     "fedkseed": FedKSeed,
     "fedkseed-pro": FedKSeedPro,
+    "fedmezo": FedMeZO,
 }
 
 
