@@ -7,6 +7,7 @@ from fedkrso_app import config as common
 from fedkrso_app.config import Config, ConfigError, Settings, choice
 from fedkrso_app.strategies.base import Method, Shapes
 from fedkrso_app.strategies.decomfl import DeComFL
+from fedkrso_app.strategies.fedblock import FedBlock
 from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
@@ -26,6 +27,7 @@ STRATEGIES: dict[str, type[Method]] = {
     "fedkseed": FedKSeed,
     "fedkseed-pro": FedKSeedPro,
     "fedmezo": FedMeZO,
+    "fedblock": FedBlock,
 }
 
 

@@ -17,7 +17,7 @@ from fedkrso_app.core.flat import unflatten
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.training.loop import Session
-from fedkrso_app.training.model import LoadedModel
+from fedkrso_app.training.model import LoadedModel, find_blocks
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -28,17 +28,19 @@ _STATE = {"float32": "float32", "float16": "float16", "int8": "float16", "int4":
 
 @dataclass(frozen=True)
 class Shapes:
-    """All that the server must know of a model: target layers (name -> m, n), head and parameter sizes."""
+    """All that the server must know of a model: target layers (name -> m, n), head, parameter and block sizes."""
 
     targets: Mapping[str, tuple[int, int]]
     head: int
     parameters: int
+    blocks: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> "Shapes":
         sizes = {name: (matrix(layer).shape[0], matrix(layer).shape[1]) for name, layer in loaded.targets.items()}
         head = sum(parameter.numel() for parameter in loaded.head.values())
-        return cls(sizes, head, sum(parameter.numel() for parameter in loaded.module.parameters()))
+        blocks = tuple(sum(parameter.numel() for parameter in block.values()) for block in find_blocks(loaded).values())
+        return cls(sizes, head, sum(parameter.numel() for parameter in loaded.module.parameters()), blocks)
 
     def outputs(self, rank: int) -> int:
         """Q = Σ m·r, the size of all B factors."""
