@@ -131,6 +131,8 @@ RATES = {  # all different, so that no method can take another's
     "fedkseed.learning-rate": 2e-5,
     "fedmezo.learning-rate": 3e-5,
     "fedblock.learning-rate": 7e-3,
+    "ferret.learning-rate": 8e-3,
+    "separate.learning-rate": 9e-3,
 }
 
 

@@ -115,12 +115,15 @@ class Workplace:
         reset_peak(used)
         start = self.replica.local.state() if self.transforms else {}
         with self.replica.lend() as local:
-            local.adopt(self.store.personal(partition, before=instructions.round))
+            before = self.store.memory(partition, instructions.round)
+            local.adopt({**self.store.personal(partition, before=instructions.round), **before})
             with local.session(instructions.method, rng) as session:
                 loss = loop.train(local.module, batches, session, c, rng)
                 arrays = session.update()
         if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:
             self.store.put_personal(partition, instructions.round, own)
+        if own := {name: arrays.pop(name) for name in self.method.reply.named("memory")}:
+            self.store.put_memory(partition, instructions.round, own)
         update = self._encoded(arrays, start, stream(c.seed, "reply", instructions.round, partition))
         seconds = time.monotonic() - started
         figures = Figures(len(examples), loss, seconds, peak_bytes(used))

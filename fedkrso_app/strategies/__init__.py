@@ -15,6 +15,7 @@ from fedkrso_app.strategies.fedkseed import FedKSeed, FedKSeedPro
 from fedkrso_app.strategies.fedmezo import FedMeZO
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.ffa_lora import FFALora
+from fedkrso_app.strategies.sketch import Ferret, Separate
 
 STRATEGIES: dict[str, type[Method]] = {
     "fedkrso": FedKRSO,
@@ -28,6 +29,8 @@ STRATEGIES: dict[str, type[Method]] = {
     "fedkseed-pro": FedKSeedPro,
     "fedmezo": FedMeZO,
     "fedblock": FedBlock,
+    "ferret": Ferret,
+    "separate": Separate,
 }
 
 

@@ -99,7 +99,8 @@ class Local(ABC):
         return {}
 
     def adopt(self, own: Arrays) -> None:
-        """Take over a partition's arrays of role "personal", as its last session left them (empty: those at rest)."""
+        """Take over a partition's arrays of role "personal", as its last session left them (empty: those at rest), and
+        those of role "memory"."""
         for name, tensors in self.personal().items() if own else ():
             unflatten(own[name], tensors)
 
@@ -167,7 +168,8 @@ class Method(ABC):
 
     half: ClassVar[Any]  # the Local that belongs to it
     settings: ClassVar[tuple[type[Settings], ...]]  # the tables that it reads
-    arxiv: ClassVar[str]  # the number of its paper there
+    arxiv: ClassVar[str] = ""  # the number of its paper there
+    paper: ClassVar[str] = ""  # a link to it in Markdown, if it is elsewhere
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
     linear: ClassVar[bool] = True  # the entry needs no more of the replies than the means of their summands
