@@ -110,6 +110,12 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "decomfl.learning-rate": 1e-4,
         "fedkseed.learning-rate": 1e-4,
         "fedkseed.slots": 64,
+        "fedmezo.learning-rate": 1e-3,
+        "fedblock.learning-rate": 0.01,
+        "ferret.learning-rate": 0.01,
+        "ferret.directions": 5,
+        "separate.learning-rate": 0.01,
+        "separate.rank": 3,
     }
 
 

@@ -247,3 +247,40 @@ def test_the_pro_form_draws_by_the_probabilities_that_it_is_sent(fedkseed):
         assert {session.optimizers[-1].seeds(j)[0] for j in range(20)} == {half.seeds[2]}
     kept = Ledger(run.path / "server").read(2).arrays["seen"]
     assert kept[:, 1].sum() == pytest.approx(2 * 10) and (kept[:, 0] > 0).all()
+
+
+# --- FedMeZO ---
+
+
+@pytest.fixture
+def fedmezo(run_config) -> dict:
+    return run_config | {"strategy": "fedmezo", "num-server-rounds": 2}
+
+
+def test_the_first_round_moves_b_alone_and_the_next_both_factors(fedmezo):
+    run = play(fedmezo)
+    start = at_start(run).state()
+    first, second = (Ledger(run.ledger).read(version).arrays for version in (1, 2))
+    np.testing.assert_array_equal(first["A"], start["A"])
+    assert first["B"].any() and (second["A"] != first["A"]).all() and (second["B"] != first["B"]).any()
+
+
+def test_clients_draw_directions_of_their_own(fedmezo):
+    """One step moves B by ± the same length along random signs; where all drew alike, so would the mean."""
+    run = play(fedmezo | {"num-server-rounds": 1, "local-steps": 1, "warmup": 0.0})
+    lengths = np.unique(np.abs(Ledger(run.ledger).read(1).arrays["B"]).round(9))
+    assert len(lengths) > 2
+
+
+@pytest.mark.parametrize("mode", ["zeroth", "frozen"])
+def test_the_head_of_fedmezo_moves_by_losses_or_stays_at_home(fedmezo, mode):
+    run = play(fedmezo | {"zeroth.head": mode})
+    names = set(Ledger(run.ledger).read(2).arrays)
+    assert names == ({"A", "B", "head"} if mode == "zeroth" else {"A", "B"})
+    assert (head(at_start(run)) == head(replica(run))) == (mode == "frozen")
+    assert replayed(run) == digest(run)
+
+
+def test_the_bytes_are_those_of_fedit(fedmezo):
+    paper = {name: make(parse(fedmezo | {"strategy": name}), SHAPES).paper_bytes() for name in ("fedmezo", "fedit")}
+    assert paper["fedmezo"] == paper["fedit"] == 8 * (2 * 3 + 2 * 4 + 2)

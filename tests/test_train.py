@@ -129,6 +129,10 @@ RATES = {  # all different, so that no method can take another's
     "zeroth.head-learning-rate": 6e-3,
     "decomfl.learning-rate": 1e-5,
     "fedkseed.learning-rate": 2e-5,
+    "fedmezo.learning-rate": 3e-5,
+    "fedblock.learning-rate": 7e-3,
+    "ferret.learning-rate": 8e-3,
+    "separate.learning-rate": 9e-3,
 }
 
 
@@ -195,7 +199,7 @@ def test_only_the_head_decays_but_in_full_fine_tuning(opened):
     head = {id(parameter) for parameter in local.head.values()}
     for group in (group for optimizer in session.optimizers for group in optimizer.param_groups):
         for parameter in group["params"]:
-            everything = local.config.strategy == "fedfft"
+            everything = local.config.strategy in ("fedfft", "fedblock")
             assert group.get("weight_decay", 0.0) == (0.01 if everything or id(parameter) in head else 0.0)
 
 

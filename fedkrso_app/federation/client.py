@@ -162,7 +162,7 @@ class Workplace:
         reset_peak(used)
         start = self.replica.local.state() if self.transforms else {}
         with self.replica.lend() as local:
-            local.adopt(self.store.personal(partition, before=instructions.round))
+            local.adopt(self._own(partition, instructions.round))
             with local.session(instructions.method, rng) as session:
                 loss = loop.train(local.module, batches, session, c, rng)
                 arrays = session.update()
@@ -184,7 +184,7 @@ class Workplace:
         with self.replica.lend() as local, local.stacked(group) as (halves, stacks), ExitStack() as sessions:
             of_each = []
             for partition, half, rng in zip(partitions, halves, rngs, strict=True):
-                half.adopt(self.store.personal(partition, before=instructions.round))
+                half.adopt(self._own(partition, instructions.round))
                 of_each.append(sessions.enter_context(half.session(instructions.method, rng)))
             padding = data.padding(self.task, self.model.tokenizer)
             losses = together.train(local.module, batches, of_each, group, stacks, c, rngs, padding)
@@ -215,11 +215,17 @@ class Workplace:
         peak: int,
     ) -> RecordDict:
         """The reply with an update, once what of it is the partition's own is on this node's disk."""
-        if own := {name: arrays.pop(name) for name in self.method.reply.named("personal", "client")}:
+        if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:
             self.store.put_personal(partition, instructions.round, own)
+        if own := {name: arrays.pop(name) for name in self.method.reply.named("memory")}:
+            self.store.put_memory(partition, instructions.round, own)
         update = self._encoded(arrays, start, stream(self.config.seed, "reply", instructions.round, partition))
         figures = Figures(len(self.share("train", partition)), loss, seconds, peak)
         return protocol.trained(Status(instructions.version), update, figures)
+
+    def _own(self, partition: int, round: int) -> Arrays:
+        """What a partition keeps to itself, as it was before ``round``."""
+        return {**self.store.personal(partition, before=round), **self.store.memory(partition, round)}
 
     def _encoded(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> ArrayRecord:
         for transform in self.transforms:

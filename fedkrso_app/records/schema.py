@@ -10,8 +10,9 @@ from fedkrso_app.core import quantize
 
 # update: adds to the model.  state: replaces what was there.  key: says what the others belong to (seeds, a bitmap).
 # server: stays on the server, beside the ledger.  personal: a part of the model that stays on the node, one copy for
-# each partition.  client: stays there too, and is no part of the model.
-Role = Literal["update", "state", "key", "server", "personal", "client"]
+# each partition.
+# memory: the same, but no part of the model: it is gone with the run.
+Role = Literal["update", "state", "key", "server", "personal", "memory"]
 
 SCALES = ".scales"  # suffix of the array that holds the scales of a quantised one
 

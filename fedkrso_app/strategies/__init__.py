@@ -8,14 +8,17 @@ from fedkrso_app.config import Config, ConfigError, Settings, choice
 from fedkrso_app.strategies import options
 from fedkrso_app.strategies.base import Method, Shapes
 from fedkrso_app.strategies.decomfl import DeComFL
+from fedkrso_app.strategies.fedblock import FedBlock
 from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
 from fedkrso_app.strategies.fedkseed import FedKSeed, FedKSeedPro
+from fedkrso_app.strategies.fedmezo import FedMeZO
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.fedsvd import FedSVD
 from fedkrso_app.strategies.ffa_lora import FFALora
 from fedkrso_app.strategies.rolora import RoLoRA
+from fedkrso_app.strategies.sketch import Ferret, Separate
 
 STRATEGIES: dict[str, type[Method]] = {
     "fedkrso": FedKRSO,
@@ -29,6 +32,10 @@ STRATEGIES: dict[str, type[Method]] = {
     "decomfl": DeComFL,
     "fedkseed": FedKSeed,
     "fedkseed-pro": FedKSeedPro,
+    "fedmezo": FedMeZO,
+    "fedblock": FedBlock,
+    "ferret": Ferret,
+    "separate": Separate,
 }
 
 

@@ -18,7 +18,7 @@ from fedkrso_app.core.stacked import Group, Stack, StackedLora, Unstackable, rep
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.training.loop import Session, head_optimizer
-from fedkrso_app.training.model import LoadedModel
+from fedkrso_app.training.model import LoadedModel, find_blocks
 
 Arrays = Mapping[str, np.ndarray]
 L = TypeVar("L", bound="Local")
@@ -36,13 +36,15 @@ class Shapes:
     head: int  # what is trained of it
     parameters: int  # all
     frozen: int = 0  # what is left of the head
+    blocks: tuple[int, ...] = ()  # each transformer block
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> "Shapes":
         sizes = {name: (matrix(layer).shape[0], matrix(layer).shape[1]) for name, layer in loaded.targets.items()}
         head = sum(parameter.numel() for parameter in loaded.head.values())
         every = {name: parameter.numel() for name, parameter in loaded.module.named_parameters()}
-        return cls(sizes, head, sum(every.values()), sum(every[name] for name in loaded.frozen))
+        blocks = tuple(sum(parameter.numel() for parameter in block.values()) for block in find_blocks(loaded).values())
+        return cls(sizes, head, sum(every.values()), sum(every[name] for name in loaded.frozen), blocks)
 
     def outputs(self, rank: int) -> int:
         """Q = Σ m·r, the size of all B factors."""
@@ -106,7 +108,8 @@ class Local(ABC):
         return {}
 
     def adopt(self, own: Arrays) -> None:
-        """Take over a partition's arrays of role "personal", as its last session left them (empty: those at rest)."""
+        """Take over a partition's arrays of role "personal", as its last session left them (empty: those at rest), and
+        those of role "memory"."""
         for name, tensors in self.personal().items() if own else ():
             unflatten(own[name], tensors)
 
@@ -225,7 +228,8 @@ class Method(ABC):
 
     half: ClassVar[Any]  # the Local that belongs to it
     settings: ClassVar[tuple[type[Settings], ...]]  # the tables that it reads
-    arxiv: ClassVar[str]  # the number of its paper there
+    arxiv: ClassVar[str] = ""  # the number of its paper there
+    paper: ClassVar[str] = ""  # a link to it in Markdown, if it is elsewhere
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
     linear: ClassVar[bool] = True  # the entry needs no more of the replies than the means of their summands

@@ -298,7 +298,7 @@ class Scaffold(_Moving):
     @property
     def reply(self) -> Schema:
         reply = super().reply  # type: ignore[safe-super]
-        return replace(reply, fields={**reply.fields, "own-drift": Field("float32", (self.size,), "client")})
+        return replace(reply, fields={**reply.fields, "own-drift": Field("float32", (self.size,), "memory")})
 
     @property
     def entry(self) -> Schema:
