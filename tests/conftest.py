@@ -105,6 +105,8 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "ffa-lora.learning-rate": 0.05,
         "rolora.learning-rate": 0.05,
         "fedsvd.learning-rate": 0.03,
+        "flexlora.learning-rate": 0.03,
+        "hetlora.learning-rate": 0.05,
         "fedsrd.learning-rate": 0.01,
     }
 

@@ -10,7 +10,10 @@ from helpers import arrays_of, digest, play, replayed, replica
 from typer.testing import CliRunner
 
 from fedkrso_app import cli
+from fedkrso_app.config import ConfigError
 from fedkrso_app.core.flat import unflatten
+from fedkrso_app.core.products import by_layer
+from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs import plan
 from fedkrso_app.strategies import make, parse
@@ -43,7 +46,7 @@ def matrices(half, name, flat):
 
 
 def weights(run, version=None):
-    """The weights of the target layers at a version, by layer, float64."""
+    """The weights of the target layers at a version (-1: W^0), by layer, float64."""
     half = replica(run, version)
     state = half.plain_state()
     return [state[f"{name}.weight"].double() for name in half.targets]
@@ -176,3 +179,128 @@ def test_fedsvd_decomposes_every_period(run_config):
     half = replica(run, 3)
     for A in matrices(half, "A", rows[0]):
         torch.testing.assert_close(A @ A.T, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+# Clients of different ranks
+
+RANKED = ["flexlora", "hetlora"]
+UNEVEN = {"lora.ranks": "2,1"}
+
+
+def uneven(run_config, strategy):
+    return run_config | UNEVEN | {"strategy": strategy}
+
+
+def products_of(half, replies):
+    """Of each layer the product of every client's factors, float64."""
+    sizes = [(B.shape[0], A.shape[1]) for A, B in half.pairs]
+    clients = [list(by_layer(arrays["A"], arrays["B"], sizes)) for arrays in replies.values()]
+    return [[(B.double() @ A.double()) for A, B in layer] for layer in zip(*clients, strict=True)]
+
+
+@pytest.mark.parametrize("strategy", RANKED)
+def test_each_client_sends_its_rank_and_another_is_refused(strategy, run_config, caplog):
+    replies = Replies()
+
+    def cut(partition, message, reply):
+        reply = replies(partition, message, reply)
+        if partition == 2:
+            arrays = arrays_of(reply)
+            content = {name: values if name == "head" else values[:1] for name, values in arrays.items()}
+            reply.content["update"] = wire.pack(content)
+        return reply
+
+    play(uneven(run_config, strategy) | {"num-server-rounds": 1}, tamper=cut)
+    assert [len(replies.at[1][p]["A"]) for p in range(4)] == [2, 1, 2, 1]
+    assert "partition 2 refused: array 'A' has shape (1, " in caplog.text
+
+
+@pytest.mark.parametrize("strategy", RANKED)
+def test_a_client_of_rank_one_trains_as_if_all_had_rank_one(strategy, run_config):
+    replies, alone = Replies(), Replies()
+    play(uneven(run_config, strategy) | {"num-server-rounds": 1}, tamper=replies)
+    one = {"strategy": strategy, "lora.rank": 1, "lora.alpha": 4.0, "num-server-rounds": 1, "run-name": "one"}
+    play(run_config | one, tamper=alone, run_id=2)
+    for name, values in replies.at[1][1].items():
+        np.testing.assert_allclose(values, alone.at[1][1][name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", RANKED)
+def test_uneven_clients_catch_up_resume_and_send_few_bits_to_the_same_model(strategy, run_config):
+    settings = uneven(run_config, strategy) | {"wire-dtype": "int8", "fraction-train": 0.5, "num-server-rounds": 4}
+    run = play(settings, devices=True)
+    assert [line["refused"] + line["failed"] for line in run.metrics()] == [0] * 5
+    assert digest(play(settings | {"run-name": "warm"}, run_id=2)) == digest(run) == replayed(run)
+
+
+@pytest.mark.parametrize("strategy", RANKED)
+def test_the_bytes_planned_of_uneven_clients_are_those_of_a_run(strategy, run_config):
+    settings = uneven(run_config, strategy)
+    lines = play(settings).metrics()
+    costs, _ = plan.traffic(make(parse(settings), Shapes.of(model.outline(settings["model"], 2))), 4, 0)
+    assert 12 * costs["up"] == pytest.approx(sum(line["uplink_bytes"] for line in lines), rel=0.01)
+    assert 12 * costs["down"] == pytest.approx(sum(line["downlink_bytes"] for line in lines), rel=0.01)
+
+
+def test_ranks_are_refused_where_they_cannot_be(run_config):
+    with pytest.raises(ConfigError, match=r"lora\.ranks = '2,1' does not go with fedit, whose clients share one rank"):
+        parse(uneven(run_config, "fedit"))
+    with pytest.raises(ConfigError, match="'2,x' is not a list of ranks"):
+        parse(run_config | {"strategy": "hetlora", "lora.ranks": "2,x"})
+    with pytest.raises(ConfigError, match=r"lora\.ranks = '2,16' is impossible: each must be below 16"):
+        play(run_config | {"strategy": "hetlora", "lora.ranks": "2,16"})
+    with pytest.raises(ConfigError, match="aggregation = 'median' does not go with flexlora"):
+        parse(run_config | {"strategy": "flexlora", "aggregation": "median"})
+    assert parse(run_config | UNEVEN | {"strategy": "fedkrso"})  # it has no LoRA
+
+
+# FlexLoRA
+
+
+@pytest.mark.parametrize("ranks", ["", "2,1"])
+def test_flexlora_is_the_dense_decomposition_of_the_mean_of_the_products(run_config, ranks):
+    replies = Replies()
+    run = play(run_config | {"strategy": "flexlora", "lora.ranks": ranks, "num-server-rounds": 2}, tamper=replies)
+    half, base = replica(run, 2), weights(run, -1)
+    for (A, _), W, W0, each in zip(half.pairs, weights(run), base, products_of(half, replies.at[2]), strict=True):
+        U, S, Vh = torch.linalg.svd(sum(each) / len(each))
+        torch.testing.assert_close(W - W0, SCALE * (U[:, :2] * S[:2] @ Vh[:2]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(A @ A.T, torch.eye(2), rtol=0, atol=1e-5)
+
+
+def test_what_the_sum_lacks_in_flexlora_trains_in_the_next_round(run_config):
+    """One reply of rank 1: the second component begins as zero in B alone."""
+    settings = uneven(run_config, "flexlora") | {"num-server-rounds": 2}
+
+    def only(partition, message, reply):
+        first = message.content["train"]["round"] == 1
+        return reply if partition == first else Message(Error(code=8, reason="gone"), reply_to=message)
+
+    run = play(settings, nodes=2, tamper=only)
+    B = [Ledger(run.ledger).read(version).arrays["B"] for version in (1, 2)]
+    assert np.abs(B[0][1]).max() < 1e-6 < 1e-3 < np.abs(B[1][1]).max()
+
+
+# HetLoRA
+
+
+def test_hetlora_of_equal_ranks_and_weights_is_fedit(run_config):
+    fedit = play(run_config | {"strategy": "fedit"})
+    het = play(run_config | {"strategy": "hetlora", "hetlora.weights": "config", "run-name": "het"}, run_id=2)
+    assert digest(het) == digest(fedit)
+
+
+def test_hetlora_weighs_padded_factors_by_the_norms_of_the_dense_products(run_config):
+    replies = Replies()
+    run = play(uneven(run_config, "hetlora") | {"num-server-rounds": 1}, tamper=replies)
+    half = replica(run, 1)
+    squares = np.zeros(4)
+    for each in products_of(half, replies.at[1]):
+        squares += [float(product.square().sum()) for product in each]
+    p = np.sqrt(squares) / np.sqrt(squares).sum()
+    entry = Ledger(run.ledger).read(1).arrays
+    for name in ("A", "B"):
+        rows = [replies.at[1][i][name] for i in range(4)]
+        expected = [sum(w * row[k] for w, row in zip(p, rows, strict=True) if k < len(row)) for k in (0, 1)]
+        np.testing.assert_allclose(entry[name], expected, rtol=1e-4, atol=1e-7)
+    assert p.max() > 1.2 * p.min()

@@ -117,7 +117,7 @@ class Workplace:
         start = self.replica.local.state() if self.transforms else {}
         with self.replica.lend() as local:
             local.adopt(self.store.personal(partition, before=instructions.round))
-            with local.session(instructions.method, rng) as session:
+            with local.session({**instructions.method, "partition": partition}, rng) as session:
                 loss = loop.train(local.module, batches, session, c, rng)
                 arrays = session.update()
         if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:

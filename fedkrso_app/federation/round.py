@@ -243,7 +243,8 @@ class Round(Strategy):
         """Check one reply and add it to the sums; returns its figures."""
         version = self._check_version(content, node)
         update, figures = protocol.arrays(content, UPDATE), Figures.read(content)
-        arrays = wire.decode(wire.unpack(update, self.method.reply.travelling))
+        schema = self.method.reply_of(self.nodes.partitions[node])
+        arrays = wire.decode(wire.unpack(update, schema.travelling))
         self.method.check(arrays, self.round)
         if self.config.max_update_norm:
             norm = self._norm(arrays)

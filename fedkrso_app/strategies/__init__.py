@@ -5,13 +5,15 @@ from typing import Any
 
 from fedkrso_app import config as common
 from fedkrso_app.config import Config, ConfigError, Settings, choice
-from fedkrso_app.strategies.base import Method, Shapes
+from fedkrso_app.strategies.base import Lora, Method, Shapes
 from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.fedsvd import FedSVD
 from fedkrso_app.strategies.ffa_lora import FFALora
+from fedkrso_app.strategies.flexlora import FlexLoRA
+from fedkrso_app.strategies.hetlora import HetLoRA
 from fedkrso_app.strategies.rolora import RoLoRA
 
 STRATEGIES: dict[str, type[Method]] = {
@@ -21,6 +23,8 @@ STRATEGIES: dict[str, type[Method]] = {
     "ffa-lora": FFALora,
     "rolora": RoLoRA,
     "fedsvd": FedSVD,
+    "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
 }
@@ -38,6 +42,11 @@ def parse(run_config: Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"aggregation = {config.aggregation!r} does not go with {config.strategy}, which averages products: "
             "set it to 'mean'."
+        )
+    if Lora in method.settings and config.of(Lora).ranks and not method.ranked:
+        raise ConfigError(
+            f"lora.ranks = {config.of(Lora).ranks!r} does not go with {config.strategy}, whose clients share one rank: "
+            f"leave it empty, or take {', '.join(name for name, other in STRATEGIES.items() if other.ranked)}."
         )
     method.check_settings(config)
     return config
