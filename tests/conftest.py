@@ -107,6 +107,10 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "fedsvd.learning-rate": 0.03,
         "flexlora.learning-rate": 0.03,
         "hetlora.learning-rate": 0.05,
+        "flora.learning-rate": 0.02,
+        "fedex-lora.learning-rate": 0.05,
+        "lora-fair.learning-rate": 0.05,
+        "fed-dare.learning-rate": 0.02,
         "fedsrd.learning-rate": 0.01,
     }
 

@@ -7,19 +7,25 @@ import pytest
 import torch
 from flwr.app import Error, Message
 from helpers import arrays_of, digest, play, replayed, replica
+from test_families import build
 from typer.testing import CliRunner
 
 from fedkrso_app import cli
 from fedkrso_app.config import ConfigError
+from fedkrso_app.core import rso, srd
 from fedkrso_app.core.flat import unflatten
 from fedkrso_app.core.products import by_layer
+from fedkrso_app.core.subspace import is_conv1d, matrix
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs import plan
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.strategies.fedkrso import FedKRSOLocal
+from fedkrso_app.strategies.fedsrd import dare_rng
+from fedkrso_app.strategies.flora import FLoRALocal
 from fedkrso_app.strategies.rolora import RoLoRA
-from fedkrso_app.training import model
+from fedkrso_app.training import loop, model
 
 SCALE = 4.0  # alpha / rank of run_config
 
@@ -304,3 +310,213 @@ def test_hetlora_weighs_padded_factors_by_the_norms_of_the_dense_products(run_co
         expected = [sum(w * row[k] for w, row in zip(p, rows, strict=True) if k < len(row)) for k in (0, 1)]
         np.testing.assert_allclose(entry[name], expected, rtol=1e-4, atol=1e-7)
     assert p.max() > 1.2 * p.min()
+
+
+# FLoRA
+
+
+class Given:
+    """The replies of a round, as ``conclude`` sees them."""
+
+    def __init__(self, replies):
+        self.replies = [(1 / len(replies), arrays) for arrays in replies]
+
+    def mean(self, key):
+        return np.mean([arrays[key] for _, arrays in self.replies], axis=0, dtype=np.float64).astype(np.float32)
+
+
+@pytest.mark.parametrize("ranks", ["", "2,1"])
+def test_flora_moves_W_by_the_mean_of_the_products(run_config, ranks):
+    replies = Replies()
+    run = play(run_config | {"strategy": "flora", "lora.ranks": ranks, "num-server-rounds": 2}, tamper=replies)
+    half = replica(run, 2)
+    W0 = weights(run, -1)
+    for round in (1, 2):
+        products = products_of(half, replies.at[round])
+        W0 = [W + SCALE * sum(each) / 4 for W, each in zip(W0, products, strict=True)]
+        for W, expected in zip(weights(run, round), W0, strict=True):
+            torch.testing.assert_close(W, expected, rtol=0, atol=1e-6)
+    assert len(Ledger(run.ledger).read(1).arrays["A"]) == (6 if ranks else 8)
+    drawn = {arrays["A"].tobytes() for of in replies.at.values() for arrays in of.values()}
+    assert len(drawn) == 8  # of each client and round its own
+
+
+def test_flora_sends_its_weights_where_they_are_smaller_than_the_missed_stacks(run_config):
+    """Here a stack of three clients has 2496 values, and all weights are 3584."""
+    settings = run_config | {"strategy": "flora", "num-server-rounds": 5}
+    kinds = set()
+
+    def absent(partition, message, reply):
+        kinds.update(name.split("-")[0] for name in message.content.array_records if partition == 3)
+        late = partition == 3 and message.content["train"]["round"] < 5
+        return Message(Error(code=8, reason="gone"), reply_to=message) if late else reply
+
+    run = play(settings, tamper=absent, devices=True)
+    assert replayed(run) == digest(run) and kinds == {"entry", "weights"}
+
+
+def test_flora_cuts_the_stack_to_the_rank_of_merging(run_config):
+    run = play(run_config | {"strategy": "flora", "flora.merge-rank": 3, "num-server-rounds": 1})
+    assert Ledger(run.ledger).read(1).arrays["A"].shape[0] == 3
+    for W, W0 in zip(weights(run), weights(run, -1), strict=True):
+        S = torch.linalg.svdvals(W - W0)
+        assert S[2] > 1e-5 > 1e-6 > S[3]
+
+
+def test_flora_with_A_at_rest_is_fedkrso_with_one_seed_in_one_interval(run_config, monkeypatch):
+    """P = A, the accumulator is s·B, and the rate s·η; Adam sees a gradient's scale in its ε alone."""
+    rates = {"fedkrso.learning-rate": SCALE * 0.01, "flora.learning-rate": 0.01, "fedkrso.interval": 4}
+    config = parse(run_config | {"warmup": 0.0} | rates)
+    batch = {"input_ids": torch.tensor([[0, 7, 8, 9, 2]]), "labels": torch.tensor([1])}
+
+    class Frozen(FLoRALocal):
+        factors = ("B",)
+
+    def trained(half):
+        """The layers' weights after four steps, and before."""
+        local, rng = half(model.load(run_config["model"], 2, 0), config), np.random.default_rng(0)
+        before = [matrix(layer).clone() for layer in local.targets.values()]
+        with local.session({"seeds": np.arange(3, dtype="<u8").tobytes()}, rng) as session:
+            session.optimizers = session.optimizers[:1]  # the head's rates differ
+            session.optimizers[0].param_groups[0]["eps"] = SCALE * 1e-8  # RSO has its own
+            loop.train(local.module, iter([batch] * 4), session, config, rng)
+            after = [matrix(layer).clone() for layer in local.targets.values()]
+        return local, after, before
+
+    flora, after, before = trained(Frozen)
+    moved = [SCALE * (B @ A).detach() for A, B in flora.pairs]
+    drawn = {name: A.detach().numpy() for name, (A, _) in zip(flora.targets, flora.pairs, strict=True)}
+    assert all(map(torch.equal, after, before))
+    monkeypatch.setattr(rso, "projection", lambda seed, name, r, n, kind: drawn[name])
+    _, after, before = trained(FedKRSOLocal)
+    for product, end, start in zip(moved, after, before, strict=True):
+        torch.testing.assert_close(product, end - start, rtol=0, atol=1e-5)
+        assert product.abs().max() > 0.01
+
+
+def test_flexlora_of_all_components_makes_floras_model_of_the_round(run_config):
+    replies = Replies()
+    play(uneven(run_config, "flexlora") | {"num-server-rounds": 1}, tamper=replies)
+    small = [replies.at[1][p] for p in (1, 3)]  # two of rank 1: as many components as R = 2
+    halves, states = [], []
+    for strategy in ("flexlora", "flora"):
+        loaded = model.load(run_config["model"], 2, 0)
+        method = make(parse(uneven(run_config, strategy)), Shapes.of(loaded))
+        halves.append(method.local(loaded))
+        halves[-1].apply(method.conclude(Given(small), 1))
+        states.append(halves[-1].plain_state())
+    for name in states[0]:
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=1e-6)
+
+
+# FedEx-LoRA
+
+
+def test_fedex_moves_the_model_by_the_mean_of_the_products(run_config):
+    replies = Replies()
+    run = play(run_config | {"strategy": "fedex-lora", "num-server-rounds": 2}, tamper=replies)
+    half, base = replica(run, 2), weights(run, -1)
+    for round in (1, 2):
+        products = products_of(half, replies.at[round])
+        for W, W_base, each in zip(weights(run, round), base, products, strict=True):
+            torch.testing.assert_close(W, W_base + SCALE * sum(each) / 4, rtol=0, atol=1e-6)
+        means = products_of(half, {0: Ledger(run.ledger).read(round).arrays})
+        base = [W - SCALE * product for W, (product,) in zip(weights(run, round), means, strict=True)]
+
+
+@pytest.mark.parametrize(("clients", "rank"), [(1, -1), (4, 0)])
+def test_fedex_without_a_residual_is_fedit(run_config, clients, rank):
+    fedit = play(run_config | {"strategy": "fedit"}, nodes=clients)
+    own = {"strategy": "fedex-lora", "fedex-lora.residual-rank": rank, "run-name": "fedex"}
+    assert digest(play(run_config | own, nodes=clients, run_id=2)) == digest(fedit)
+
+
+def test_a_missed_entry_of_fedex_brings_its_residual_alone(run_config):
+    settings = run_config | {"strategy": "fedex-lora", "fraction-train": 0.5, "num-server-rounds": 6}
+    settings |= {"fedex-lora.residual-rank": 1}  # short enough for entries to be sent, not weights
+    older = set()
+
+    def look(partition, message, reply):
+        records = message.content.array_records
+        for name in sorted(records)[:-1]:
+            older.update(records[name])
+        return reply
+
+    run = play(settings, tamper=look, devices=True)
+    assert older == {"residual-A", "residual-B"} and replayed(run) == digest(run)
+
+
+def test_the_residual_moves_a_conv1d_along_its_own_sides(run_config, model_folder, tmp_path):
+    """The authors' code adds it transposed, which is right for GPT-2 and wrong, without a word, for square linears."""
+    folder = build(tmp_path / "gpt2", model_folder, "gpt2", True)
+    for name, classes in ((str(folder), 0), (str(model_folder), 2)):
+        loaded = model.load(name, classes, 0)
+        method = make(parse(run_config | {"strategy": "fedex-lora"}), Shapes.of(loaded))
+        half, rng = method.local(loaded), np.random.default_rng(0)
+        before = half.plain_state()
+        A, B = (
+            rng.standard_normal((3, sum(side)), dtype=np.float32)
+            for side in reversed(list(zip(*half.sizes, strict=True)))
+        )
+        half.move(A, B)
+        for layer, (A_l, B_l) in zip(half.targets, by_layer(A, B, half.sizes), strict=True):
+            delta = half.plain_state()[f"{layer}.weight"] - before[f"{layer}.weight"]
+            delta = delta.T if is_conv1d(half.targets[layer]) else delta
+            torch.testing.assert_close(delta, SCALE * B_l @ A_l, rtol=0, atol=1e-4)
+
+
+# LoRA-FAIR
+
+
+def test_lora_fair_comes_nearer_to_the_mean_of_the_products_and_a_large_penalty_makes_it_fedit(run_config):
+    replies, states, off = Replies(), {}, {}
+    for i, penalty in enumerate((None, 1e12, 0.0), start=1):
+        own = {"strategy": "lora-fair", "lora-fair.penalty": penalty} if i > 1 else {"strategy": "fedit"}
+        run = play(run_config | own | {"run-name": str(i), "num-server-rounds": 1}, tamper=replies, run_id=i)
+        states[penalty] = weights(run)
+    half = replica(run, 1)
+    As, Bs = (of_layers(half, name, replies.at[1]) for name in ("A", "B"))
+    exact = [sum(b @ a for b, a in zip(B, A, strict=True)) / 4 for B, A in zip(Bs, As, strict=True)]
+    for penalty, state in states.items():
+        pairs = zip(state, weights(run, -1), exact, strict=True)
+        off[penalty] = [float((W - W0 - SCALE * product).norm()) for W, W0, product in pairs]
+    for W, fedit in zip(states[1e12], states[None], strict=True):
+        torch.testing.assert_close(W, fedit, rtol=0, atol=1e-6)
+    assert all(fair < 0.999 * fedit for fair, fedit in zip(off[0.0], off[None], strict=True))
+
+
+# Fed-DARE
+
+
+def test_fed_dare_adds_the_mean_of_what_the_masks_left(run_config):
+    replies = Replies()
+    run = play(run_config | {"strategy": "fed-dare", "num-server-rounds": 1}, tamper=replies)
+    entries = [Ledger(run.ledger).read(version).arrays for version in (0, 1)]
+    before, after = (np.concatenate([entry["A"], entry["B"]]).astype(np.float64) for entry in entries)
+    dense = np.zeros((4, before.size))
+    for p, arrays in replies.at[1].items():
+        keep = srd.dare_mask((before.size,), 0.9, dare_rng(int(arrays["mask"][0])))
+        assert 0.05 < keep.mean() < 0.15
+        dense[p, keep] = arrays["values"]
+    np.testing.assert_allclose(after, before + dense.mean(0), rtol=0, atol=1e-6)
+    assert len({int(arrays["mask"][0]) for arrays in replies.at[1].values()}) == 4
+
+
+def test_fed_dare_that_drops_nothing_is_fedit(run_config):
+    fedit = play(run_config | {"strategy": "fedit"})
+    own = {"strategy": "fed-dare", "fed-dare.sparsity": 0.0, "fed-dare.learning-rate": 0.05, "run-name": "dare"}
+    for a, b in zip(weights(fedit), weights(play(run_config | own, run_id=2)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_fed_dare_refuses_values_that_its_mask_has_no_place_for(run_config, caplog):
+    def cut(partition, message, reply):
+        if partition == 1:
+            arrays = arrays_of(reply)
+            reply.content["update"] = wire.pack(arrays | {"values": arrays["values"][:-1]})
+        return reply
+
+    play(run_config | {"strategy": "fed-dare", "num-server-rounds": 1}, nodes=2, tamper=cut)
+    assert "places in its mask" in caplog.text
+    with pytest.raises(ConfigError, match="does not go with fed-dare, whose clients send zeros"):
+        parse(run_config | {"strategy": "fed-dare", "aggregation": "median"})

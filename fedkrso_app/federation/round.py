@@ -59,6 +59,7 @@ class Round(Strategy):
         self.span = method.entry.span
         for version in ledger.versions():
             method.observe(version, wire.decode(ledger.read(version).arrays))
+        method.replies = int(ledger.read(ledger.version).record["clients"])
         if ledger.version > 0 and method.entry.named("server"):
             method.kept = dict(kept.read(ledger.version).arrays)
 
@@ -319,6 +320,7 @@ class Round(Strategy):
         stored = wire.encode(arrays, schema, stream(self.config.seed, "broadcast", self.round))
         self.ledger.append(Entry(version, stored, figures))
         self.method.observe(version, wire.decode(stored))
+        self.method.replies = figures["clients"]
 
 
 def no_figures() -> dict[str, Any]:

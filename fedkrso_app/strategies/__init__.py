@@ -6,6 +6,8 @@ from typing import Any
 from fedkrso_app import config as common
 from fedkrso_app.config import Config, ConfigError, Settings, choice
 from fedkrso_app.strategies.base import Lora, Method, Shapes
+from fedkrso_app.strategies.fed_dare import FedDARE
+from fedkrso_app.strategies.fedex_lora import FedExLoRA
 from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
@@ -13,7 +15,9 @@ from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.fedsvd import FedSVD
 from fedkrso_app.strategies.ffa_lora import FFALora
 from fedkrso_app.strategies.flexlora import FlexLoRA
+from fedkrso_app.strategies.flora import FLoRA
 from fedkrso_app.strategies.hetlora import HetLoRA
+from fedkrso_app.strategies.lora_fair import LoRAFAIR
 from fedkrso_app.strategies.rolora import RoLoRA
 
 STRATEGIES: dict[str, type[Method]] = {
@@ -25,6 +29,10 @@ STRATEGIES: dict[str, type[Method]] = {
     "fedsvd": FedSVD,
     "flexlora": FlexLoRA,
     "hetlora": HetLoRA,
+    "flora": FLoRA,
+    "fedex-lora": FedExLoRA,
+    "lora-fair": LoRAFAIR,
+    "fed-dare": FedDARE,
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
 }

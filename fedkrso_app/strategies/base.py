@@ -206,6 +206,7 @@ class Method(ABC):
     def __init__(self, config: Config, shapes: Shapes) -> None:
         self.config, self.shapes = config, shapes
         self.kept: dict[str, np.ndarray] = {}  # the newest arrays of role "server"; the round saves and restores them
+        self.replies = 0  # how many are in the newest entry
         rank, width = config.to_dict().get(self.rank_key, 0), min(min(size) for size in shapes.targets.values())
         if rank >= width:
             raise ConfigError(
@@ -244,7 +245,7 @@ class Method(ABC):
 
     @abstractmethod
     def paper_bytes(self) -> int:
-        """Bytes per client and round, both ways, by the paper's formula."""
+        """Bytes per client and round, both ways, by the paper's formula; it may count on ``replies``."""
 
     def expected(self, clients: int) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, float]]:
         """Expected lengths of the letters in ``reply`` and in ``entry`` where ``clients`` are asked in a round; and

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedkrso_app.config import Config, ConfigError, Settings
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.products import by_component, by_layer
+from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Role, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Lora, LoraLocal, Means, Method, Shapes
@@ -77,6 +78,21 @@ class ComponentsLocal(LoraLocal):
     def learning_rate(self) -> float: ...
 
 
+class MovingLocal(ComponentsLocal):
+    """Client half where entries move W itself by products of factors."""
+
+    def shared(self) -> list[Tensor]:
+        return [matrix(layer) for layer in self.targets.values()] + super().shared()
+
+    @torch.no_grad()
+    def move(self, A: np.ndarray, B: np.ndarray) -> None:
+        """W ← W + (alpha / rank) · B·A in every layer, one product over all components."""
+        settings = self.config.of(Lora)
+        for layer, (A_l, B_l) in zip(self.targets.values(), by_layer(A, B, self.sizes), strict=True):
+            W = matrix(layer)
+            W.addmm_(B_l.to(W), A_l.to(W), alpha=settings.alpha / settings.rank)
+
+
 class Products(Method):
     """Server half. It keeps a round's replies, and goes through them in the order of the partitions."""
 
@@ -126,6 +142,11 @@ class Products(Method):
     def component(self) -> int:
         """Σn + Σm, the size of one component of all layers."""
         return self.shapes.inputs(1) + self.shapes.outputs(1)
+
+    @property
+    def weights(self) -> int:
+        """P, the size of the target layers' weights."""
+        return sum(m * n for m, n in self.sizes)
 
     def paper_bytes(self) -> int:
         """4 (L + h) each way, up at the mean rank."""
