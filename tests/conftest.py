@@ -110,7 +110,7 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "flora.learning-rate": 0.02,
         "fedex-lora.learning-rate": 0.05,
         "lora-fair.learning-rate": 0.05,
-        "fed-dare.learning-rate": 0.02,
+        "fed-dare.learning-rate": 0.01,
         "fedsrd.learning-rate": 0.01,
     }
 

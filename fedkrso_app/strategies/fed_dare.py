@@ -38,12 +38,13 @@ class FedDARELocal(FedITLocal):
 
     @contextmanager
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
-        own, start = self.config.of(FedDARESettings), flatten([*self.tensors["A"], *self.tensors["B"]])
+        own, factors = self.config.of(FedDARESettings), [*self.tensors["A"], *self.tensors["B"]]
+        before = [tensor.detach().clone() for tensor in factors]
         seeds = np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]
         seed = seeds.integers(2**64, dtype=np.uint64)
 
         def update() -> dict[str, np.ndarray]:
-            moved = flatten([*self.tensors["A"], *self.tensors["B"]]) - start
+            moved = flatten(factors) - flatten(before)
             kept = srd.dare_mask(moved.shape, own.sparsity, dare_rng(int(seed)))
             values = moved[kept] / np.float32(1 - own.sparsity)
             return {"mask": np.array([seed]), "values": values, "head": flatten(self.head.values())}
