@@ -80,7 +80,7 @@ def measure(method: Method, up: Mapping[str, float], down: Mapping[str, float]) 
         ]
         return round(sum(wire.measured_bytes(message(record)) for record in records) / len(records))
 
-    figures = Figures(1000, 0.5, 1.0, 2**30)
+    figures, method.replies = Figures(1000, 0.5, 1.0, 2**30), CLIENTS
     return {
         "up": mean(method.reply, up, lambda record: trained(Status(1), record, figures)),
         "down": mean(method.entry, down, lambda record: RecordDict({"entry-1": record, "train": instructions})),

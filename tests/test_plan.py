@@ -109,6 +109,7 @@ CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one,
     "fedsrd.alpha": 0.9,
     "fedsrd.max-sparsity": 0.9,
     "fedsrd.download-sparsity": 0.0,
+    "fed-dare.sparsity": 0.0,
 }
 
 

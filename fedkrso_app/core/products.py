@@ -3,7 +3,7 @@
 Letters and shapes as in :mod:`core.srd`: ``B_i`` (m×r_i) times ``A_i`` (r_i×n) is what client i adapts a layer's weight
 by, ``p_i`` its weight, Σ p_i = 1; LoRA's scale drops out. All work in float64, in the order given.
 
-Where ranks differ, factors are laid out *by component*: row k of ``A`` (R × Σn) holds the rows A[k, :] of all layers side
+Where ranks differ, factors are laid out *by component*: row k of ``A`` (R × Σn) has the rows A[k, :] of all layers side
 by side, row k of ``B`` (R × Σm) their columns B[:, k]. Then a smaller rank is the first rows.
 """
 

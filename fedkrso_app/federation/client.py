@@ -163,7 +163,7 @@ class Workplace:
         start = self.replica.local.state() if self.transforms else {}
         with self.replica.lend() as local:
             local.adopt(self._own(partition, instructions.round))
-            with local.session(instructions.method, rng) as session:
+            with local.session(self._asked(partition, instructions), rng) as session:
                 loss = loop.train(local.module, batches, session, c, rng)
                 arrays = session.update()
         seconds = time.monotonic() - started
@@ -185,7 +185,7 @@ class Workplace:
             of_each = []
             for partition, half, rng in zip(partitions, halves, rngs, strict=True):
                 half.adopt(self._own(partition, instructions.round))
-                of_each.append(sessions.enter_context(half.session(instructions.method, rng)))
+                of_each.append(sessions.enter_context(half.session(self._asked(partition, instructions), rng)))
             padding = data.padding(self.task, self.model.tokenizer)
             losses = together.train(local.module, batches, of_each, group, stacks, c, rngs, padding)
             for own, session in zip(losses, of_each, strict=True):
@@ -226,6 +226,11 @@ class Workplace:
     def _own(self, partition: int, round: int) -> Arrays:
         """What a partition keeps to itself, as it was before ``round``."""
         return {**self.store.personal(partition, before=round), **self.store.memory(partition, round)}
+
+    @staticmethod
+    def _asked(partition: int, instructions: Instructions) -> dict[str, Any]:
+        """What a method tells one of its clients."""
+        return {**instructions.method, "partition": partition}
 
     def _encoded(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> ArrayRecord:
         for transform in self.transforms:

@@ -60,6 +60,7 @@ class Round(Strategy):
         self.span = method.entry.span
         for version in ledger.versions():
             method.observe(version, method.entry.filled(wire.decode(ledger.read(version).arrays)))
+        method.replies = int(ledger.read(ledger.version).record["clients"])
         if ledger.version > 0 and method.entry.named("server"):
             method.kept = dict(kept.read(ledger.version).arrays)
 
@@ -263,7 +264,8 @@ class Round(Strategy):
         """Check one reply and add it to the sums; returns its figures."""
         version = self._check_version(content, node, partition)
         update, figures = protocol.arrays(content, UPDATE), Figures.read(content)
-        arrays = self.method.reply.filled(wire.decode(wire.unpack(update, self.method.reply.travelling)))
+        schema = self.method.reply_of(partition)
+        arrays = schema.filled(wire.decode(wire.unpack(update, schema.travelling)))
         self.method.check(arrays, self.round)
         if self.config.max_update_norm:
             norm = self._norm(arrays)
@@ -338,6 +340,7 @@ class Round(Strategy):
         stored = wire.encode(arrays, schema, stream(self.config.seed, "broadcast", self.round))
         self.ledger.append(Entry(version, stored, figures))
         self.method.observe(version, schema.filled(wire.decode(stored)))
+        self.method.replies = figures["clients"]
 
 
 def no_figures() -> dict[str, Any]:

@@ -124,12 +124,12 @@ def superseded(entries: Iterable[Iterable[str]], schema: Schema) -> list[set[str
 
 
 def differences(arrays: Mapping[str, Any], start: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
-    """``arrays`` with every state as its difference to the one in ``start``."""
+    """``arrays`` with every state as its difference to the one in ``start`` (its first rows, if there are more)."""
     state = schema.named("state")
-    return {name: x - start[name] if name in state else x for name, x in arrays.items()}
+    return {name: x - start[name][: len(x)] if name in state else x for name, x in arrays.items()}
 
 
 def sums(differences: Mapping[str, Any], start: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
     """What :func:`differences` was given."""
     state = schema.named("state")
-    return {name: x + start[name] if name in state else x for name, x in differences.items()}
+    return {name: x + start[name][: len(x)] if name in state else x for name, x in differences.items()}

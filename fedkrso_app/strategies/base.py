@@ -148,13 +148,29 @@ class Lora(Settings):
 
     table = "lora"
     rank: int
+    ranks: str  # partition i trains at the i-th, counting on from the first after the last; "": all at ``rank``
     alpha: float
     learning_rate: float  # FedIT's
 
     def __post_init__(self) -> None:
         need(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        if self.ranks and not all(part.strip().isdecimal() and int(part) for part in self.ranks.split(",")):
+            raise ConfigError(f"lora.ranks = {self.ranks!r} is not a list of ranks; write for instance '8,4,4'.")
         need_positive("lora.alpha", self.alpha)
         need_positive("lora.learning-rate", self.learning_rate)
+
+    @property
+    def each(self) -> list[int]:
+        """The ranks that partitions take in turn."""
+        return [int(part) for part in self.ranks.split(",")] if self.ranks else [self.rank]
+
+    @property
+    def most(self) -> int:
+        """R, the rank of the factors that all have: a smaller one uses the first components."""
+        return max(self.each)
+
+    def of(self, partition: int) -> int:
+        return self.each[partition % len(self.each)]
 
 
 class LoraLocal(Local):
@@ -165,7 +181,9 @@ class LoraLocal(Local):
     def __init__(self, loaded: LoadedModel, config: Config) -> None:
         super().__init__(loaded, config)
         settings = config.of(Lora)
-        self.layers = lora.attach(self.module, list(self.targets), settings.rank, settings.alpha, config.seed)
+        # alpha / rank is the scale at every rank
+        alpha = settings.alpha * settings.most / settings.rank if settings.ranks else settings.alpha
+        self.layers = lora.attach(self.module, list(self.targets), settings.most, alpha, config.seed)
         self.module.requires_grad_(False)  # the new factors too: training turns on those that it trains
         self.pairs = [lora.factors(layer) for layer in self.layers.values()]
         tensors = {"A": [A for A, _ in self.pairs], "B": [B for _, B in self.pairs], "head": list(self.head.values())}
@@ -235,10 +253,12 @@ class Method(ABC):
     linear: ClassVar[bool] = True  # the entry needs no more of the replies than the means of their summands
     from_values: ClassVar[bool] = False  # and is no linear function of the states in them: they must be values
     zeroth_order: ClassVar[bool] = False  # its sessions take losses and no gradients
+    ranked: ClassVar[bool] = False  # clients may train at ranks of their own
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         self.config, self.shapes = config, shapes
         self.kept: dict[str, np.ndarray] = {}  # the newest arrays of role "server"; the round saves and restores them
+        self.replies = 0  # how many are in the newest entry
         rank, width = config.to_dict().get(self.rank_key, 0), min(min(size) for size in shapes.targets.values())
         if rank >= width:
             raise ConfigError(
@@ -261,6 +281,10 @@ class Method(ABC):
     def reply(self) -> Schema:
         """What a client's session ends with; its "personal" arrays stay at the node."""
 
+    def reply_of(self, partition: int) -> Schema:
+        """What the session of this partition's client ends with."""
+        return self.reply
+
     @property
     def entry(self) -> Schema:
         """What :meth:`conclude` ends with; the arrays of role "server" stay there. Must hold every state."""
@@ -273,7 +297,7 @@ class Method(ABC):
 
     @abstractmethod
     def paper_bytes(self) -> int:
-        """Bytes per client and round, both ways, by the paper's formula."""
+        """Bytes per client and round, both ways, by the paper's formula; it may count on ``replies``."""
 
     def expected(self, clients: int) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, float]]:
         """Expected lengths of the letters in ``reply`` and in ``entry`` where ``clients`` are asked in a round; and
