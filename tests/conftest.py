@@ -103,6 +103,7 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "fedfft.learning-rate": 0.005,
         "lora.learning-rate": 0.05,
         "ffa-lora.learning-rate": 0.05,
+        "fedsa-lora.learning-rate": 0.05,
         "fedsrd.learning-rate": 0.01,
     }
 

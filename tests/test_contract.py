@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
-from helpers import arrays_of, digest, play, replayed
+from helpers import ON_SERVER, arrays_of, digest, play, replayed
 from transformers import AutoModelForSequenceClassification
 
 from fedkrso_app import data
@@ -21,7 +21,7 @@ from fedkrso_app.training import loop, model
 from fedkrso_app.training.loop import TrainingError
 
 
-@pytest.fixture(params=STRATEGIES)
+@pytest.fixture(params=ON_SERVER)
 def settings(request, run_config) -> dict:
     return run_config | {"strategy": request.param}
 
@@ -55,7 +55,8 @@ def test_every_method_trains_on_the_same_batches(run_config, monkeypatch):
 
     monkeypatch.setattr(data, "batches", watched)
     for run_id, strategy in enumerate(STRATEGIES, start=1):
-        play(run_config | {"strategy": strategy, "run-name": strategy, "num-server-rounds": 2}, run_id=run_id)
+        settings = run_config | {"strategy": strategy, "run-name": strategy, "num-server-rounds": 2}
+        play(settings | {"evaluate": "server" if strategy in ON_SERVER else "clients"}, run_id=run_id)
     assert len(seen["fedkrso"]) == 2 * 4 * 4 and all(batches == seen["fedkrso"] for batches in seen.values())
 
 

@@ -126,6 +126,7 @@ RATES = {  # all different, so that no method can take another's
     "lora.learning-rate": 3e-3,
     "ffa-lora.learning-rate": 4e-3,
     "fedsrd.learning-rate": 5e-3,
+    "fedsa-lora.learning-rate": 6e-3,
 }
 
 
@@ -134,7 +135,7 @@ def opened(request, run_config, model_folder):
     """The session of a method, ready for its steps, and the half that it belongs to."""
     config = parse(run_config | RATES | {"strategy": request.param, "local-steps": STEPS, "warmup": 0.25})
     loaded = load(str(model_folder), 2, 0)
-    local = make(config, Shapes.of(loaded)).local(loaded)
+    local = make(config, Shapes.of(loaded), judged=False).local(loaded)
     with local.session({"seeds": np.arange(3, dtype="<u8").tobytes()}, np.random.default_rng(0)) as session:
         yield local, session
 

@@ -2,7 +2,7 @@
 
 from fedkrso_app.data.batching import batches, evaluation_batches
 from fedkrso_app.data.loading import check, load, resolve
-from fedkrso_app.data.partitions import partition
+from fedkrso_app.data.partitions import following, partition
 from fedkrso_app.data.tasks import Task, task
 
-__all__ = ["Task", "batches", "check", "evaluation_batches", "load", "partition", "resolve", "task"]
+__all__ = ["Task", "batches", "check", "evaluation_batches", "following", "load", "partition", "resolve", "task"]

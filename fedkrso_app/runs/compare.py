@@ -70,8 +70,10 @@ class Plan:
         clients: int,
         engine: Engine = "flower",
     ) -> None:
-        if not (strategies and partitions and seeds) or base["evaluate"] != "server":
-            raise ConfigError("a comparison needs a method, a partition and a seed at least, and evaluate = 'server'.")
+        if not (strategies and partitions and seeds) or base["evaluate"] == "off":
+            raise ConfigError(
+                "a comparison needs a method, a partition and a seed at least, and evaluate = 'server' or 'clients'."
+            )
         engines.check(engine)
         self.base, self.seeds, self.output = base, seeds, output.expanduser().resolve()
         self.clients, self.engine = clients, engine

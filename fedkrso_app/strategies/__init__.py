@@ -10,6 +10,7 @@ from fedkrso_app.strategies.base import Method, Shapes
 from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
+from fedkrso_app.strategies.fedsa_lora import FedSALora
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.ffa_lora import FFALora
 
@@ -18,6 +19,7 @@ STRATEGIES: dict[str, type[Method]] = {
     "fedfft": FedFFT,
     "fedit": FedIT,
     "ffa-lora": FFALora,
+    "fedsa-lora": FedSALora,
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
 }
@@ -41,10 +43,11 @@ def parse(run_config: Mapping[str, Any]) -> Config:
     return config
 
 
-def make(config: Config, shapes: Shapes) -> Method:
-    """The method of a run. Raises :class:`ConfigError` where it does not go with the model or the settings."""
+def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
+    """The method of a run. Raises :class:`ConfigError` where it does not go with the model or the settings; with
+    ``judged`` also where it does not go with who evaluates."""
     method = options.applied(STRATEGIES[config.strategy], config)(config, shapes)
-    if config.evaluate == "server" and method.reply.named("personal"):
+    if judged and config.evaluate == "server" and method.reply.named("personal"):
         raise ConfigError(
             f"evaluate = 'server' does not go with {config.strategy}, which leaves a part of the model at each client: "
             "set evaluate = 'clients'."

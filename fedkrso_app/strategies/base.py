@@ -176,6 +176,7 @@ class Method(ABC):
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
     linear: ClassVar[bool] = True  # the entry needs no more of the replies than the means of their summands
+    local_head: ClassVar[bool] = False  # each client keeps a head of its own, unless client.head says otherwise
     zeroth_order: ClassVar[bool] = False  # its sessions take losses and no gradients
 
     def __init__(self, config: Config, shapes: Shapes) -> None:

@@ -21,6 +21,10 @@ class FedITLocal(LoraLocal):
     """Client half: AdamW on the factors (without decay) and on the head."""
 
     def state(self) -> dict[str, np.ndarray]:
+        return self.update()
+
+    def update(self) -> dict[str, np.ndarray]:
+        """All that is trained, as it is now."""
         return {name: flatten(tensors) for name, tensors in self.tensors.items()}
 
     def apply(self, arrays: Arrays) -> None:
@@ -32,7 +36,7 @@ class FedITLocal(LoraLocal):
         rate = self.learning_rate()
         factors = [tensor for name in self.factors for tensor in self.tensors[name]]
         yield Session(
-            [torch.optim.AdamW(factors, lr=rate, weight_decay=0.0), head_optimizer(self.head, rate)], self.state
+            [torch.optim.AdamW(factors, lr=rate, weight_decay=0.0), head_optimizer(self.head, rate)], self.update
         )
 
     def learning_rate(self) -> float:
@@ -63,4 +67,4 @@ class FedIT(Method):
         return Schema({**factors, "head": self.head_field()})
 
     def paper_bytes(self) -> int:
-        return 8 * sum(f.shape[0] for f in self.reply.fields.values())  # type: ignore[misc]
+        return 8 * sum(f.shape[0] for f in self.reply.travelling.fields.values())  # type: ignore[misc]
