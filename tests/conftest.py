@@ -104,6 +104,8 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "lora.learning-rate": 0.05,
         "ffa-lora.learning-rate": 0.05,
         "fedsa-lora.learning-rate": 0.05,
+        "fr-lora.learning-rate": 0.01,
+        "federa.learning-rate": 0.01,
         "fedsrd.learning-rate": 0.01,
     }
 

@@ -127,6 +127,8 @@ RATES = {  # all different, so that no method can take another's
     "ffa-lora.learning-rate": 4e-3,
     "fedsrd.learning-rate": 5e-3,
     "fedsa-lora.learning-rate": 6e-3,
+    "fr-lora.learning-rate": 7e-3,
+    "federa.learning-rate": 8e-3,
 }
 
 

@@ -88,7 +88,8 @@ class Workplace:
                 self.store.put_weights(int(number), instructions.stamp, wire.unpack(record, whole)["weights"])
             else:
                 version = int(number)
-                expected = schema.start if version == 0 else schema if version == instructions.version else schema.older
+                expected = schema if version else schema.start
+                expected = expected if version == instructions.version else expected.older
                 # A server without a model leaves version 0 to the seed: an entry without arrays.
                 self.store.put(Entry(version, wire.unpack(record, expected) if record else {}))
         try:

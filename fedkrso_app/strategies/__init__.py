@@ -13,6 +13,7 @@ from fedkrso_app.strategies.fedkrso import FedKRSO
 from fedkrso_app.strategies.fedsa_lora import FedSALora
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.ffa_lora import FFALora
+from fedkrso_app.strategies.fr_lora import FeDeRA, FRLora
 
 STRATEGIES: dict[str, type[Method]] = {
     "fedkrso": FedKRSO,
@@ -20,6 +21,8 @@ STRATEGIES: dict[str, type[Method]] = {
     "fedit": FedIT,
     "ffa-lora": FFALora,
     "fedsa-lora": FedSALora,
+    "fr-lora": FRLora,
+    "federa": FeDeRA,
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
 }

@@ -172,7 +172,8 @@ class Method(ABC):
 
     half: ClassVar[Any]  # the Local that belongs to it
     settings: ClassVar[tuple[type[Settings], ...]]  # the tables that it reads
-    arxiv: ClassVar[str]  # the number of its paper there
+    arxiv: ClassVar[str] = ""  # the number of its paper there,
+    openreview: ClassVar[str] = ""  # or there if it is not on arXiv
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
     linear: ClassVar[bool] = True  # the entry needs no more of the replies than the means of their summands
@@ -192,6 +193,13 @@ class Method(ABC):
     def check_settings(cls, config: Config) -> None:
         """Raise ConfigError where this method's settings do not go with the rest."""
         return None
+
+    @classmethod
+    def citation(cls) -> tuple[str, str]:
+        """Its paper in short, as ``arXiv:2602.03019``, and the address."""
+        if cls.arxiv:
+            return f"arXiv:{cls.arxiv}", f"https://arxiv.org/abs/{cls.arxiv}"
+        return f"OpenReview:{cls.openreview}", f"https://openreview.net/forum?id={cls.openreview}"
 
     def local(self, loaded: LoadedModel) -> Local:
         """The half beside ``loaded``."""
