@@ -18,6 +18,7 @@ from fedkrso_app.federation import client, local
 from fedkrso_app.federation.replica import Replica
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs.folder import Run
+from fedkrso_app.runs.replay import exportable
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Local, Shapes
 from fedkrso_app.training import model
@@ -107,11 +108,17 @@ def replica(run: Run, version: int | None = None) -> Local:
     """The half beside the model at ``version``, from W^0 and the ledger alone."""
     config = run.config
     task = data.resolve(config)
-    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=config.weights_device)
+    place, head = config.weights_device, config.head
+    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=place, head=head)
     method = make(config, Shapes.of(loaded))
     half, ledger = method.local(loaded), Ledger(run.ledger)
     Replica(half, ledger, method.entry.span).advance(ledger.version if version is None else version)
     return half
+
+
+def versions(run: Run) -> set[int]:
+    """The versions that the entries on disk lead to."""
+    return set(exportable(run, Ledger(run.ledger)).values())
 
 
 def replayed(run: Run, version: int | None = None) -> str:

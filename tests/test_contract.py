@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
-from helpers import arrays_of, default_config, digest, play, replayed
+from helpers import arrays_of, default_config, digest, play, replayed, replica, versions
 from transformers import AutoModelForSequenceClassification
 
 from fedkrso_app import data
@@ -133,7 +133,7 @@ def half(made, settings) -> Watched:
 def kept_versions_agree(seen: Watched) -> None:
     """Every client that was asked in a round has the model that the ledger leads to, and the run ends with the last."""
     assert replayed(seen.run) == digest(seen.run)
-    kept = set(Ledger(seen.run.ledger).versions()) & set(seen.states)
+    kept = versions(seen.run) & set(seen.states)
     assert kept and {version: {replayed(seen.run, version)} for version in kept} == {v: seen.states[v] for v in kept}
     assert all(len(states) == 1 for states in seen.states.values())
 
@@ -217,7 +217,8 @@ def test_every_method_trains_on_the_same_batches(made, plain, settings):
 def test_only_what_an_optimizer_trains_asks_for_gradients(settings, monkeypatch):
     config, asked = parse(settings), set()
     loaded = model.load(config.model, 2, 0)
-    local = make(config, Shapes.of(loaded)).local(loaded)
+    method = make(config, Shapes.of(loaded))
+    local = method.local(loaded)
     forward = type(loaded.module).forward
 
     def watch(self, *args, **kwargs):
@@ -226,13 +227,15 @@ def test_only_what_an_optimizer_trains_asks_for_gradients(settings, monkeypatch)
 
     monkeypatch.setattr(type(loaded.module), "forward", watch)
     batch = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "labels": torch.tensor([1])}
-    seeds = np.arange(3, dtype=np.uint64).tobytes()
-    rng = np.random.default_rng(0)
-    with local.session({"seeds": seeds}, rng) as session:
-        loop.train(local.module, iter([batch] * config.local_steps), session, config, rng)
-    trained = {id(parameter) for parameter in local.optimized()}
+    rng, trained = np.random.default_rng(0), set()
+    for turn in method.turns():
+        with local.session(turn, rng) as session:
+            loop.train(local.module, iter([batch] * config.local_steps), session, config, rng)
+            trained |= {id(parameter) for parameter in session.parameters}
     expected = {name for name, parameter in loaded.module.named_parameters() if id(parameter) in trained}
     assert {name for name in asked if not name.endswith(".B")} == expected  # .B: where FedKRSO's gradients arrive
+    moved = {id(parameter) for parameter in local.optimized()}
+    assert expected <= {name for name, parameter in loaded.module.named_parameters() if id(parameter) in moved}
     assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
 
 
@@ -289,7 +292,7 @@ def altered(reply, kind, first, message=None):
         "huge": lambda: arrays.update({floats: np.full_like(arrays[floats], 1e30)}),
         "broadcastable": lambda: arrays.update({floats: arrays[floats].reshape(-1)[:1]}),
         "other dtype": lambda: arrays.update({floats: arrays[floats].astype(np.float64)}),
-        "missing array": lambda: arrays.pop(first),
+        "missing array": lambda: arrays.pop(next(iter(arrays))),
         "extra array": lambda: arrays.update({"extra": np.zeros(3, np.float32)}),
         "old version": lambda: status.update(version=status["version"] - 1),
         "future version": lambda: status.update(version=status["version"] + 1),
@@ -365,9 +368,9 @@ def test_identical_clients_equal_one(settings, monkeypatch):
     settings = settings | {"num-server-rounds": 1, "local-steps": 2}
     one = play(settings | {"run-name": "one"}, nodes=1)
     many = play(settings | {"run-name": "many"}, nodes=3, run_id=2)
-    a, b = (Ledger(run.ledger).read(1).arrays for run in (one, many))
+    a, b = (replica(run).plain_state() for run in (one, many))
     for name in a:
-        np.testing.assert_allclose(a[name].astype(np.float64), b[name].astype(np.float64), rtol=0, atol=1e-6)
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
 
 
 def test_the_head_is_the_mean_of_the_heads(plain):

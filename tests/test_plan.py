@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import default_config, play
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AlbertConfig, RobertaConfig
 from typer.testing import CliRunner
 
@@ -25,16 +26,16 @@ from fedkrso_app.training.metrics import tally_size
 
 MIB = 2**20
 KINDS = ("weights", "gradients", "optimizer", "activations", "peak")
-SEEDS = {"seeds": np.arange(3, dtype="<u8").tobytes()}
 
 
 def figures(config, folder, device):
     """Bytes by setting of ``activation-memory`` for a RoBERTa in ``folder``, on a batch of full length."""
     loaded = model.outline(str(folder), 2) if device == "meta" else model.load(str(folder), 2, 0)
     with torch.device(device):
-        local = make(config, Shapes.of(loaded)).local(loaded)
+        method = make(config, Shapes.of(loaded))
+        local = method.local(loaded)
         inputs = plan.batch(loaded, plan.data.task("glue/sst2"), config)
-        counted, refused = client_memory(local, inputs, SEEDS)
+        counted, refused = plan.heaviest([client_memory(local, inputs, turn) for turn in method.turns()])
     assert not refused
     return counted
 
@@ -72,7 +73,8 @@ def test_the_memory_planned_of_roberta_base_is_that_of_the_docs(tmp_path):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_real_tensors_take_what_was_planned_without_any(strategy, config, run_config, model_folder):
     config = parse(run_config | {"strategy": strategy})
-    planned, real = (figures(config, model_folder, device) for device in ("meta", "cpu"))
+    with sdpa_kernel(SDPBackend.MATH):  # as on meta; a CPU has a smaller one, for models without dropout
+        planned, real = (figures(config, model_folder, device) for device in ("meta", "cpu"))
     for setting in SETTINGS:
         for kind in (*KINDS, "aside", "total"):
             assert getattr(planned[setting], kind) == pytest.approx(getattr(real[setting], kind), rel=0.02), kind
@@ -102,9 +104,12 @@ def predicted(run_config, clients):
 
 CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one, nothing dropped on the way down
     "fedkrso.num-seeds": 1,
+    "fedkseed.slots": 1,
+    "ferret.directions": 2,  # the least: no layer can have fewer
     "fedsrd.alpha": 0.9,
     "fedsrd.max-sparsity": 0.9,
     "fedsrd.download-sparsity": 0.0,
+    "fed-dare.sparsity": 0.0,
 }
 
 
@@ -118,8 +123,10 @@ def test_the_bytes_planned_are_those_of_a_run(strategy, more, run_config):
     rounds = [line for line in play(settings, nodes=2).metrics() if line["round"]]
     costs = predicted(settings, 2)
     up, down = (sum(line[key] for line in rounds) for key in ("uplink_bytes", "downlink_bytes"))
-    assert (6 * costs["up"], 6 * costs["down"]) == pytest.approx((up, down), rel=0.01)
-    assert costs["run"] == pytest.approx(up + down, rel=0.01)
+    # In FedMeZO's first round A does not move, and a difference of zeros takes no room.
+    rel = 0.05 if strategy == "fedmezo" and "wire-dtype" in more else 0.01
+    assert (6 * costs["up"], 6 * costs["down"]) == pytest.approx((up, down), rel=rel)
+    assert costs["run"] == pytest.approx(up + down, rel=rel)
 
 
 def test_the_bytes_planned_hold_the_entries_that_a_client_missed(run_config, monkeypatch):

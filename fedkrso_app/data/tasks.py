@@ -167,9 +167,9 @@ def declared(config: Config) -> Task:
         need(
             low <= len(set(texts)) == len(texts) <= high, "text-columns", config.text_columns, f"must be {what}{other}"
         )
-    if known.language and config.partition == "dirichlet" and not config.partition_column:
+    if known.language and config.partition.startswith("dirichlet") and not config.partition_column:
         raise ConfigError(
-            f"partition = 'dirichlet' shares rows out by their labels and {known.name} has none: "
+            f"partition = {config.partition!r} shares rows out by their labels and {known.name} has none: "
             "set partition-column to the column to go by, or partition = 'iid'."
         )
     return replace(

@@ -102,7 +102,10 @@ class Run:
 
     def complete(self, digest: str | None) -> None:
         """Say that the run ended well; ``digest`` is the SHA-256 of the final weights, if the server has made them."""
-        _write(self.path / "result.json", json.dumps({**self.metrics()[-1], "digest": digest}, indent=2) + "\n")
+        _write(
+            self.path / "result.json",
+            json.dumps({**self.metrics()[-1], "head": self.info["config"]["head"], "digest": digest}, indent=2) + "\n",
+        )
         self.set_status("completed")
 
     @property

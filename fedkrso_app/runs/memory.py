@@ -115,6 +115,10 @@ def measured(module: nn.Module) -> Iterator[Memory]:
     def backward(gradient: Tensor) -> None:  # by now nothing but the graph holds what the forward pass made
         memory.activations = memory.activations or storage.live - start
 
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if output.loss.requires_grad:  # not in a closure of a zeroth-order step
+            output.loss.register_hook(backward)
+
     def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         memory.peak = memory.peak or storage.peak - start
         if id(optimizer) not in stepped:
@@ -135,7 +139,7 @@ def measured(module: nn.Module) -> Iterator[Memory]:
     with ExitStack() as stack:
         for handle in (
             module.register_forward_pre_hook(forward),
-            module.register_forward_hook(lambda module, args, output: output.loss.register_hook(backward) and None),
+            module.register_forward_hook(after),
             register_optimizer_step_pre_hook(before_step),
             register_optimizer_step_post_hook(after_step),
         ):

@@ -16,7 +16,7 @@ from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.federation.replica import NeedSync, Replica, first_needed
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.records import wire
-from fedkrso_app.records.ledger import Entry, Ledger, LedgerError
+from fedkrso_app.records.ledger import Ledger, LedgerError
 from fedkrso_app.records.schema import Schema
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.strategies import make
@@ -35,8 +35,7 @@ def opened(folder: Path) -> tuple[Run, Ledger]:
 
 def exportable(run: Run, entries: Ledger) -> dict[int, int]:
     """Round -> version, of all versions that the entries on disk lead to."""
-    span, versions = method_of(run.config).entry.span, entries.versions()
-    versions = [v for v in versions if {*range(first_needed(-1, v, span), v + 1)} <= {*versions}]
+    versions = reachable(run, entries)
     at = {line["round"]: line["version"] for line in run.metrics() if line["version"] in versions}
     if versions:
         at[entries.read(versions[-1]).record["round"]] = versions[-1]  # its line may not have been written
@@ -63,24 +62,31 @@ def replayed(
     run: Run, entries: Ledger, to: int, own: Arrays | None = None
 ) -> tuple[model.LoadedModel, Mapping[str, Any]]:
     """The loaded model, and its plain state at version ``to`` with the personal arrays ``own``."""
-    loaded, steps = _steps(run, entries, range(first_needed(-1, to, method_of(run.config).entry.span), to + 1))
+    loaded, steps = walked(run, entries, range(first_needed(-1, to, method_of(run.config).entry.span), to + 1))
     *_, (_, local) = steps
     local.adopt(own or {})
     return loaded, local.plain_state()
 
 
+def reachable(run: Run, entries: Ledger) -> list[int]:
+    """The versions that the entries on disk lead to."""
+    span, versions = method_of(run.config).entry.span, entries.versions()
+    return [v for v in versions if {*range(first_needed(-1, v, span), v + 1)} <= {*versions}]
+
+
 @lru_cache(maxsize=1)  # an export asks three times, and a large model takes a while to outline
 def method_of(config: Config) -> Method:
     """The method of a run, from its settings and the model's shapes."""
-    return make(config, Shapes.of(model.outline(config.model, data.resolve(config).num_labels)))
+    return make(config, Shapes.of(model.outline(config.model, data.resolve(config).num_labels, config.head)))
 
 
-def _steps(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.LoadedModel, Iterator[tuple[int, Local]]]:
+def walked(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.LoadedModel, Iterator[tuple[int, Local]]]:
     """The loaded model, and each of ``versions`` with the half that has brought the model there."""
     config = run.config
     threads.hold(config.torch_threads)
     task = data.resolve(config)
-    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=config.weights_device)
+    place, head = config.weights_device, config.head
+    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=place, head=head)
     if run.info["model_digest"] not in ("", loaded.digest()):
         raise ConfigError(f"model = {config.model!r} has other weights than when {run.path} was made.")
     method = make(config, Shapes.of(loaded))
@@ -100,7 +106,7 @@ def _steps(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.Lo
 
 def moved(run: Run, entries: Ledger) -> dict[int, dict[str, float]]:
     """Of every entry whose predecessor is there: target layer, or ``head`` -> Frobenius norm of what it moved."""
-    loaded, steps = _steps(run, entries, entries.versions())
+    loaded, steps = walked(run, entries, reachable(run, entries))
     parts = {name: [f"{name}.weight"] for name in loaded.targets} | ({"head": list(loaded.head)} if loaded.head else {})
     lengths: dict[int, dict[str, float]] = {}
     last, before = -1, dict[str, Any]()
@@ -116,27 +122,29 @@ def moved(run: Run, entries: Ledger) -> dict[int, dict[str, float]]:
 
 def described(run: Run, entries: Ledger) -> Iterator[dict[str, Any]]:
     """What every entry on disk says, as JSON would have it."""
-    schema, before = method_of(run.config).entry, None
+    schema, states, last = method_of(run.config).entry, dict[str, np.ndarray](), -1
     for version in entries.versions():
         entry = entries.read(version)
         entry = replace(entry, arrays=wire.decode(entry.arrays))
+        if version != last + 1:
+            states = {}
         yield {
             "version": version,
             **{key: value for key, value in entry.record.items() if key != "version"},
             "arrays": {name: list(value.shape) for name, value in entry.arrays.items()},
             "disk_bytes": (entries.folder / f"{version:06d}.safetensors").stat().st_size,
-            "norms": _norms(entry, before, schema),
+            "norms": _norms(entry.arrays, states, schema),
         }
-        before = entry
+        states |= {name: entry.arrays[name] for name in schema.named("state") if name in entry.arrays}
+        last = version
 
 
-def _norms(entry: Entry, before: Entry | None, schema: Schema) -> dict[str, float]:
-    """L2 norms of an entry's updates, and of the changes of its states since the entry ``before``."""
+def _norms(arrays: Arrays, before: Arrays, schema: Schema) -> dict[str, float]:
+    """L2 norms of an entry's updates, and of the changes of its states since those ``before``."""
     norms = {}
-    earlier = before.arrays if before is not None and before.version == entry.version - 1 else {}
-    for name, value in entry.arrays.items():
+    for name, value in arrays.items():
         if schema.fields[name].role == "update":
             norms[name] = float(np.linalg.norm(value.astype(np.float64)))
-        elif schema.fields[name].role == "state" and name in earlier:
-            norms[name] = float(np.linalg.norm(value.astype(np.float64) - earlier[name]))
+        elif schema.fields[name].role == "state" and name in before:
+            norms[name] = float(np.linalg.norm(value.astype(np.float64) - before[name]))
     return norms

@@ -79,9 +79,10 @@ class Line:
     def setting(self) -> tuple[str, str]:
         """The task with its metric, and how its rows are split among clients: what one picture is about."""
         c = self.config
-        alpha = f", α = {c['dirichlet-alpha']:g}" if c["partition"] == "dirichlet" else ""
+        alpha = f", α = {c['dirichlet-alpha']:g}" if c["partition"].startswith("dirichlet") else ""
+        schemes = {"iid": "IID", "dirichlet": "Dirichlet", "dirichlet-equal": "Dirichlet of equal size"}
         task = c["task"] + (f" ({self.metric})" if c.get("metric") else "")
-        return task, {"iid": "IID", "dirichlet": "Dirichlet"}.get(c["partition"], c["partition"]) + alpha
+        return task, schemes.get(c["partition"], c["partition"]) + alpha
 
     @property
     def metric(self) -> str:
