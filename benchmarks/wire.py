@@ -56,10 +56,12 @@ def shapes(size: str) -> Shapes:
 
 
 def fill(schema: Schema, lengths: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Random arrays that fit ``schema``, with its letters' lengths rounded."""
+    """Random arrays that fit ``schema``, with its letters' lengths rounded; none that not every message has."""
     rng = np.random.default_rng(0)
     arrays: dict[str, np.ndarray] = {}
     for name, field in schema.fields.items():
+        if field.optional:
+            continue
         real = tuple(round(lengths[n]) if isinstance(n, str) else n for n in field.shape)
         if field.dtype.startswith("float") or field.dtype in quantize.FORMATS:
             arrays[name] = rng.standard_normal(real, dtype=np.float32)
@@ -95,7 +97,11 @@ def rows(dtype: str = "float32", models: Sequence[str] = ("base", "large")) -> l
     for label in models:
         size = shapes(label)
         for name in STRATEGIES:
-            method = make(parse(settings(None, []) | {"local-steps": 100, "wire-dtype": dtype, "strategy": name}), size)
+            method = make(
+                parse(settings(None, []) | {"local-steps": 100, "wire-dtype": dtype, "strategy": name}),
+                size,
+                judged=False,
+            )
             up, down, figures = method.expected(CLIENTS)
             row = {"model": f"RoBERTa-{label}", "paper": "", "note": ""}
             known = {"paper": TABLE_III[label].get(name, ""), "note": NOTES.get(name, "")}

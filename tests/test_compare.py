@@ -267,7 +267,7 @@ def test_the_settings_of_methods_that_are_not_compared_do_not_matter(flwr, comma
         (["--seeds", "one"], "whole numbers"),
         (["--seeds", ""], "a seed at least"),
         (["--set", "evaluate=off"], "evaluate"),
-        (["--set", "evaluate=clients"], "evaluate"),
+        (["--set", "evaluate=off"], "evaluate"),
         (["--set", "holdout=0.1", "--sweep"], "leave out holdout"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
     ],

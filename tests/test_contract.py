@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
-from helpers import arrays_of, default_config, digest, play, replayed, replica, versions
+from helpers import ON_SERVER, arrays_of, default_config, digest, play, replayed, replica, versions
 from transformers import AutoModelForSequenceClassification
 
 from fedkrso_app import data
@@ -92,7 +92,7 @@ def watch(settings: dict, nodes: int, **options) -> Watched:
     return seen
 
 
-@pytest.fixture(params=STRATEGIES)
+@pytest.fixture(params=ON_SERVER)
 def settings(request, run_config) -> dict:
     return run_config | {"strategy": request.param}
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import arrays_of, digest, play, replayed, replica
+from helpers import ON_SERVER, arrays_of, digest, play, replayed, replica
 from test_families import build
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
 from typer.testing import CliRunner
@@ -15,7 +15,6 @@ from fedkrso_app.config import ConfigError
 from fedkrso_app.core.flat import flatten
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs import plan
-from fedkrso_app.strategies import STRATEGIES
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import model
 
@@ -30,7 +29,7 @@ def heads(run, version=None):
 
 
 @pytest.mark.parametrize("head", SMALL)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ON_SERVER)
 def test_what_is_frozen_is_neither_trained_nor_sent(run_config, strategy, head):
     sent = {}
 
@@ -64,7 +63,7 @@ def model_of(run_config, head):
     return model.load(run_config["model"], 2, 0, head=head)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ON_SERVER)
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_a_frozen_head_goes_with_every_number_format_and_missed_rounds(run_config, strategy, dtype):
     settings = run_config | {"strategy": strategy, "head": "frozen", "wire-dtype": dtype, "fraction-train": 0.5}

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import default_config, play
+from helpers import ON_SERVER, default_config, play
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AlbertConfig, RobertaConfig
 from typer.testing import CliRunner
@@ -70,7 +70,7 @@ def test_the_memory_planned_of_roberta_base_is_that_of_the_docs(tmp_path):
         assert [value / MIB for value in shared] == pytest.approx([477, 3.5, 9.6, 326], rel=0.01)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ON_SERVER)
 def test_real_tensors_take_what_was_planned_without_any(strategy, config, run_config, model_folder):
     config = parse(run_config | {"strategy": strategy})
     with sdpa_kernel(SDPBackend.MATH):  # as on meta; a CPU has a smaller one, for models without dropout
@@ -117,7 +117,7 @@ MORE = [{}, {"wire-dtype": "int8"}, {"wire-dtype": "int4"}, {"fedsrd.sparsify-he
 
 
 @pytest.mark.parametrize("more", MORE)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ON_SERVER)
 def test_the_bytes_planned_are_those_of_a_run(strategy, more, run_config):
     settings = run_config | CERTAIN | {"strategy": strategy} | more
     rounds = [line for line in play(settings, nodes=2).metrics() if line["round"]]

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
-from helpers import WORDS, Grid, default_config, play
+from helpers import ON_SERVER, WORDS, Grid, default_config, play
 from test_families import assert_same, build, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -17,7 +17,7 @@ from fedkrso_app.config import ConfigError
 from fedkrso_app.data import files, language, repository
 from fedkrso_app.data import hub as hubs
 from fedkrso_app.federation import client
-from fedkrso_app.strategies import STRATEGIES, parse
+from fedkrso_app.strategies import parse
 
 
 @pytest.fixture(autouse=True)
@@ -600,7 +600,7 @@ def test_a_text_far_beyond_what_the_model_can_read_is_cut(task, model_folder, ru
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ON_SERVER)
 def test_every_method_trains_a_language_model_without_a_head(strategy, dtype, model_folder, run_config, tmp_path):
     folder = build(tmp_path / "m", model_folder, "gpt2", True)
     keys = {

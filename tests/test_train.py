@@ -133,6 +133,9 @@ RATES = {  # all different, so that no method can take another's
     "fedblock.learning-rate": 7e-3,
     "ferret.learning-rate": 8e-3,
     "separate.learning-rate": 9e-3,
+    "fedsa-lora.learning-rate": 6e-3,
+    "fr-lora.learning-rate": 7e-3,
+    "federa.learning-rate": 8e-3,
 }
 
 
@@ -141,7 +144,7 @@ def opened(request, run_config, model_folder):
     """The session of a method, ready for its steps, and the half that it belongs to."""
     config = parse(run_config | RATES | {"strategy": request.param, "local-steps": STEPS, "warmup": 0.25})
     loaded = load(str(model_folder), 2, 0)
-    method = make(config, Shapes.of(loaded))
+    method = make(config, Shapes.of(loaded), judged=False)
     local = method.local(loaded)
     with local.session(method.instructions(1), np.random.default_rng(0)) as session:
         yield local, session

@@ -2,7 +2,7 @@
 
 from fedkrso_app.data.batching import batches, evaluation_batches, padding
 from fedkrso_app.data.loading import check, load, resolve
-from fedkrso_app.data.partitions import partition
+from fedkrso_app.data.partitions import following, partition
 from fedkrso_app.data.tasks import Task, metric, task
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "batches",
     "check",
     "evaluation_batches",
+    "following",
     "load",
     "metric",
     "padding",

@@ -85,8 +85,10 @@ class Workplace:
     def _shares(self, split: str) -> list[Any]:
         c = self.config
         examples = data.load(self.task, c.data_dir, split, c.holdout)
-        scheme = c.partition if split == "train" else "iid"
-        return data.partition(examples, self.task, self._partitions, scheme, c.dirichlet_alpha, c.draw)
+        if split == "train" or c.partition == "iid":
+            return data.partition(examples, self.task, self._partitions, c.partition, c.dirichlet_alpha, c.draw)
+        train = data.load(self.task, c.data_dir, "train", c.holdout)
+        return data.following(self._shares("train"), train, examples, self.task, c.draw)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def check(self, split: str, partitions: tuple[int, ...]) -> None:

@@ -115,6 +115,7 @@ class Round(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         tallies: dict[int, np.ndarray] = {}
+        scores: dict[int, float] = {}
         for node, partition, content, size in self._received(replies):
             figures: dict[str, float] = {}
             with self._refusing(partition):
@@ -124,13 +125,17 @@ class Round(Strategy):
                     figures = dict(zip(("metric", "eval_loss"), self.host.score(tally), strict=True))
                 except ValueError as error:
                     raise Refused(f"tally: {error}") from None
-                tallies[partition] = tally
+                tallies[partition], scores[partition] = tally, figures["metric"]
                 self.nodes.found(node, version, [partition])
             if self.config.client_metrics:
                 own = self._figures["per_client"][str(partition)]
                 own.update(figures, uplink_bytes=own["uplink_bytes"] + size)
         if tallies:
             self._figures["tally"] = sum(tallies[partition] for partition in sorted(tallies))
+            own = np.array([scores[partition] for partition in sorted(scores)])
+            self._figures["client_metric"] = {
+                "mean": own.mean(), "sd": own.std(ddof=1) if len(own) > 1 else 0.0, "min": own.min(), "max": own.max()
+            }  # fmt: skip
         self._figures["seconds"] = time.monotonic() - self._started
         self.host.report(self._figures)
         return None

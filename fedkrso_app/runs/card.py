@@ -52,7 +52,7 @@ def write(run: Run, task: Task, round: int, folder: Path) -> None:
         model_name=name,
         eval_results=[result] if "metric" in line else None,
     )
-    paper = method.paper or f"[arXiv:{method.arxiv}](https://arxiv.org/abs/{method.arxiv})"
+    paper = "[{}]({})".format(*method.citation())
     facts = {
         "Base model": "the small RoBERTa that FedKRSO pretrains on its own corpus"
         if config.model == "embedded"

@@ -53,7 +53,10 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
     task = data.resolve(config, look=bool(config.data_dir or config.dataset))
     loaded = model.outline(config.model, task.num_labels, config.head)
     shapes = Shapes.of(loaded)
-    method = make(config, shapes)
+    method = make(config, shapes, judged=False)
+    if method.reply.named("personal") and config.evaluate == "server":
+        config = replace(config, evaluate="clients")  # as it must be
+        method = make(config, shapes)
     costs, lengths = traffic(method, clients, metrics.tally_size(task.metric, task.num_labels))
     with torch.device("meta"):
         local = method.local(loaded)

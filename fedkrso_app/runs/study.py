@@ -37,8 +37,10 @@ class Study:
     sweep_draws: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        if not (self.arms and self.cases and self.draws) or self.base["evaluate"] != "server":
-            raise ConfigError("a comparison needs a method, a partition and a seed at least, and evaluate = 'server'.")
+        if not (self.arms and self.cases and self.draws) or self.base["evaluate"] == "off":
+            raise ConfigError(
+                "a comparison needs a method, a partition and a seed at least, and evaluate = 'server' or 'clients'."
+            )
         choice("vary", self.vary, ["seed", "partition-seed"])
         need(self.clients >= 1, "clients", self.clients, "at least 1")
         if self.rates and self.base["holdout"]:

@@ -16,11 +16,13 @@ from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
 from fedkrso_app.strategies.fedkseed import FedKSeed, FedKSeedPro
 from fedkrso_app.strategies.fedmezo import FedMeZO
+from fedkrso_app.strategies.fedsa_lora import FedSALora
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.fedsvd import FedSVD
 from fedkrso_app.strategies.ffa_lora import FFALora
 from fedkrso_app.strategies.flexlora import FlexLoRA
 from fedkrso_app.strategies.flora import FLoRA
+from fedkrso_app.strategies.fr_lora import FeDeRA, FRLora
 from fedkrso_app.strategies.hetlora import HetLoRA
 from fedkrso_app.strategies.lora_fair import LoRAFAIR
 from fedkrso_app.strategies.rolora import RoLoRA
@@ -39,6 +41,9 @@ STRATEGIES: dict[str, type[Method]] = {
     "fedex-lora": FedExLoRA,
     "lora-fair": LoRAFAIR,
     "fed-dare": FedDARE,
+    "fedsa-lora": FedSALora,
+    "fr-lora": FRLora,
+    "federa": FeDeRA,
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
     "decomfl": DeComFL,
@@ -74,10 +79,11 @@ def parse(run_config: Mapping[str, Any]) -> Config:
     return config
 
 
-def make(config: Config, shapes: Shapes) -> Method:
-    """The method of a run. Raises :class:`ConfigError` where it does not go with the model or the settings."""
+def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
+    """The method of a run. Raises :class:`ConfigError` where it does not go with the model or the settings; with
+    ``judged`` also where it does not go with who evaluates."""
     method = options.applied(STRATEGIES[config.strategy], config)(config, shapes)
-    if config.evaluate == "server" and method.reply.named("personal"):
+    if judged and config.evaluate == "server" and method.reply.named("personal"):
         raise ConfigError(
             f"evaluate = 'server' does not go with {config.strategy}, which leaves a part of the model at each client: "
             "set evaluate = 'clients'."

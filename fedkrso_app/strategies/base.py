@@ -246,12 +246,13 @@ class Method(ABC):
 
     half: ClassVar[Any]  # the Local that belongs to it
     settings: ClassVar[tuple[type[Settings], ...]]  # the tables that it reads
-    arxiv: ClassVar[str] = ""  # the number of its paper there
-    paper: ClassVar[str] = ""  # a link to it in Markdown, if it is elsewhere
+    arxiv: ClassVar[str] = ""  # the number of its paper there,
+    openreview: ClassVar[str] = ""  # or there if it is not on arXiv
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
     linear: ClassVar[bool] = True  # the entry needs no more of the replies than the means of their summands
     from_values: ClassVar[bool] = False  # and is no linear function of the states in them: they must be values
+    local_head: ClassVar[bool] = False  # each client keeps a head of its own, unless client.head says otherwise
     zeroth_order: ClassVar[bool] = False  # its sessions take losses and no gradients
     ranked: ClassVar[bool] = False  # clients may train at ranks of their own
 
@@ -269,6 +270,13 @@ class Method(ABC):
     def check_settings(cls, config: Config) -> None:
         """Raise ConfigError where this method's settings do not go with the rest."""
         return None
+
+    @classmethod
+    def citation(cls) -> tuple[str, str]:
+        """Its paper in short, as ``arXiv:2602.03019``, and the address."""
+        if cls.arxiv:
+            return f"arXiv:{cls.arxiv}", f"https://arxiv.org/abs/{cls.arxiv}"
+        return f"OpenReview:{cls.openreview}", f"https://openreview.net/forum?id={cls.openreview}"
 
     def local(self, loaded: LoadedModel) -> Local:
         """The half beside ``loaded``."""

@@ -23,6 +23,10 @@ class FedITLocal(LoraLocal):
     """Client half: AdamW on the factors (without decay) and on the head."""
 
     def state(self) -> dict[str, np.ndarray]:
+        return self.update()
+
+    def update(self) -> dict[str, np.ndarray]:
+        """All that is trained, as it is now."""
         return {name: flatten(tensors) for name, tensors in self.tensors.items()}
 
     def apply(self, arrays: Arrays) -> None:
@@ -31,7 +35,7 @@ class FedITLocal(LoraLocal):
 
     @contextmanager
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
-        yield Session(self.optimizers(self.factors, self.learning_rate()), self.state)
+        yield Session(self.optimizers(self.factors, self.learning_rate()), self.update)
 
     def learning_rate(self) -> float:
         return self.config.of(Lora).learning_rate
@@ -68,4 +72,4 @@ class FedIT(Method):
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def paper_bytes(self) -> int:
-        return 8 * sum(f.shape[0] for f in self.reply.fields.values())  # type: ignore[misc]
+        return 8 * sum(f.shape[0] for f in self.reply.travelling.fields.values())  # type: ignore[misc]

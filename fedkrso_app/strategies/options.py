@@ -22,10 +22,11 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from fedkrso_app.config import Config, ConfigError, Settings, choice, need, need_positive
-from fedkrso_app.core.flat import flatten, unflatten
+from fedkrso_app.core.flat import flatten, storage, unflatten
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies.base import Arrays, Local, Means, Method, Shapes
+from fedkrso_app.strategies.local_head import LocalHead, LocalHeadLocal
 from fedkrso_app.training.loop import Session
 from fedkrso_app.training.model import LoadedModel
 
@@ -35,10 +36,12 @@ MOMENTS = {"fedavgm": ("m",), "fedadam": ("m", "v"), "fedyogi": ("m", "v")}  # t
 @dataclass(frozen=True)
 class ClientOptions(Settings):
     table = "client"
+    head: str
     proximal: float  # µ of FedProx
     correction: str
 
     def __post_init__(self) -> None:
+        choice("client.head", self.head, ["auto", "shared", "local"])
         need(0 <= self.proximal < float("inf"), "client.proximal", self.proximal, "0 (off) or above")
         choice("client.correction", self.correction, ["none", "scaffold"])
 
@@ -98,6 +101,8 @@ def _no_gradients(config: Config) -> ConfigError:
 def applied(method: type[Method], config: Config) -> type[Method]:
     """``method`` with the options of ``config`` laid over it; itself where there are none."""
     client, server = config.of(ClientOptions), config.of(ServerOptions)
+    if client.head == "local" or (client.head == "auto" and method.local_head):
+        method = _over(method, LocalHead, LocalHeadLocal)
     if client.correction == "scaffold":
         method = _over(method, Scaffold, ScaffoldLocal)
     if client.proximal:
@@ -122,7 +127,7 @@ class ProximalLocal(Local):
     @contextmanager
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
         mu = self.config.of(ClientOptions).proximal
-        shared = {tensor.data_ptr() for tensor in self.shared()}
+        shared = {storage(tensor) for tensor in self.shared()}
         with super().session(instructions, rng) as session:  # type: ignore[safe-super]
             if session.from_losses:
                 raise _no_gradients(self.config)
@@ -133,7 +138,7 @@ class ProximalLocal(Local):
 
 def _pull(optimizer: torch.optim.Optimizer, mu: float, shared: set[int]) -> Callable[..., None]:
     """A hook that adds µ times the displacement since now to the gradients of those parameters that are ``shared``."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.data_ptr() in shared]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if storage(p) in shared]
     start = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()

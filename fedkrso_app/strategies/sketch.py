@@ -1,5 +1,5 @@
-"""Train in full, project afterwards: Ferret (arXiv:2409.06277), and SEPARATE (ICLR 2025,
-https://openreview.net/forum?id=8HuLgtjqOD) done federated.
+"""Train in full, project afterwards: Ferret (arXiv:2409.06277), and SEPARATE (OpenReview:8HuLgtjqOD, ICLR
+2025) done federated.
 
     Server, round t                                Client n
     a root seed                             ->     AdamW on the whole weights: Δ_n = W_n − W^t, per layer
@@ -268,7 +268,7 @@ class Separate(Sketch):
 
     half = SeparateLocal
     settings = (SeparateSettings,)
-    paper = "[ICLR 2025](https://openreview.net/forum?id=8HuLgtjqOD)"
+    openreview = "8HuLgtjqOD"
     learning_rate_key = "separate.learning-rate"
     rank_key = "separate.rank"
 
