@@ -204,7 +204,7 @@ def test_a_dataset_without_declared_classes_is_read_as_files_are(hub, configurat
 def test_the_test_split_stands_in_for_a_missing_validation_split_and_the_log_says_so(hub, caplog):
     _, train, validation = hub({"train": rows_of(6), "test": rows_of(2, start=6)})
     assert len(train) == 6 and validation["text"][:] == ["text 6", "text 7"]
-    assert "no split 'validation': 'test' stands in" in caplog.text
+    assert "no split 'validation': 'test' is used instead" in caplog.text
 
 
 def test_with_neither_a_tenth_of_the_training_rows_stands_in(hub):
@@ -348,7 +348,7 @@ def test_without_a_validation_file_a_tenth_of_the_rows_stands_in_and_the_log_say
     _, train, held = read("text-classification", table(*TWENTY))
     assert (len(train), len(held)) == (18, 2)
     assert sorted([*train["text"], *held["text"]]) == sorted(f"text {i}" for i in range(20))
-    assert "no validation file: 10 % of the training rows stand in" in caplog.text
+    assert "no validation file: 10 % of the training rows are held back instead" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["val.csv", "dev.jsonl", "Valid.csv", "eval_2024.parquet"])

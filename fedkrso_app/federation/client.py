@@ -23,7 +23,7 @@ from fedkrso_app.core.projection import probe, stream
 from fedkrso_app.core.stacked import Group, Unstackable
 from fedkrso_app.data import hub
 from fedkrso_app.federation import evaluation
-from fedkrso_app.federation.discretion import told
+from fedkrso_app.federation.discretion import shown_to_server
 from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.transforms import transforms
@@ -339,7 +339,7 @@ def join(message: Message, context: Any) -> Answer:
         dataset = "" if "data-dir" in context.node_config else hub.rows_of(place.config)
         return replace(answer, model=place.digest, version=version, stamp=place.store.stamp(version), dataset=dataset)
     except ConfigError as error:
-        return replace(answer, error=told(error, context.node_config))
+        return replace(answer, error=shown_to_server(error, context.node_config))
 
 
 def leave(message: Message, context: Any) -> None:
@@ -372,7 +372,7 @@ def up_to_date(
             if len(partitions) == 1:
                 raise reply
             logger.error("partition %d failed", partition, exc_info=reply)
-            reply = protocol.failed(told(reply, context.node_config))
+            reply = protocol.failed(shown_to_server(reply, context.node_config))
         replies[partition] = reply
     return protocol.together(replies)
 

@@ -105,7 +105,7 @@ def measured(module: nn.Module) -> Iterator[Memory]:
     def forward(module: nn.Module, args: Any) -> None:
         nonlocal start
         if not memory.weights:
-            # W of a target is no parameter of the module while a SubspaceLinear stands in its place.
+            # W of a target is no parameter of the module while a SubspaceLinear replaces its layer.
             inside = (part.W for part in module.modules() if isinstance(part, SubspaceLinear))
             memory.weights = total([*module.parameters(), *inside])
             storage.peak = start = storage.live
@@ -161,8 +161,8 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 class Storage(TorchDispatchMode):
     """Bytes of the tensors made inside: ``live`` now and at the ``peak``. Works on the meta device too.
 
-    There a model that looks into its masks (are they all ones? which labels are given?) is told that all holds, and who
-    reports a loss that it is 1. Other operations that want values raise a RuntimeError, with a note that names them.
+    There, a model that asks whether a mask is all ones, or which labels are given, gets yes, and a loss that is read is
+    1. Other operations that want values raise a RuntimeError, with a note that names them.
     """
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ from fedkrso_app.training import metrics, model
 def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -> dict[str, Any]:
     """What ``fedkrso plan`` prints, one row per method: numbers, bytes, and memory by ``activation-memory``.
 
-    A setting whose memory cannot be counted stands in the row's ``refused``, with the reason. ``settings`` is a flat
+    A setting whose memory cannot be counted is in the row's ``refused``, with the reason. ``settings`` is a flat
     run config, ``clients`` the size of the federation. Raises ConfigError where the settings are wrong, or where the
     task's number of labels cannot be known.
     """
