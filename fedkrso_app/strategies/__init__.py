@@ -15,6 +15,7 @@ from fedkrso_app.strategies.fedkseed import FedKSeed, FedKSeedPro
 from fedkrso_app.strategies.fedmezo import FedMeZO
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 from fedkrso_app.strategies.ffa_lora import FFALora
+from fedkrso_app.strategies.fwdllm import FwdLLM
 from fedkrso_app.strategies.sketch import Ferret, Separate
 
 STRATEGIES: dict[str, type[Method]] = {
@@ -28,6 +29,7 @@ STRATEGIES: dict[str, type[Method]] = {
     "fedkseed": FedKSeed,
     "fedkseed-pro": FedKSeedPro,
     "fedmezo": FedMeZO,
+    "fwdllm": FwdLLM,
     "fedblock": FedBlock,
     "ferret": Ferret,
     "separate": Separate,
@@ -44,8 +46,8 @@ def parse(run_config: Mapping[str, Any]) -> Config:
     method = STRATEGIES[config.strategy]
     if config.aggregation != "mean" and not method.linear:
         raise ConfigError(
-            f"aggregation = {config.aggregation!r} does not go with {config.strategy}, which averages products: "
-            "set it to 'mean'."
+            f"aggregation = {config.aggregation!r} does not go with {config.strategy}, which needs every "
+            "reply itself: set it to 'mean'."
         )
     method.check_settings(config)
     return config

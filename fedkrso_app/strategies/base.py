@@ -4,7 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from fedkrso_app.core.flat import unflatten
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.training.loop import Session
-from fedkrso_app.training.model import LoadedModel, find_blocks
+from fedkrso_app.training.model import LoadedModel, find_blocks, find_small
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -28,19 +28,22 @@ _STATE = {"float32": "float32", "float16": "float16", "int8": "float16", "int4":
 
 @dataclass(frozen=True)
 class Shapes:
-    """All that the server must know of a model: target layers (name -> m, n), head, parameter and block sizes."""
+    """All that the server must know of a model: target layers (name -> m, n), head and parameter sizes, those of its
+    blocks, and of its norms and biases by name."""
 
     targets: Mapping[str, tuple[int, int]]
     head: int
     parameters: int
     blocks: tuple[int, ...] = ()
+    small: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> "Shapes":
         sizes = {name: (matrix(layer).shape[0], matrix(layer).shape[1]) for name, layer in loaded.targets.items()}
         head = sum(parameter.numel() for parameter in loaded.head.values())
         blocks = tuple(sum(parameter.numel() for parameter in block.values()) for block in find_blocks(loaded).values())
-        return cls(sizes, head, sum(parameter.numel() for parameter in loaded.module.parameters()), blocks)
+        small = {name: parameter.numel() for name, parameter in find_small(loaded).items()}
+        return cls(sizes, head, sum(parameter.numel() for parameter in loaded.module.parameters()), blocks, small)
 
     def outputs(self, rank: int) -> int:
         """Q = Σ m·r, the size of all B factors."""
