@@ -23,6 +23,7 @@ from fedkrso_app.strategies.ffa_lora import FFALora
 from fedkrso_app.strategies.flexlora import FlexLoRA
 from fedkrso_app.strategies.flora import FLoRA
 from fedkrso_app.strategies.fr_lora import FeDeRA, FRLora
+from fedkrso_app.strategies.fwdllm import FwdLLM
 from fedkrso_app.strategies.hetlora import HetLoRA
 from fedkrso_app.strategies.lora_fair import LoRAFAIR
 from fedkrso_app.strategies.rolora import RoLoRA
@@ -50,6 +51,7 @@ STRATEGIES: dict[str, type[Method]] = {
     "fedkseed": FedKSeed,
     "fedkseed-pro": FedKSeedPro,
     "fedmezo": FedMeZO,
+    "fwdllm": FwdLLM,
     "fedblock": FedBlock,
     "ferret": Ferret,
     "separate": Separate,
@@ -66,8 +68,8 @@ def parse(run_config: Mapping[str, Any]) -> Config:
     method = STRATEGIES[config.strategy]
     if config.aggregation != "mean" and not method.linear:
         raise ConfigError(
-            f"aggregation = {config.aggregation!r} does not go with {config.strategy}, which averages products: "
-            "set it to 'mean'."
+            f"aggregation = {config.aggregation!r} does not go with {config.strategy}, which needs every "
+            "reply itself: set it to 'mean'."
         )
     options.check(method, config)
     if Lora in method.settings and config.of(Lora).ranks and not method.ranked:

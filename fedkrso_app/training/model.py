@@ -257,6 +257,12 @@ def find_targets(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def find_small(loaded: LoadedModel) -> dict[str, nn.Parameter]:
+    """The parameters with one axis that are not the head's, by name: norms and biases."""
+    named = sorted(loaded.module.named_parameters())
+    return {name: parameter for name, parameter in named if parameter.ndim == 1 and name not in loaded.head}
+
+
 def find_blocks(loaded: LoadedModel) -> dict[str, dict[str, nn.Parameter]]:
     """The blocks of the model, in its own order: every part of an outermost stack that holds a target layer, with all
     of its parameters by name (norms and biases too) but those that are used elsewhere as well."""
