@@ -92,6 +92,8 @@ def test_lists_are_multiplied_into_cases_with_names(file):
     [
         (("draws = 3", "drawz = 3"), "Did you mean 'draws'"),
         (("draws = 3", "draws = [0, 0.5]"), "neither a count nor a list"),
+        (("draws = 3", "energy = 1"), "energy = 1 is impossible"),
+        (("clients = 4", "clients = 2.5"), "clients = 2.5"),
         (("draws = 3", "draws = []"), "neither a count nor a list"),
         (("draws = 3", 'vary = "seeds"'), "vary = 'seeds'"),
         (("num-seeds = 1", "num-seed = 1"), "fedkrso.num-seeds"),
@@ -285,7 +287,7 @@ def test_what_defines_a_run_is_its_method_and_neither_its_machine_nor_its_draw(r
 def test_a_real_run_leaves_its_digest_model_and_bytes(run_config, tmp_path):
     changes = {"num-server-rounds": 2, "output-dir": str(tmp_path)}
     made = compare.Comparison(
-        study.Study(run_config | changes, {"c": {}}, {"a": {"strategy": "fedkrso"}}, (0,), clients=3),
+        study.Study(run_config | changes, {"c": {}}, {"a": {"strategy": "fedkrso"}}, (0,), clients=3, energy=True),
         tmp_path / "out",
         "process",
     )
@@ -295,6 +297,7 @@ def test_a_real_run_leaves_its_digest_model_and_bytes(run_config, tmp_path):
     run = made._job("c", "a", 0).run
     assert line["digest"] and run.digest.startswith(line["digest"])
     assert [row[0] for row in line["rounds"]] == [0, 1, 2]
+    assert [row[0] for row in line["energy"]] == [1, 2] and all(0 < share < 1 for _, share, _ in line["energy"])
     total = sum(figures["uplink_bytes"] for figures in run.metrics()) / 3
     assert sum(row[2] for row in line["rounds"]) == pytest.approx(total, abs=2)
 
@@ -324,7 +327,8 @@ def test_the_page_of_a_journal_shows_every_arm_every_difference_and_no_run_of_a_
         for draw in range(3):
             rounds = [[n, metric + shift + draw * shift, up, down] for n, metric, up, down in CURVE]
             settings, run = entry(arm)
-            book.add(settings, run | about | {"draw": draw, "rounds": rounds})
+            energy = {"energy": [[1, 0.1, 4], [2, 0.2, 4]]} if arm == "third" else {}
+            book.add(settings, run | about | energy | {"draw": draw, "rounds": rounds})
         book.add(settings, run | about | {"draw": 9, "sweep": True, "rate": 77.0})
     book.close()
     assert CliRunner().invoke(cli.app, ["report", str(book.file)]).exit_code == 0
@@ -334,7 +338,7 @@ def test_the_page_of_a_journal_shows_every_arm_every_difference_and_no_run_of_a_
     assert len(cells) == 2 * 3 and "77" not in shown.texts  # pairs × views
     mean, low, high = paired.interval([0.1, 0.2, 0.3])  # second minus first, by hand: 0.1 · (1 + draw)
     assert f"{-mean:+.4f} [{-high:+.4f}, {-low:+.4f}]" in " ".join(cells)
-    assert len([tag for tag in shown.tags if tag == "img"]) == 3
+    assert len([tag for tag in shown.tags if tag == "img"]) == 4  # the last one is the third arm's energy
 
 
 def test_a_journal_with_sweeps_alone_has_no_page(tmp_path):

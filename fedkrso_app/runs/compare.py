@@ -22,7 +22,8 @@ from rich.text import Text
 
 from fedkrso_app import data
 from fedkrso_app.config import ConfigError
-from fedkrso_app.runs import engines, journal, paired
+from fedkrso_app.runs import engines, journal, paired, replay
+from fedkrso_app.runs.energy import captured
 from fedkrso_app.runs.engines import Engine
 from fedkrso_app.runs.folder import ASIDE, Run
 from fedkrso_app.runs.journal import Journal
@@ -224,7 +225,13 @@ class Comparison:
         config = job.config
         about = {"case": job.case, "arm": job.arm, "task": config["task"], "metric": self.metrics[job.case, job.arm]}
         about |= {"config": self._defining(self.configs[job.case, job.arm])}
-        self.journal.add(about, journal.line_of(job.run, job.draw, rate_of(config), job.sweep))
+        line = journal.line_of(job.run, job.draw, rate_of(config), job.sweep)
+        if self.study.energy and not job.sweep:
+            line["energy"] = [
+                [version, float(f"{shares['all'][0]:.4g}"), shares["all"][1]]
+                for version, shares in captured(*replay.opened(job.run.path)).items()
+            ]
+        self.journal.add(about, line)
         if not self.keeps:
             shutil.rmtree(job.run.path)
             for ending in (".log", ".toml"):

@@ -188,6 +188,11 @@ def _commit() -> str:
     """The repository's commit, with a + where files differ from it; "" where there is none."""
     told = []
     for words in (
+        [
+            "ls-files",
+            "--error-unmatch",
+            "fedkrso_app/__init__.py",
+        ],  # or it would be a repository around an installation
         ["rev-parse", "--short=12", "HEAD"],
         ["status", "--porcelain", "--untracked-files=no", "fedkrso_app"],
     ):
@@ -198,4 +203,4 @@ def _commit() -> str:
         if said.returncode:
             return ""
         told.append(said.stdout.strip())
-    return told[0] + ("+" if told[1] else "")
+    return told[1] + ("+" if told[2] else "")
