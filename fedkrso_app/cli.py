@@ -163,6 +163,8 @@ def compare(
         out.print(tables.results(facts))
         if facts["pairs"]:
             out.print(tables.pairs(facts))
+        if facts["shares"]:
+            out.print(tables.shares(facts))
         drawn = results or comparison.output
         out.print(f"Made by: {command}\nDraw it: fedkrso report {shlex.quote(str(drawn))}", **_PLAIN)
     if failures:

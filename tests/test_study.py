@@ -65,6 +65,29 @@ def test_differences_are_over_the_draws_that_both_arms_have_and_bytes_are_those_
     assert by_bytes["mean"] == pytest.approx(0.6 - 0.35) and by_bytes["mb"] == 12e-6
 
 
+def test_fiellers_interval_holds_the_ratio_and_is_that_of_the_mean_for_a_constant_distance():
+    rng = np.random.default_rng(0)
+    x = rng.normal(0.4, 0.1, 6)
+    _, low, high = paired.interval(list(x))
+    assert paired.fieller(x, np.full(6, 0.5)) == pytest.approx((low / 0.5, high / 0.5))
+    held = []
+    for _ in range(1000):
+        y = rng.normal(0.5, 0.1, 5)
+        low, high = paired.fieller(0.8 * y + rng.normal(0, 0.05, 5), y)
+        held.append(low is not None and low < 0.8 < high)
+    assert 0.93 < np.mean(held) < 0.97
+    assert paired.fieller(x, np.array([1, -1, 1, -1, 0.1, -0.2])) == (None, None)
+
+
+def test_the_share_of_the_distance_is_over_the_draws_of_all_three():
+    low, high = ([[n, metric + shift, up, down] for n, metric, up, down in CURVE] for shift in (0.0, 0.4))
+    mid = [[n, metric + 0.3, up, down] for n, metric, up, down in CURVE]
+    (row,) = paired.kept(
+        {"low": {0: low, 1: low}, "mid": {1: mid, 0: mid, 2: mid}, "high": {0: high, 1: high}}, "low", "high"
+    )
+    assert row == {"arm": "mid", "share": pytest.approx(0.75), "from": None, "to": None, "draws": 2}
+
+
 # --- the file of a study ---
 
 
@@ -92,6 +115,7 @@ def test_lists_are_multiplied_into_cases_with_names(file):
     [
         (("draws = 3", "drawz = 3"), "Did you mean 'draws'"),
         (("draws = 3", "draws = [0, 0.5]"), "neither a count nor a list"),
+        (("draws = 3", 'span = ["ten", "two"]'), "does not name two arms; they are ten, one seed"),
         (("draws = 3", "energy = 1"), "energy = 1 is impossible"),
         (("clients = 4", "clients = 2.5"), "clients = 2.5"),
         (("draws = 3", "draws = []"), "neither a count nor a list"),

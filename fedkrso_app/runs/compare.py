@@ -149,11 +149,13 @@ class Comparison:
             writer = csv.DictWriter(file, list(table[0]))
             writer.writeheader()
             writer.writerows(table)
-        pairs = []
+        pairs, shares = list[dict[str, Any]](), list[dict[str, Any]]()
         for case in self.study.cases:
             arms = {arm: self.lines(case, arm) for arm in self.study.arms}
             curves = {arm: {draw: line["rounds"] for draw, line in lines.items()} for arm, lines in arms.items()}
             pairs += [{"case": case, **row} for row in paired.differences(curves)]
+            if self.study.span:
+                shares += [{"case": case, **row} for row in paired.kept(curves, *self.study.span)]
         facts = {
             "command": command,
             "task": ", ".join(dict.fromkeys(config["task"] for config in self.configs.values())),
@@ -162,6 +164,8 @@ class Comparison:
             "engine": self.engine,
             "rows": table,
             "pairs": pairs,
+            "span": list(self.study.span),
+            "shares": shares,
             "results": str(self.journal.file),
         }
         (self.output / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
