@@ -47,7 +47,7 @@ def explained() -> Iterator[None]:
 @app.command()
 def compare(
     study: Annotated[
-        Path | None, typer.Argument(metavar="[STUDY.toml]", help="A file with settings, cases, arms and draws.")
+        Path | None, typer.Argument(metavar="STUDY.toml", help="A file with settings, cases, arms and draws.")
     ] = None,
     strategies: Annotated[
         str | None, typer.Option(help="Methods, separated by commas; default: fedkrso,fedit,ffa-lora,fedfft.")
