@@ -373,7 +373,10 @@ def _energy_table(entries: Sequence[Mapping[str, Any]]) -> Table:
 
 def _costs_table(facts: Mapping[str, Any]) -> Table:
     parameters = facts["rows"][0]["parameters"]
-    table = Table(title=f"{facts['model']} on {facts['task']}: {parameters:,} parameters", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{facts['model']} on {facts['task']}, head {facts['head']}: {parameters:,} parameters",
+        box=box.SIMPLE_HEAD,
+    )
     table.caption = (
         f"MB: 10^6 bytes, of one client and round; GB: of {facts['rounds']} rounds × {facts['sampled']} clients"
     )
@@ -414,9 +417,10 @@ def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
     yield "trained: numbers with a gradient and moments; moved: weights that change, FedKRSO's along a few directions."
     for row in facts["rows"]:
         if "drawn" in row:
+            used = f", {facts['sampled']} clients use {row['used']:.1f} (sent down)" if "used" in row else ""
             yield (
-                f"{row['strategy']}: expected figures: a client draws {row['drawn']:.1f} different seeds a round "
-                f"(sent up), {facts['sampled']} clients use {row['used']:.1f} (sent down)."
+                f"{row['strategy']}: expected figures: a client draws {row['drawn']:.1f} different seeds per round "
+                f"(sent up){used}."
             )
         for setting, reason in row["refused"].items():
             yield f"{row['strategy']}: memory with {setting!r} is not counted: {reason}"

@@ -7,6 +7,7 @@ types and what values make sense together. The settings of a method are declared
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class Config:
     text_columns: str
     label_column: str
     labels: str
+    metric: str
     bad_rows: str
     partition: str
     partition_column: str
@@ -61,9 +63,12 @@ class Config:
     gradient_accumulation: int
     max_grad_norm: float
     activation_memory: str
+    head: str
     device: str
     compute_dtype: str
     torch_threads: int
+    clients_per_node: int
+    batch_clients: str
     weighting: str
     aggregation: str
     max_update_norm: float
@@ -241,6 +246,7 @@ def _check(c: Config) -> None:
         raise ConfigError(f"aggregation = {c.aggregation!r} knows no weights: take weighting = 'uniform'.")
     need(0 <= c.max_update_norm < float("inf"), "max-update-norm", c.max_update_norm, "0 (no bound) or above")
     choice("wire-dtype", c.wire_dtype, ["float32", "float16", "int8", "int4"])
+    choice("head", c.head, ["dense", "linear", "frozen"])
     choice("schedule", c.schedule, ["cosine", "constant"])
     choice("activation-memory", c.activation_memory, ["keep", "recompute", "checkpoint"])
     choice("device", c.device, ["auto", "cpu", "cuda", "mps", "xpu"])
@@ -253,10 +259,13 @@ def _check(c: Config) -> None:
             "that only a server with the model knows."
         )
     values = c.to_dict()
-    for key in ("num-server-rounds", "min-replies", "local-steps", "batch-size", "gradient-accumulation"):
+    counts = ("num-server-rounds", "min-replies", "local-steps", "batch-size", "gradient-accumulation")
+    for key in (*counts, "clients-per-node"):
         need(values[key] >= 1, key, values[key], "at least 1")
     for key in ("round-timeout", "dirichlet-alpha"):
         need_positive(key, values[key])
+    if c.batch_clients != "auto" and not re.fullmatch("[1-9][0-9]*", c.batch_clients):
+        raise ConfigError(f"batch-clients = {c.batch_clients!r} is neither 'auto' nor a number of clients in quotes.")
     need(c.rows >= 0, "rows", c.rows, "0 (all) or above")
     need(c.max_length >= 4, "max-length", c.max_length, "at least 4 tokens")
     need(1 <= c.torch_threads <= 1024, "torch-threads", c.torch_threads, "between 1 and 1024")

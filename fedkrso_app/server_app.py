@@ -46,7 +46,13 @@ def main(grid: Grid, context: Context) -> None:
         for split in ("train", "validation") if here else ():
             data.load(task, config.data_dir, split, config.holdout)
         loaded = model.load(
-            config.model, task.num_labels, config.seed, task.classes, weights=here, device=config.weights_device
+            config.model,
+            task.num_labels,
+            config.seed,
+            task.classes,
+            weights=here,
+            device=config.weights_device,
+            head=config.head,
         )
         for split in ("train", "validation") if here else ():
             data.check(task, config.data_dir, split, config.holdout, loaded.tokenizer)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from helpers import arrays_of, digest, play, replayed
+from helpers import ON_SERVER, arrays_of, digest, play, replayed
 from test_contract import reply_target
 from typer.testing import CliRunner
 
@@ -20,7 +20,7 @@ from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger, LedgerError
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.strategies import STRATEGIES, make
+from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import FedKRSO
 from fedkrso_app.training import model
@@ -498,7 +498,7 @@ def test_aggregation_that_a_method_cannot_do_is_refused(run_config):
 # Servers without data
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ON_SERVER)
 def test_clients_judge_as_the_server_would(run_config, strategy, monkeypatch):
     """Four nodes' validation rows together are all of them: the pooled metric is the server's, and so are the bits."""
     settings = run_config | {"strategy": strategy}
@@ -595,7 +595,7 @@ def test_only_the_nodes_need_have_data(run_config, data_folder, tmp_path):
 
 
 def test_more_replies_than_nodes_are_asked_are_refused_before_anyone_trains(run_config):
-    with pytest.raises(ConfigError, match=r"min-replies = 3 is out of reach: fraction-train = 0.5 of 4 nodes are 2"):
+    with pytest.raises(ConfigError, match=r"min-replies = 3 is out of reach: fraction-train = 0.5 of 4 clients are 2"):
         play(run_config | {"fraction-train": 0.5, "min-replies": 3})
 
 

@@ -25,10 +25,10 @@ draws = 3
 num-server-rounds = 2
 local-steps = 20
 [[cases]]
-task = ["glue/mrpc", "glue/sst2"]
+task = ["embedded/similarity", "embedded/acceptability"]
 partition = "iid"
 [[cases]]
-task = "glue/mrpc"
+task = "embedded/similarity"
 partition = ["dirichlet", "dirichlet-equal"]
 dirichlet-alpha = [0.5, 0.25]
 [arms.ten]
@@ -100,14 +100,18 @@ def file(tmp_path) -> Path:
 def test_lists_are_multiplied_into_cases_with_names(file):
     found = study.load(file, ["batch-size=3"])
     assert list(found.cases) == [
-        "glue/mrpc iid",
-        "glue/sst2 iid",
-        *(f"glue/mrpc {scheme} {alpha}" for scheme in ("dirichlet", "dirichlet-equal") for alpha in (0.5, 0.25)),
+        "embedded/similarity iid",
+        "embedded/acceptability iid",
+        *(
+            f"embedded/similarity {scheme} {alpha}"
+            for scheme in ("dirichlet", "dirichlet-equal")
+            for alpha in (0.5, 0.25)
+        ),
     ]
     assert found.draws == (0, 1, 2) and found.clients == 4
-    config = found.settings("glue/mrpc dirichlet-equal 0.25", "one seed")
+    config = found.settings("embedded/similarity dirichlet-equal 0.25", "one seed")
     assert (config["dirichlet-alpha"], config["fedkrso.num-seeds"], config["batch-size"]) == (0.25, 1, 3)
-    assert found.settings("glue/sst2 iid", "ten")["fedkrso.num-seeds"] == 10
+    assert found.settings("embedded/acceptability iid", "ten")["fedkrso.num-seeds"] == 10
 
 
 @pytest.mark.parametrize(
@@ -176,14 +180,14 @@ def test_two_arms_that_would_share_a_folder_are_refused(flwr, tmp_path):  # noqa
 
 def test_a_study_grows_in_slices_on_any_machine_and_makes_no_run_twice(flwr, file):  # noqa: F811
     """The second slice has no folder of the first one, only its journal; the third finds nothing to do."""
-    flwr(hang="ten-glue-mrpc-iid-seed1")
+    flwr(hang="ten-embedded-similarity-iid-seed1")
     slices = [["compare", str(file), "--output", str(file.parent / name), "--minutes", "0.05"] for name in "ab"]
     first = CliRunner().invoke(cli.app, slices[0])
     assert first.exit_code == 0 and "Out of time" in first.stderr
     assert flwr()[-1] == ["stop", "77"]
     before, lines = len(started(flwr)), (file.parent / "mine" / "results.jsonl").read_text().splitlines()
     assert len(lines) == 4  # two arms' settings, and of each one run
-    assert [path.name for path in (file.parent / "a").glob("*seed*/")] == ["ten-glue-mrpc-iid-seed1"]
+    assert [path.name for path in (file.parent / "a").glob("*seed*/")] == ["ten-embedded-similarity-iid-seed1"]
     flwr()
     shutil.rmtree(file.parent / "a")
     assert CliRunner().invoke(cli.app, [*slices[1][:-1], "9"]).exit_code == 0
@@ -303,7 +307,7 @@ def test_what_defines_a_run_is_its_method_and_neither_its_machine_nor_its_draw(r
         {"lora.rank": 9},
     ):
         assert journal.defining(run_config | change, 3, "seed") == base
-    for change in ({"fedkrso.rank": 9}, {"local-steps": 9}, {"partition-seed": 9}):
+    for change in ({"fedkrso.rank": 9}, {"local-steps": 9}, {"partition-seed": 9}, {"server.optimizer": "fedadam"}):
         assert journal.defining(run_config | change, 3, "seed") != base
     assert journal.defining(run_config, 4, "seed") != base != journal.defining(run_config, 3, "partition-seed")
 

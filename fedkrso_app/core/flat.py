@@ -13,6 +13,11 @@ def flatten(tensors: Iterable[Tensor]) -> np.ndarray:
     return torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
 
 
+def storage(tensor: Tensor) -> int:
+    """Which memory a tensor is, also on the meta device, where all have the address 0."""
+    return tensor.untyped_storage()._cdata
+
+
 @torch.no_grad()
 def unflatten(values: np.ndarray, tensors: Iterable[Tensor]) -> None:
     """Copy a vector made by :func:`flatten` back into ``tensors``."""

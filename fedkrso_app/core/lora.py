@@ -21,6 +21,19 @@ def initial_A(seed: int, name: str, rank: int, n: int) -> Tensor:
     return torch.from_numpy(stream(seed, "lora A", name).uniform(-bound, bound, (rank, n))).float()
 
 
+def principal(W: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(A, B), r × n and m × r float32 on the CPU, with scale·B·A the best approximation of W (m × n) of that rank.
+
+    B = U √(Σ/scale), A = √(Σ/scale) Vᵀ with the largest singular values, in float64. The largest entry of each column
+    of U is positive, so that every machine that finds the same vectors gives them the same signs.
+    """
+    U, sigma, Vt = torch.linalg.svd(W.detach().cpu().double(), full_matrices=False)
+    U, sigma, Vt = U[:, :rank], sigma[:rank], Vt[:rank]
+    signs = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()  # 1 × r
+    root = (sigma / scale).sqrt()
+    return (root[:, None] * Vt * signs.T).float(), (U * signs * root).float()
+
+
 def attach(module: nn.Module, names: list[str], rank: int, alpha: float, seed: int) -> dict[str, Any]:
     """Put a LoRA layer (no dropout, B = 0) around each named layer of ``module``; returns them by name."""
     settings = LoraConfig(
@@ -45,6 +58,11 @@ def attach(module: nn.Module, names: list[str], rank: int, alpha: float, seed: i
 def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
     """(A, B) of a layer: r × n and m × r."""
     return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+
+
+def scaling(layer: Any) -> float:
+    """s = alpha / r of a layer."""
+    return layer.scaling[_ADAPTER]
 
 
 def merged_state(module: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Moments live in r dimensions, W moves at every step, and B_k adds up what was do
 bias correction: the printed lines 11-12 write the corrected moments back, which makes them diverge.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -70,6 +70,11 @@ class RSO(torch.optim.Optimizer):
         self.B += move
         for layer, block in zip(self.layers.values(), move.split(self.sizes), strict=True):
             layer.move(block.view_as(layer.B))
+
+    def followed(self) -> Iterator[tuple[SubspaceLinear, Tensor]]:
+        """Each layer with its m × r block of the current seed's accumulator."""
+        for layer, block in zip(self.layers.values(), self.B.split(self.sizes), strict=True):
+            yield layer, block.view_as(layer.B)
 
     def held(self) -> list[Tensor]:
         """Every tensor that lives between steps."""

@@ -1,6 +1,7 @@
 """Who holds which rows in a simulation."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -24,20 +25,17 @@ def partition(
     if not 1 <= num_partitions <= len(train):
         raise ConfigError(f"num-supernodes = {num_partitions} must be 1 to {len(train)}, {task.name}'s rows.")
     # Runs of neighbouring rows are cut, and files are often sorted by source: shuffle first.
-    table: Any = train.with_format("arrow")[:]
+    table = _arrow(train)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(train))
     if scheme == "iid":
         return [np.sort(rows) for rows in np.array_split(order, num_partitions)]
-    labels = np.zeros(len(train), np.int64)
     if task.group:
         values = table[task.group].to_pylist()
         distinct = {value: code for code, value in enumerate(sorted(set(values), key=str))}
         labels = np.array([distinct[value] for value in values])
-    elif task.label:
-        labels = table[task.label].to_numpy()
-        if task.regression:
-            labels = np.digitize(labels, np.quantile(labels, [0.2, 0.4, 0.6, 0.8]))
+    else:
+        labels = _classes(train, train, task)
     if scheme == "natural":
         if len(distinct) < num_partitions:
             problem = f"partition-column = {task.group!r} has {len(distinct)} values for {num_partitions} clients"
@@ -83,3 +81,44 @@ def equal_shares(labels: np.ndarray, clients: int, alpha: float, rng: np.random.
         )
         left = left - taken
     return parts
+
+
+def following(
+    shares: Sequence[np.ndarray], train: datasets.Dataset, rows: datasets.Dataset, task: Task, seed: int
+) -> list[np.ndarray]:
+    """``rows`` (the validation split) shared out as :func:`partition` has shared out ``train``: ascending int64 arrays.
+
+    Of each label's rows every client gets the part that it has of the training rows of that label, give or take one
+    (a regression's labels in fifths; without labels, of all rows). Every row is in exactly one share. Raises
+    :class:`ConfigError` where that leaves a client without any.
+    """
+    known, asked = _classes(train, train, task), _classes(rows, train, task)
+    rng = np.random.default_rng([seed, 1])
+    owned: list[list[np.ndarray]] = [[] for _ in shares]
+    for label in np.unique(asked):
+        order = rng.permutation(np.flatnonzero(asked == label))
+        counts = np.array([np.count_nonzero(known[share] == label) for share in shares])
+        counts = counts if counts.any() else np.array([len(share) for share in shares])
+        ends = np.floor(np.cumsum(counts) / counts.sum() * len(order) + 0.5).astype(int)
+        for part, found in zip(owned, np.split(order, ends[:-1]), strict=True):
+            part.append(found)
+    parts = [np.sort(np.concatenate(part)) for part in owned]
+    if without := sum(not len(part) for part in parts):
+        raise ConfigError(
+            f"{without} of {len(parts)} clients have no validation rows when those follow their training rows' labels: "
+            "raise dirichlet-alpha, lower num-supernodes, or add validation rows."
+        )
+    return parts
+
+
+def _classes(rows: datasets.Dataset, train: datasets.Dataset, task: Task) -> np.ndarray:
+    """The label of each row; a regression's as the fifth of ``train`` that it is in, and 0 where there are none."""
+    if not task.label:
+        return np.zeros(len(rows), np.int64)
+    labels, known = (_arrow(split)[task.label].to_numpy() for split in (rows, train))
+    return np.digitize(labels, np.quantile(known, [0.2, 0.4, 0.6, 0.8])) if task.regression else labels
+
+
+def _arrow(rows: datasets.Dataset) -> Any:
+    table: Any = rows.with_format("arrow")
+    return table[:]

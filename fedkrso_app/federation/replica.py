@@ -78,7 +78,7 @@ class Replica:
         for version in range(first_needed(self.version, to, self.span), to + 1):
             self._applying = version
             if arrays := self.entries.read(version).arrays:
-                self.local.apply(wire.decode(arrays))
+                self.local.apply({**self.local.absent, **wire.decode(arrays)})
             self.version = version
 
     def computing(self) -> Local:

@@ -26,10 +26,13 @@ class Refused(ValueError):
 
 
 def encode(arrays: Mapping[str, np.ndarray], schema: Schema, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """``arrays`` in the formats of ``schema``, randomly rounded by ``rng``; without a format an array stays itself."""
+    """``arrays`` in the formats of ``schema``, randomly rounded by ``rng``; without a format an array stays itself.
+    Those that are always empty are left out."""
     encoded = {}
     for name, value in arrays.items():
         form = schema.fields[name].dtype
+        if 0 in schema.fields[name].shape:
+            continue
         encoded[name] = value
         if form in quantize.FORMATS:
             encoded[name], encoded[name + SCALES] = quantize.encode(value, form, rng)

@@ -17,6 +17,12 @@ from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.results import asked_in, text
 from fedkrso_app.strategies import STRATEGIES
 
+HEADS = {
+    "dense": "trained as a whole",
+    "linear": "its output layer trained, the layers before that frozen",
+    "frozen": "frozen",
+}
+
 
 def write(run: Run, task: Task, round: int, folder: Path) -> None:
     """Write ``README.md`` beside the model after ``round`` in ``folder``, in the hub's format for model cards."""
@@ -46,13 +52,14 @@ def write(run: Run, task: Task, round: int, folder: Path) -> None:
         model_name=name,
         eval_results=[result] if "metric" in line else None,
     )
-    paper = f"[arXiv:{method.arxiv}](https://arxiv.org/abs/{method.arxiv})"
+    paper = "[{}]({})".format(*method.citation())
     facts = {
         "Base model": "the small RoBERTa that FedKRSO pretrains on its own corpus"
         if config.model == "embedded"
         else f"`{_shown('model', config.model)}`",
         "Method": f"{config.strategy}, {paper}",
         "Task": task.name + (f"; columns {', '.join(task.reads)}" if task.columns else ""),
+        "Head": HEADS[config.head] if task.num_labels else "",
         "Data": _data(config, task),
         "Partition": _partition(config),
         "Clients": _clients(lines),

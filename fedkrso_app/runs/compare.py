@@ -22,7 +22,7 @@ from rich.text import Text
 
 from fedkrso_app import data
 from fedkrso_app.config import ConfigError
-from fedkrso_app.runs import engines, journal, paired, replay
+from fedkrso_app.runs import engines, journal, paired, pins, replay
 from fedkrso_app.runs.energy import captured
 from fedkrso_app.runs.engines import Engine
 from fedkrso_app.runs.folder import ASIDE, Run
@@ -67,7 +67,9 @@ class Comparison:
         self.study, self.engine, self.keeps = study, engine, results is None
         self.output = output.expanduser().resolve()
         self.configs = {pair: study.settings(*pair) for pair in study.pairs()}
-        self.metrics = {pair: data.task(config["task"]).metric for pair, config in self.configs.items()}
+        for config in self.configs.values():
+            config |= pins.hold(parse(config), self.output / "commits.json")
+        self.metrics = {pair: data.metric(config) for pair, config in self.configs.items()}
         jobs = [self._job(*pair, draw) for pair in study.pairs() for draw in study.draws]
         if len({job.config["run-name"] for job in jobs}) < len(jobs):
             raise ConfigError("two arms or cases have the same name but for spaces and signs; give one another name.")
@@ -160,6 +162,7 @@ class Comparison:
             "command": command,
             "task": ", ".join(dict.fromkeys(config["task"] for config in self.configs.values())),
             "metric": ", ".join(dict.fromkeys(self.metrics.values())),
+            "head": ", ".join(dict.fromkeys(config["head"] for config in self.configs.values())),
             "clients": self.study.clients,
             "engine": self.engine,
             "rows": table,
@@ -281,7 +284,7 @@ def _play(config: Settings, clients: int, engine: Engine) -> Generator[None]:
         run.set_status("running")  # so that an old failure is not taken for a new one
         config = config | {"resume": str(run.path)}
     file.write_text("".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items()))
-    yield from engines.play(engine, file, clients, log)
+    yield from engines.play(engine, file, clients, int(config["clients-per-node"]), log)
 
 
 def _why(config: Settings) -> str:
@@ -320,4 +323,4 @@ def _rounds(config: Settings) -> int:
 def _last(config: Settings) -> str:
     """The newest round of a run in one line."""
     figures = _run(config).metrics()[-1:]
-    return line(figures[0], parse(config), data.task(config["task"]).metric) if figures else "starting"
+    return line(figures[0], parse(config), data.metric(config)) if figures else "starting"

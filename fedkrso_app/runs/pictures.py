@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-from fedkrso_app import data
 from fedkrso_app.config import ConfigError
 from fedkrso_app.runs.results import Line
 from fedkrso_app.training.metrics import LOWER_IS_BETTER
@@ -57,7 +56,8 @@ def save(found: Sequence[Line], file: Path) -> None:
     figure = Figure(figsize=(9, 3.8 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, setting in zip(panels, settings, strict=False):
-        _curves(axes, [line for line in found if line.setting == setting], data.task(setting[0]).metric, True)
+        here = [line for line in found if line.setting == setting]
+        _curves(axes, here, here[0].metric, True)
         axes.set_title(_plain(", ".join(setting)), fontsize=11)
     for axes in panels[len(settings) :]:
         axes.remove()

@@ -6,7 +6,6 @@ from typing import Any
 
 from jinja2 import Template
 
-from fedkrso_app import data
 from fedkrso_app.runs import pictures
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.results import Line, lines, mean_sd, plus_minus, text
@@ -57,7 +56,7 @@ def render(
 
 
 def _section(setting: tuple[str, str], here: list[Line]) -> dict[str, Any]:
-    metric = data.task(setting[0]).metric
+    metric = here[0].metric
     rows = [
         [
             line.label,
@@ -70,7 +69,9 @@ def _section(setting: tuple[str, str], here: list[Line]) -> dict[str, Any]:
         for line in here
     ]
     head = ["method", "rate", "seeds", metric, *_MEANS, *_SUMS]
-    return {"title": ", ".join(setting), "pictures": pictures.of(here, metric), "tables": [(head, rows)]}
+    heads = dict.fromkeys(line.config.get("head", "dense") for line in here)
+    title = ", ".join([*setting, f"head {' and '.join(heads)}"])
+    return {"title": title, "pictures": pictures.of(here, metric), "tables": [(head, rows)]}
 
 
 def settings_of(named: Mapping[str, Mapping[str, Any]], what: str) -> dict[str, Any]:

@@ -41,8 +41,10 @@ class Study:
     span: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (self.arms and self.cases and self.draws) or self.base["evaluate"] != "server":
-            raise ConfigError("a comparison needs a method, a partition and a seed at least, and evaluate = 'server'.")
+        if not (self.arms and self.cases and self.draws) or self.base["evaluate"] == "off":
+            raise ConfigError(
+                "a comparison needs a method, a partition and a seed at least, and evaluate = 'server' or 'clients'."
+            )
         choice("vary", self.vary, ["seed", "partition-seed"])
         for key, value, least in (("clients", self.clients, 1), ("rates", self.rates, 0)):
             need(type(value) is int and value >= least, key, value, f"a whole number of at least {least}")

@@ -34,6 +34,7 @@ def closing_table(run: Run, metric: str) -> str:
     config = run.config
     replied, asked = sum(map(replied_in, rounds)), sum(map(asked_in, rounds))
     table = Table(title=f"{config.strategy} on {config.task}, {len(rounds)} rounds", show_header=False)
+    table.add_row("head", config.head)
     scores = [figures["metric"] for figures in run.metrics() if "metric" in figures]
     if scores:
         table.add_row(

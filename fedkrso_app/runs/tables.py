@@ -20,7 +20,7 @@ _COSTS = {
 
 def results(facts: Mapping[str, Any]) -> Table:
     """What every arm reached and cost, of the facts that a comparison saves."""
-    table = Table(title=f"{facts['task']}: mean ± sd over the draws", box=box.SIMPLE_HEAD)
+    table = Table(title=f"{facts['task']}, head {facts['head']}: mean ± sd over the draws", box=box.SIMPLE_HEAD)
     table.caption = (
         f"{facts['metric']}: after the last round; last {LAST}: the mean of the last {LAST} rounds. "
         "MB: 10^6 bytes, of one client and round; lost: replies refused or failed; more in results.csv"

@@ -5,26 +5,60 @@ from typing import Any
 
 from fedkrso_app import config as common
 from fedkrso_app.config import Config, ConfigError, Settings, choice
-from fedkrso_app.strategies.base import Method, Shapes
+from fedkrso_app.strategies import options
+from fedkrso_app.strategies.base import Lora, Method, Shapes
+from fedkrso_app.strategies.decomfl import DeComFL
+from fedkrso_app.strategies.fed_dare import FedDARE
+from fedkrso_app.strategies.fedblock import FedBlock
+from fedkrso_app.strategies.fedex_lora import FedExLoRA
 from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
+from fedkrso_app.strategies.fedkseed import FedKSeed, FedKSeedPro
+from fedkrso_app.strategies.fedmezo import FedMeZO
+from fedkrso_app.strategies.fedsa_lora import FedSALora
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
+from fedkrso_app.strategies.fedsvd import FedSVD
 from fedkrso_app.strategies.ffa_lora import FFALora
+from fedkrso_app.strategies.flexlora import FlexLoRA
+from fedkrso_app.strategies.flora import FLoRA
+from fedkrso_app.strategies.fr_lora import FeDeRA, FRLora
+from fedkrso_app.strategies.hetlora import HetLoRA
+from fedkrso_app.strategies.lora_fair import LoRAFAIR
+from fedkrso_app.strategies.rolora import RoLoRA
+from fedkrso_app.strategies.sketch import Ferret, Separate
 
 STRATEGIES: dict[str, type[Method]] = {
     "fedkrso": FedKRSO,
     "fedfft": FedFFT,
     "fedit": FedIT,
     "ffa-lora": FFALora,
+    "rolora": RoLoRA,
+    "fedsvd": FedSVD,
+    "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
+    "flora": FLoRA,
+    "fedex-lora": FedExLoRA,
+    "lora-fair": LoRAFAIR,
+    "fed-dare": FedDARE,
+    "fedsa-lora": FedSALora,
+    "fr-lora": FRLora,
+    "federa": FeDeRA,
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
+    "decomfl": DeComFL,
+    "fedkseed": FedKSeed,
+    "fedkseed-pro": FedKSeedPro,
+    "fedmezo": FedMeZO,
+    "fedblock": FedBlock,
+    "ferret": Ferret,
+    "separate": Separate,
 }
 
 
 def parse(run_config: Mapping[str, Any]) -> Config:
     """The run config with the settings of every method, checked. Raises :class:`ConfigError`."""
-    tables: dict[type[Settings], None] = {}
+    tables: dict[type[Settings], None] = dict.fromkeys((options.ClientOptions, options.ServerOptions))
     for method in STRATEGIES.values():
         tables |= dict.fromkeys(method.settings)
     config = common.parse(run_config, list(tables))
@@ -35,14 +69,21 @@ def parse(run_config: Mapping[str, Any]) -> Config:
             f"aggregation = {config.aggregation!r} does not go with {config.strategy}, which averages products: "
             "set it to 'mean'."
         )
+    options.check(method, config)
+    if Lora in method.settings and config.of(Lora).ranks and not method.ranked:
+        raise ConfigError(
+            f"lora.ranks = {config.of(Lora).ranks!r} does not go with {config.strategy}, whose clients share one rank: "
+            f"leave it empty, or take {', '.join(name for name, other in STRATEGIES.items() if other.ranked)}."
+        )
     method.check_settings(config)
     return config
 
 
-def make(config: Config, shapes: Shapes) -> Method:
-    """The method of a run. Raises :class:`ConfigError` where it does not go with the model or the settings."""
-    method = STRATEGIES[config.strategy](config, shapes)
-    if config.evaluate == "server" and method.reply.named("personal"):
+def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
+    """The method of a run. Raises :class:`ConfigError` where it does not go with the model or the settings; with
+    ``judged`` also where it does not go with who evaluates."""
+    method = options.applied(STRATEGIES[config.strategy], config)(config, shapes)
+    if judged and config.evaluate == "server" and method.reply.named("personal"):
         raise ConfigError(
             f"evaluate = 'server' does not go with {config.strategy}, which leaves a part of the model at each client: "
             "set evaluate = 'clients'."

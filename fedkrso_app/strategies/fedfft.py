@@ -27,11 +27,12 @@ class FedFFTSettings(Settings):
 
 
 class FedFFTLocal(Local):
-    """Client half: AdamW on every parameter."""
+    """Client half: AdamW on every parameter that the key ``head`` does not freeze."""
 
     def __init__(self, loaded: LoadedModel, config: Config) -> None:
         super().__init__(loaded, config)
-        self.parameters = [parameter for _, parameter in sorted(self.module.named_parameters())]  # tied ones once
+        parameters = sorted(self.module.named_parameters())  # tied ones once
+        self.parameters = [parameter for name, parameter in parameters if name not in loaded.frozen]
 
     def state(self) -> dict[str, np.ndarray]:
         return {"parameters": flatten(self.parameters)}
@@ -57,12 +58,16 @@ class FedFFT(Method):
     learning_rate_key = "fedfft.learning-rate"
 
     @property
+    def size(self) -> int:
+        return self.shapes.parameters - self.shapes.frozen
+
+    @property
     def reply(self) -> Schema:
-        return Schema({"parameters": Field(self.config.wire_dtype, (self.shapes.parameters,), "state")})
+        return Schema({"parameters": Field(self.config.wire_dtype, (self.size,), "state")})
 
     @property
     def entry(self) -> Schema:
-        return Schema({"parameters": Field(self.state_dtype(), (self.shapes.parameters,), "state")})
+        return Schema({"parameters": Field(self.state_dtype(), (self.size,), "state")})
 
     def paper_bytes(self) -> int:
-        return 8 * self.shapes.parameters
+        return 8 * self.size

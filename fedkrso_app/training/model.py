@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from fedkrso_app.config import ConfigError, is_local, resolved_path
 from fedkrso_app.data import pairs, repository
 from fedkrso_app.data.embedded import pretraining as embedded
-from fedkrso_app.training import checkpoint
+from fedkrso_app.training import checkpoint, heads
 from fedkrso_app.training import tokenizer as tokenizers
 from fedkrso_app.training.device import device as choose
 
@@ -32,16 +32,24 @@ class LoadedModel:
     head: dict[str, nn.Parameter]
     classes: tuple[str, ...]  # the labels' names, if there are any
     new: frozenset[str]  # what the checkpoint lacks, by name
+    frozen: frozenset[str] = frozenset()  # the parameters on the base model that no method trains
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the pretrained weights and the labels' names; not of what is newly initialised."""
-        digest = state_digest(self.module.state_dict(), without=self.new)
+        """SHA-256 (hex) of the pretrained weights and the labels' names; not of what is newly initialised, unless it
+        never travels."""
+        digest = state_digest(self.module.state_dict(), without=self.new - self.frozen)
         # Nodes that number the labels in another way would train against each other.
         return hashlib.sha256("\n".join([digest, *self.classes]).encode()).hexdigest() if self.classes else digest
 
 
 def load(
-    name: str, num_labels: int, seed: int, classes: Sequence[str] = (), weights: bool = True, device: str = "auto"
+    name: str,
+    num_labels: int,
+    seed: int,
+    classes: Sequence[str] = (),
+    weights: bool = True,
+    device: str = "auto",
+    head: str = "dense",
 ) -> LoadedModel:
     """The model ``name`` for a task, float32, on ``device``; without ``weights`` only its shapes.
 
@@ -49,7 +57,8 @@ def load(
     for 0 a language model. ``name`` is ``embedded``, a local folder, or a hub name with or without ``@revision``. The
     head is what sits on the base model; of a language model only what the checkpoint lacks, since its output layer is
     tied to the embeddings or as large as they are. A head that the checkpoint has for the same labels in another order
-    is put into this one; one for other labels, and what the checkpoint lacks, is initialised from ``seed``. Raises
+    is put into this one; one for other labels, and what the checkpoint lacks, is initialised from ``seed``. Which part
+    of it is trained says ``head`` (:mod:`training.heads`). Raises
     :class:`ConfigError` where there is no such model, where its checkpoint or its tokenizer is not that of the model
     that config.json describes, where it has no linear layer to train, or where it is no language model.
     """
@@ -76,7 +85,7 @@ def load(
         if num_labels:
             pairs.add_border(tokenizer)
         module.eval()
-        targets, head = _parts(module, num_labels, new)
+        targets, on_top = _parts(module, num_labels, new)
         if weights and not num_labels and _sees_ahead(module):
             raise ConfigError("it sees the words that it would have to predict: take a decoder, as GPT-2")
         if weights and num_labels:
@@ -84,10 +93,13 @@ def load(
     if new:
         count = sum(parameter.numel() for key, parameter in module.named_parameters() if key in new)
         checkpoint.say("%s begins with a new %s (%d parameters)", name, ", ".join(sorted(new)), count)
-    return LoadedModel(module if not weights else module.to(place), tokenizer, targets, head, tuple(classes), new)
+    trained = heads.trained(head, module, on_top, new, num_labels)
+    module = module.to(place) if weights else module
+    frozen = frozenset(on_top.keys() - trained.keys())
+    return LoadedModel(module, tokenizer, targets, trained, tuple(classes), new, frozen)
 
 
-def outline(name: str, num_labels: int) -> LoadedModel:
+def outline(name: str, num_labels: int, head: str = "dense") -> LoadedModel:
     """The shapes of model ``name`` by its config.json alone, on torch's meta device.
 
     Its tokenizer is None where there is none. What a checkpoint lacks is not known here: the head is what sits on the
@@ -103,8 +115,10 @@ def outline(name: str, num_labels: int) -> LoadedModel:
         tokenizer = tokenizers.load(folder, needed=False)
         if tokenizer is not None:
             tokenizers.fit(tokenizer, module, classifies=bool(num_labels))
-        targets, head = _parts(module, num_labels)
-    return LoadedModel(module, tokenizer, targets, head, classes=(), new=frozenset())
+        targets, on_top = _parts(module, num_labels)
+    trained = heads.trained(head, module, on_top, frozenset(), num_labels)
+    frozen = frozenset(on_top.keys() - trained.keys())
+    return LoadedModel(module, tokenizer, targets, trained, classes=(), new=frozenset(), frozen=frozen)
 
 
 def _architecture(num_labels: int) -> Any:
@@ -239,6 +253,21 @@ def find_targets(module: nn.Module) -> dict[str, nn.Module]:
         and any(name.startswith(stack) for stack in stacks)
         and uses[id(child.weight)] == 1
     }
+
+
+def find_blocks(loaded: LoadedModel) -> dict[str, dict[str, nn.Parameter]]:
+    """The blocks of the model, in its own order: every part of an outermost stack that holds a target layer, with all
+    of its parameters by name (norms and biases too) but those that are used elsewhere as well."""
+    module = loaded.module
+    stacks = [name + "." for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
+    outer = [stack for stack in stacks if not any(stack != other and stack.startswith(other) for other in stacks)]
+    uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+    blocks: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        stack = next((stack for stack in outer if name.startswith(stack)), None)
+        if stack is not None and uses[id(parameter)] == 1:
+            blocks.setdefault(stack + name[len(stack) :].split(".")[0], {})[name] = parameter
+    return {name: block for name, block in blocks.items() if any(t.startswith(name + ".") for t in loaded.targets)}
 
 
 def state_digest(state: Mapping[str, Tensor], without: set[str] | frozenset[str] = frozenset()) -> str:
