@@ -12,7 +12,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from helpers import play
 
-from benchmarks import growth, memory, models, peer, replica, server, simulation, step
+from benchmarks import clients, growth, memory, models, peer, replica, server, simulation, step
 from fedkrso_app.federation import local
 from fedkrso_app.federation.streaming import StreamingGrid
 from fedkrso_app.runs.memory import Storage
@@ -77,6 +77,11 @@ def test_a_missed_round_costs_one_product_a_layer_over_all_seeds():
     rows = {row["part"]: row for row in replica.rows("tiny", missed=2, repeats=1)}
     targets = 6 * models.SIZES["tiny"]["num_hidden_layers"]
     assert rows["advance"]["products"] == rows["apply"]["products"] == rows["fold"]["products"] == targets
+
+
+def test_a_pass_is_timed_beside_its_clients_one_by_one():
+    row = clients.row("tiny", "fedkrso", "float32", clients=2, rows=2, tokens=6, steps=2, repeats=1)
+    assert row["×"] == pytest.approx(row["ms one by one"] / row["ms in a pass"]) and row["ms in a pass"] > 0
 
 
 def test_the_servers_memory_does_not_grow_with_the_replies():

@@ -182,6 +182,19 @@ def test_a_sweep_is_done_once_and_its_choice_holds_for_every_draw(flwr, file, tm
     assert {c["fedkrso"]["learning-rate"] for c in made} == {2e-3}
 
 
+def test_runs_at_another_rate_are_kept_and_not_counted(flwr, tmp_path):  # noqa: F811
+    options = ["compare", "--output", str(tmp_path / "out"), "--strategies", "fedkrso", "--seeds", "0", "--json"]
+    options += ["--set", "local-steps=20", "--set", "num-server-rounds=2"]
+    CliRunner().invoke(cli.app, [*options, "--set", "fedkrso.learning-rate=1e-3"])
+    shutil.rmtree(tmp_path / "out" / "fedkrso-iid-seed0")
+    result = CliRunner().invoke(cli.app, [*options, "--set", "fedkrso.learning-rate=2e-3"])
+    (row,) = json.loads(result.stdout)["rows"]
+    assert (row["learning_rate"], row["draws"]) == (2e-3, 1) and "1 runs of arm 'fedkrso'" in result.stderr
+    report = tmp_path / "out" / "results.jsonl"
+    assert CliRunner().invoke(cli.app, ["report", str(report)]).exit_code == 0
+    assert "1 runs are not counted" in report.with_name("report.html").read_text()
+
+
 # --- the journal ---
 
 

@@ -140,6 +140,11 @@ class Comparison:
 
     def save(self, command: str) -> dict[str, Any]:
         """Write results.csv, results.json and, of a sweep, sweep.json; returns what results.json holds."""
+        for case, arm in self.study.pairs():
+            made = [line for line in self.journal.find(case, arm) if not line["sweep"]]
+            if others := sum(line["rate"] != self.rate(case, arm) for line in made):
+                told = f"{others} runs of arm {arm!r} in case {case!r} had another learning rate and are not counted."
+                self.journal.notes.append(f"{self.journal.file}: {told}")
         table = [self._row(*pair) for pair in self.study.pairs()]
         with open(self.output / "results.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(table[0]))

@@ -58,7 +58,8 @@ def finished(journal: Journal, case: str) -> list[Arm]:
 def write(journal: Journal, file: Path) -> None:
     """Write the page about the runs of ``journal`` to ``file``. Raises ConfigError where none is finished."""
     metrics = {facts["case"]: facts["metric"] for facts in journal.settings.values()}
-    sections = [_section(case, arms, metric) for case, metric in metrics.items() if (arms := finished(journal, case))]
+    found = {case: arms for case in metrics if (arms := finished(journal, case))}
+    sections = [_section(case, arms, metrics[case]) for case, arms in found.items()]
     if not sections:
         raise ConfigError(f"{journal.file} has no finished run yet: continue the comparison.")
     made = {f"{run['device']} with torch {run['versions']['torch']}, commit {run['commit']}" for run in journal.runs}
@@ -67,6 +68,8 @@ def write(journal: Journal, file: Path) -> None:
         for facts in journal.settings.values()
     }
     runs = sum(not run["sweep"] for run in journal.runs)
+    if others := runs - sum(len(arm.draws) for arms in found.values() for arm in arms):
+        journal.notes.append(f"{others} runs are not counted: their arm was run again, at another learning rate.")
     intro = f"{runs} finished runs and {len(journal.runs) - runs} of sweeps, made on {'; '.join(sorted(made))}."
     settings = report.settings_of(configs, "arm in case")
     report.render(file, journal.file.parent.name, intro, sections, settings, _FOOTER, " ".join(journal.notes))

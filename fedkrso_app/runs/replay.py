@@ -35,7 +35,8 @@ def opened(folder: Path) -> tuple[Run, Ledger]:
 
 def exportable(run: Run, entries: Ledger) -> dict[int, int]:
     """Round -> version, of all versions that the entries on disk lead to."""
-    versions = reachable(run, entries)
+    span, versions = method_of(run.config).entry.span, entries.versions()
+    versions = [v for v in versions if {*range(first_needed(-1, v, span), v + 1)} <= {*versions}]
     at = {line["round"]: line["version"] for line in run.metrics() if line["version"] in versions}
     if versions:
         at[entries.read(versions[-1]).record["round"]] = versions[-1]  # its line may not have been written
@@ -66,12 +67,6 @@ def replayed(
     *_, (_, local) = steps
     local.adopt(own or {})
     return loaded, local.plain_state()
-
-
-def reachable(run: Run, entries: Ledger) -> list[int]:
-    """The versions that the entries on disk lead to."""
-    span, versions = method_of(run.config).entry.span, entries.versions()
-    return [v for v in versions if {*range(first_needed(-1, v, span), v + 1)} <= {*versions}]
 
 
 @lru_cache(maxsize=1)  # an export asks three times, and a large model takes a while to outline
@@ -106,7 +101,10 @@ def walked(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.Lo
 
 def moved(run: Run, entries: Ledger) -> dict[int, dict[str, float]]:
     """Of every entry whose predecessor is there: target layer, or ``head`` -> Frobenius norm of what it moved."""
-    loaded, steps = walked(run, entries, reachable(run, entries))
+    span, versions = method_of(run.config).entry.span, entries.versions()
+    if span:  # the oldest on disk may need others that the ledger has dropped
+        versions = [v for v in versions if first_needed(-1, v, span) >= versions[0]]
+    loaded, steps = walked(run, entries, versions)
     parts = {name: [f"{name}.weight"] for name in loaded.targets} | ({"head": list(loaded.head)} if loaded.head else {})
     lengths: dict[int, dict[str, float]] = {}
     last, before = -1, dict[str, Any]()
