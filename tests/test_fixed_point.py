@@ -64,6 +64,12 @@ def test_the_limit_is_of_a_value_times_its_weight_on_either_side_of_zero():
                 mean([x], [weight])
 
 
+def test_half_a_million_is_a_value_and_two_to_the_19th_is_none():
+    assert mean([np.full(1, 5e5, np.float32)], [1])[0] == 5e5
+    with pytest.raises(OverflowError):
+        mean([np.full(1, 2.0**19, np.float32)], [1])
+
+
 def test_a_mean_can_be_asked_for_twice_and_added_to_in_between():
     means, x = FixedPointMeans(), some(1)[0]
     means.add({"x": x}, 1)
