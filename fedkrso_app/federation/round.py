@@ -48,7 +48,8 @@ class Round(Strategy):
     """A Flower strategy: sample, send each node the entries it lacks, aggregate what fits, append one entry.
 
     Flower's ``start`` drives it. W itself is never an argument or a result of Flower's hooks: the ledger is the state,
-    and whoever wants W (evaluation, export) replays it. ``kept`` holds the method's arrays of role "server".
+    and whoever wants W (evaluation, export) replays it. ``kept`` holds the method's arrays of role "server"; the method
+    has seen all entries that there are.
     """
 
     def __init__(
@@ -58,8 +59,6 @@ class Round(Strategy):
         self.config, self.nodes, self.host = method.config, nodes, host
         self.first_round = 1 + int(ledger.read(ledger.version).record["round"])  # later than 1 in a resumed run
         self.span = method.entry.span
-        for version in ledger.versions():
-            method.observe(version, method.entry.filled(wire.decode(ledger.read(version).arrays)))
         method.replies = int(ledger.read(ledger.version).record["clients"])
         if ledger.version > 0 and method.entry.named("server"):
             method.kept = dict(kept.read(ledger.version).arrays)
