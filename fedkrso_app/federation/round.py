@@ -186,8 +186,9 @@ class Round(Strategy):
         return content
 
     def _newest_state(self) -> dict[str, np.ndarray]:
-        """The arrays of role "state" at the newest version; none where the server began without a model."""
-        state: dict[str, np.ndarray] = {}
+        """The arrays of role "state" at the newest version; where the server began without a model, those that the
+        seed gives."""
+        state = dict(self.method.known_start())
         names = self.method.entry.named("state")
         every = max((self.method.entry.fields[name].every for name in names), default=0)
         for version in self.ledger.versions()[-every:] if every else ():

@@ -55,4 +55,11 @@ def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
             f"evaluate = 'server' does not go with {config.strategy}, which leaves a part of the model at each client: "
             "set evaluate = 'clients'."
         )
+    unknown = set(method.reply.travelling.named("state")) - method.known_start().keys()
+    if judged and config.evaluate != "server" and config.wire_dtype != "float32" and unknown:
+        names = ", ".join(sorted(unknown))
+        raise ConfigError(
+            f"wire-dtype = {config.wire_dtype!r} needs evaluate = 'server': {names} would be rounded as differences to a "
+            "start that only a server with the model knows."
+        )
     return method
