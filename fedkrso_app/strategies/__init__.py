@@ -59,7 +59,7 @@ def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
     if judged and config.evaluate != "server" and config.wire_dtype != "float32" and unknown:
         names = ", ".join(sorted(unknown))
         raise ConfigError(
-            f"wire-dtype = {config.wire_dtype!r} needs evaluate = 'server': {names} would be rounded as differences to a "
-            "start that only a server with the model knows."
+            f"wire-dtype = {config.wire_dtype!r} needs evaluate = 'server': {names} would be rounded as differences to "
+            "a start that only a server with the model knows."
         )
     return method
