@@ -32,7 +32,7 @@ def build(config: Config) -> LoadedModel:
 def shares(config: Config, partitions: int) -> list[Any]:
     task = data.resolve(config)
     rows = data.load(task, config.data_dir, "train")
-    return data.partition(rows, task, partitions, config.partition, config.dirichlet_alpha, config.seed)
+    return data.partition(rows, task, partitions, config.partition, config.dirichlet_alpha, config.draw)
 
 
 def restore(config: Config, record: ArrayRecord) -> LoadedModel:

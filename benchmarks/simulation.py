@@ -1,6 +1,7 @@
 """A simulated federation: what it costs beyond training, beside a plain Flower app.
 
-    python -m benchmarks.simulation [--clients 100] [--rounds 5] [--steps 10] [--workers 2] [--json]
+    python -m benchmarks.simulation [--clients 100] [--rounds 5] [--steps 10] [--workers 2] [--clients-per-node 50]
+                                    [--json]
 
 FedKRSO and then the peer (benchmarks/peer.py), each in Flower's simulation engine with that many Ray workers, on the
 embedded model and task, evaluated on the server after each round. The clock runs from the first message that a
@@ -67,17 +68,21 @@ APPS: dict[str, Any] = {
 IN_CLIENT, IN_SERVER = ("rebuild", "train", "pack"), ("aggregate", "evaluate")
 
 
-def rows(config: Settings, clients: int, workers: int, apps: Sequence[str] = tuple(APPS)) -> list[dict[str, Any]]:
-    """The table of each app, and last in each the whole run with its ratio to the first app's."""
+def rows(
+    config: Settings, clients: int, workers: int, each: int = 1, apps: Sequence[str] = tuple(APPS)
+) -> list[dict[str, Any]]:
+    """The table of each app, and last in each the whole run with its ratio to the first app's. ``each`` clients of
+    FedKRSO are at a node; the peer has a node for each client."""
     result: list[dict[str, Any]] = []
     for app in apps:
         with tempfile.TemporaryDirectory() as folder:
             clocks = Path(folder) / "clocks"
             clocks.mkdir()
-            here = config | {"output-dir": folder, "run-name": app}
+            held = each if app == "fedkrso" else 1
+            here = config | {"output-dir": folder, "run-name": app, "clients-per-node": held}
             with ProcessPoolExecutor(1, get_context("spawn")) as fresh:  # no run meets what another has left behind
                 seen = fresh.submit(
-                    simulate, **APPS[app], settings=here, clients=clients, workers=workers, folder=clocks
+                    simulate, **APPS[app], settings=here, clients=clients // held, workers=workers, folder=clocks
                 ).result()
         trained = sum(interval["part"] == "train" for interval in seen)
         if trained != clients * config["num-server-rounds"]:
@@ -131,12 +136,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="local steps of one client in one round")
     parser.add_argument("--workers", type=int, default=2, help="Ray workers, of one core each")
+    parser.add_argument("--clients-per-node", type=int, default=50, help="of FedKRSO; the peer has one")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     a = parser.parse_args()
     embedded.model_path()  # made now if it is not there yet
     config = settings(None, []) | {"num-server-rounds": a.rounds, "local-steps": a.steps}
     title = f"{a.clients} clients, {a.rounds} rounds of {a.steps} steps, {a.workers} workers"
-    show(title, rows(config, a.clients, a.workers), a.json)
+    show(title, rows(config, a.clients, a.workers, a.clients_per_node), a.json)
 
 
 if __name__ == "__main__":

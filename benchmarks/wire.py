@@ -10,12 +10,12 @@ has two rows: with all K = 10 seeds both ways, as the paper counts it, and with 
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, RobertaConfig
@@ -72,14 +72,20 @@ def fill(schema: Schema, lengths: Mapping[str, float]) -> dict[str, np.ndarray]:
 
 def measure(method: Method, up: Mapping[str, float], down: Mapping[str, float]) -> dict[str, int]:
     """Bytes up and down per client and round, for these lengths of a reply and of an entry."""
-    reply, entry = (
-        wire.pack(wire.encode(fill(schema.travelling, lengths), schema, stream(0, "benchmark")))
-        for schema, lengths in ((method.reply, up), (method.entry, down))
-    )
     instructions = Instructions("0" * 16, 1, "0" * 64, round=1, method=method.instructions(1)).record()
+
+    def mean(schema: Schema, lengths: Mapping[str, float], message: Callable[[ArrayRecord], RecordDict]) -> int:
+        """Over the arrays that take turns, if any do."""
+        records = [
+            wire.pack(wire.encode(fill(kind, lengths), kind, stream(0, "benchmark")))
+            for kind in schema.travelling.usual
+        ]
+        return round(sum(wire.measured_bytes(message(record)) for record in records) / len(records))
+
+    figures, method.replies = Figures(1000, 0.5, 1.0, 2**30), CLIENTS
     return {
-        "up": wire.measured_bytes(trained(Status(1), reply, Figures(1000, 0.5, 1.0, 2**30))),
-        "down": wire.measured_bytes(RecordDict({"entry-1": entry, "train": instructions})),
+        "up": mean(method.reply, up, lambda record: trained(Status(1), record, figures)),
+        "down": mean(method.entry, down, lambda record: RecordDict({"entry-1": record, "train": instructions})),
         "formula": method.paper_bytes(),
     }
 

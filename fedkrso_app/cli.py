@@ -46,63 +46,125 @@ def explained() -> Iterator[None]:
 
 @app.command()
 def compare(
-    strategies: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "fedkrso,fedit,ffa-lora,fedfft",
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; each method runs once with each.")] = "0,1,2",
-    partitions: Annotated[str, typer.Option(help="iid, dirichlet or both; default: what the settings say.")] = "",
+    study: Annotated[
+        Path | None, typer.Argument(metavar="[STUDY.toml]", help="A file with settings, cases, arms and draws.")
+    ] = None,
+    strategies: Annotated[
+        str | None, typer.Option(help="Methods, separated by commas; default: fedkrso,fedit,ffa-lora,fedfft.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="'NAME: METHOD, KEY=VALUE, ...'", help="One arm, instead of methods by name; repeat it."),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Draws, separated by commas; each arm runs once with each. Default: 0,1,2.")
+    ] = None,
+    vary: Annotated[
+        str | None, typer.Option(help="What a draw sets: seed (default), or partition-seed, the partition alone.")
+    ] = None,
+    partitions: Annotated[
+        str | None, typer.Option(help="Partition schemes, separated by commas; default: what the settings say.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file with run settings.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One run setting.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the runs; default: compare-TASK in output-dir.")
+        Path | None, typer.Option(help="Folder of the runs; default: compare-TASK, or STUDY, in output-dir.")
     ] = None,
-    clients: Annotated[int, typer.Option(min=1, help="Clients of the simulated federation.")] = 10,
+    clients: Annotated[int | None, typer.Option(min=1, help="Clients of the simulation; default: 10.")] = None,
     engine: Annotated[
         Literal["flower", "process"], typer.Option(help="Flower's simulation, or each run in one process; see above.")
     ] = "flower",
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="Choose each method's learning rate first, see above.")
-    ] = False,
-    rates: Annotated[int, typer.Option(min=1, help="Learning rates that the sweep tries for each method.")] = 4,
-    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Choose each arm's learning rate first, see above.")] = False,
+    rates: Annotated[
+        int | None, typer.Option(min=1, help="Learning rates that the sweep tries for each arm; default: 4.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.0, help="Stop after so many minutes; the same command continues.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the tables.")] = False,
 ) -> None:
-    """Run methods on the same clients, partitions and seeds, and print what they reach and what they cost.
+    """Run arms on the same clients, partitions and seeds, and print what they reach and cost and how they differ.
 
-    The folder gets one run and one log per method, partition and seed, results.csv and results.json. The same command
-    continues an interrupted comparison: it keeps complete runs and resumes incomplete ones. Ctrl-C also stops the
-    current run. If a run fails, the comparison continues and the exit code is 1.
+    An arm is a method, or any settings with a name: --arm "one seed: fedkrso, fedkrso.num-seeds=1, fedkrso.rank=40".
+    The differences of every two arms are paired over the draws, with 95 % intervals by Student's t.
+
+    The folder gets one run and one log per arm, partition and seed, results.csv, results.json, and a line per finished
+    run in results.jsonl. The same command continues an interrupted comparison: it keeps finished runs and resumes
+    incomplete ones. Ctrl-C also stops the current run. If a run fails, the comparison continues and the exit code is 1.
+
+    STUDY.toml describes a larger comparison: [settings] of all runs, [[cases]] (tasks and partitions), [arms.NAME],
+    draws, vary, clients, and rates for a sweep. Its finished runs are lines of STUDY/results.jsonl beside the file,
+    each with device, versions and commit, so that it can grow on several machines; their folders are deleted.
 
     --engine process makes each run in one process, where the clients train one after another (on one core unless
     torch-threads says more). The models are the same bit for bit. Small models take less time, because no SuperLink and
     no Ray start. Client memory is then that of the process, server included.
 
-    --sweep chooses the learning rate of each method for each partition: as many rates for every method, each twice the
+    --sweep chooses the learning rate of each arm for each partition: as many rates for every arm, each twice the
     one before, around the rate in the settings (4 rates: ×0.5, ×1, ×2, ×4), with seed 0. They are judged by the mean
     metric of the last 3 rounds on a fifth of the training rows, which those runs do not train on; the validation rows
     that the table reports are never looked at. The choice is printed and kept in OUTPUT/sweep/sweep.json.
     """
     with explained():
         from fedkrso_app.runs import compare as c
+        from fedkrso_app.runs import study as s
+        from fedkrso_app.runs import tables
 
-        base = c.settings(config, set_ or [])
-        folder = output or Path(str(base["output-dir"])) / f"compare-{base['task']}".replace("/", "-")
-        plan = c.Plan(
-            base, names(strategies), names(partitions or base["partition"]), _numbers(seeds), folder, clients, engine
-        )
-        choices: list[dict[str, Any]] = []
+        if study:
+            given: dict[str, Any] = {
+                "--strategies": strategies,
+                "--arm": arm,
+                "--seeds": seeds,
+                "--vary": vary,
+                "--rates": rates,
+            }
+            given |= {"--partitions": partitions, "--config": config, "--clients": clients, "--sweep": sweep or None}
+            if clash := [option for option, value in given.items() if value is not None]:
+                raise ConfigError(f"{', '.join(clash)}: {study} says that; change the file, or leave the file out.")
+            plan = s.load(study, set_ or [])
+            results, name = study.with_suffix("") / "results.jsonl", study.stem
+        else:
+            base = s.settings(config, set_ or [])
+            if strategies is not None and arm:
+                raise ConfigError("--strategies and --arm both name the arms; leave one of them out.")
+            methods = {name: {"strategy": name} for name in names(strategies or "fedkrso,fedit,ffa-lora,fedfft")}
+            plan = s.Study(
+                base,
+                {name: {"partition": name} for name in names(partitions or base["partition"])},
+                dict(map(s.arm, arm)) if arm else methods if strategies is None or names(strategies) else {},
+                tuple(_numbers("0,1,2" if seeds is None else seeds)),
+                vary or "seed",
+                clients or 10,
+                (rates or 4) if sweep else 0,
+            )
+            results, name = None, f"compare-{base['task']}".replace("/", "-")
+        folder = output or Path(str(plan.base["output-dir"])) / name
+        comparison = c.Comparison(plan, folder, engine, results)
         try:
-            if sweep:
-                choices = plan.sweep(rates, err)
-                err.print(_sweep_table(choices, c.LAST, c.HOLDOUT))
-            failures = plan.run(choices, err)
-        except KeyboardInterrupt:
-            err.print("Stopped, the current run too. The same command continues from here.")
-            raise typer.Exit(130) from None
-        command = shlex.join(["fedkrso", *sys.argv[1:]])
-        facts = plan.save(command)
+            try:
+                failures = comparison.make(err, minutes)
+            except c.OutOfTime:
+                failures = {}
+                err.print("Out of time, the current run is stopped. The same command continues from here.", **_PLAIN)
+            except KeyboardInterrupt:
+                err.print("Stopped, the current run too. The same command continues from here.")
+                raise typer.Exit(130) from None
+            command = shlex.join(["fedkrso", *sys.argv[1:]])
+            facts = comparison.save(command)
+            if plan.rates:
+                err.print(tables.sweep([comparison.choice(*pair) for pair in plan.pairs()], c.HOLDOUT))
+        finally:
+            comparison.close()
+            for note in comparison.journal.notes:
+                err.print(note, **_PLAIN)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        out.print(_results_table(facts))
-        out.print(f"Made by: {command}\nDraw it: fedkrso report {shlex.quote(str(plan.output))}", **_PLAIN)
+        out.print(tables.results(facts))
+        if facts["pairs"]:
+            out.print(tables.pairs(facts))
+        drawn = results or comparison.output
+        out.print(f"Made by: {command}\nDraw it: fedkrso report {shlex.quote(str(drawn))}", **_PLAIN)
     if failures:
         err.print(f"{len(failures)} failed: " + "; ".join(f"{name}: {why}" for name, why in failures.items()), **_PLAIN)
         raise typer.Exit(1)
@@ -122,12 +184,11 @@ def plan(
     no memory to speak of. The memory is that of two steps by each method's own code on a batch of full length.
     """
     with explained():
-        from fedkrso_app.runs import compare as c
         from fedkrso_app.runs import plan as p
+        from fedkrso_app.runs.study import STRATEGIES, settings
 
-        settings = c.settings(config, set_ or [])
         with err.status("Counting"):
-            facts = p.plan(settings, names(strategies) or list(c.STRATEGIES), clients)
+            facts = p.plan(settings(config, set_ or []), names(strategies) or list(STRATEGIES), clients)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -140,7 +201,10 @@ def plan(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders that hold some.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run folders, or folders that hold some; or one results.jsonl."),
+    ],
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: report.html in the first RUN.")] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw the metric over bytes alone, as a PNG picture.")
@@ -148,13 +212,22 @@ def report(
 ) -> None:
     """Draw runs as one HTML file that needs no network: metric over rounds and over bytes, costs, settings.
 
+    Of a comparison's results.jsonl it draws the paired differences of its arms, with their intervals, and the metric
+    over bytes; the runs' folders are not needed.
+
     Runs that differ in nothing but the seed are drawn as one line with a band. --picture draws one small picture
     instead, for a README.
     """
     with explained():
-        from fedkrso_app.runs import pictures
+        from fedkrso_app.runs import forest, journal, pictures
         from fedkrso_app.runs import report as r
         from fedkrso_app.runs.results import find_runs, lines
+
+        if [run.suffix for run in runs] == [".jsonl"] and runs[0].is_file() and not picture:
+            file = output or runs[0].with_name("report.html")
+            forest.write(journal.Journal(runs[0]), file)
+            out.print(str(file), **_PLAIN)
+            return
 
         file = picture or output or runs[0] / "report.html"
         found = find_runs(runs)
@@ -214,13 +287,18 @@ def ledger(
         bool,
         typer.Option("--layers", help=f"Replay, and show how far the last {_SHOWN} entries moved each layer."),
     ] = False,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Replay, and show which share of the gradient each round could move in.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
 ) -> None:
     """Show what every round did: who took part, what was sent, and how far the model moved.
 
     The norms are those of each kind of array: of what an entry adds, or of the change where an entry holds absolute
     values. --layers gives the Frobenius norm of what an entry moved each target layer's weight (in LoRA methods the
-    product of its factors) and the head; with --json of every entry but the first. --verify rebuilds the final model
+    product of its factors) and the head; with --json of every entry but the first. --energy takes the gradient of 128
+    training rows before each entry and gives the share of its energy that lies in the directions in which the entry
+    moved the layer; it needs the training data, and a second copy of the model. --verify rebuilds the final model
     from the base model and the ledger; exit code 1 if it is another one.
     """
     with explained():
@@ -232,6 +310,11 @@ def ledger(
         if layers:
             moved = replay.moved(opened, entries)
             facts["entries"] = described = [e | {"layers": moved.get(e["version"], {})} for e in described]
+        if energy:
+            from fedkrso_app.runs.energy import captured
+
+            shares = captured(opened, entries)
+            facts["entries"] = described = [e | {"energy": shares.get(e["version"], {})} for e in described]
         if verify:
             from fedkrso_app.training import model
 
@@ -245,6 +328,8 @@ def ledger(
         out.print(_entries_table(facts))
         if layers:
             out.print(_layers_table(described))
+        if energy:
+            out.print(_energy_table(described))
     if verify:
         said = "leads to the model in" if facts["verified"] else f"leads to another model ({facts['digest']}) than"
         (out if facts["verified"] and not as_json else err).print(f"The ledger {said} result.json.", **_PLAIN)
@@ -274,28 +359,13 @@ def _layers_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _results_table(facts: Mapping[str, Any]) -> Table:
-    from fedkrso_app.runs.results import plus_minus
-
-    table = Table(
-        title=f"{facts['task']}, head {facts['head']}: mean ± sd over the seeds, after the last round",
-        box=box.SIMPLE_HEAD,
-    )
-    table.caption = "MB: 10^6 bytes, of one client and round; lost: replies refused or failed; more in results.csv"
-    costs = {
-        "uplink_mb": "MB up",
-        "downlink_mb": "MB down",
-        "client_peak_mb": "client MB",
-        "seconds_per_round": "s/round",
-        "lost": "lost",
-    }
-    for head in ("method", "partition", "rate", "seeds", facts["metric"], *costs.values()):
-        table.add_column(head, justify="left" if head in ("method", "partition") else "right")
-    for row in facts["rows"]:
-        first = [row["strategy"], row["partition"], f"{row['learning_rate']:g}", str(row["seeds"])]
-        cells = ["–" if row[key] is None else f"{row[key]:.3g}" for key in costs]
-        cells[2] = cells[2] if row["client_peak_mb"] is None else f"{row['client_peak_mb']:.0f}"
-        table.add_row(*first, plus_minus(row["metric"], row["metric_sd"]), *cells)
+def _energy_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    shown = [entry for entry in entries if entry["energy"]][-_SHOWN:]
+    table = Table("layer", title="Share of the gradient's energy in the directions that each entry moved in (how many)")
+    for entry in shown:
+        table.add_column(f"version {entry['version']}", justify="right")
+    for name in shown[-1]["energy"] if shown else ():
+        table.add_row(name, *("{:.4f} ({})".format(*entry["energy"][name]) for entry in shown))
     return table
 
 
@@ -345,9 +415,10 @@ def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
     yield "trained: numbers with a gradient and moments; moved: weights that change, FedKRSO's along a few directions."
     for row in facts["rows"]:
         if "drawn" in row:
+            used = f", {facts['sampled']} clients use {row['used']:.1f} (sent down)" if "used" in row else ""
             yield (
-                f"{row['strategy']}: expected figures: a client draws {row['drawn']:.1f} different seeds a round "
-                f"(sent up), {facts['sampled']} clients use {row['used']:.1f} (sent down)."
+                f"{row['strategy']}: expected figures: a client draws {row['drawn']:.1f} different seeds per round "
+                f"(sent up){used}."
             )
         if row["evaluate"] != facts["evaluate"]:
             yield f"{row['strategy']}: counted with evaluate = {row['evaluate']!r}, which it needs."
@@ -368,22 +439,6 @@ def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
     )
     yield "batch-size: kept for backward, in proportion; max-length: the same, and its square for attention."
     yield "wire-dtype: bytes alone. num-server-rounds: GB in all; fraction-train: these, and what a client missed."
-
-
-def _sweep_table(choices: Sequence[Mapping[str, Any]], last: int, holdout: float) -> Table:
-    table = Table(
-        title=f"Learning rates by the mean metric of the last {last} rounds on {holdout:.0%} of the training rows"
-    )
-    for head in ("method", "partition", *(f"rate {i + 1}" for i in range(len(choices[0]["rates"]))), ""):
-        table.add_column(head)
-    for choice in choices:
-        cells = []
-        for rate, score in zip(choice["rates"], choice["scores"], strict=True):
-            text = f"{rate:g}: " + ("failed" if score is None else f"{score:.4f}")
-            cells.append(f"[bold]{text} *[/bold]" if rate == choice["best"] else text)
-        edge = "the best is at the edge: a better one may lie beyond" if choice["edge"] else ""
-        table.add_row(choice["strategy"], choice["partition"], *cells, edge)
-    return table
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,7 +1,5 @@
 """Message -> replica at W^t -> local update -> reply."""
 
-import time
-
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -25,13 +23,8 @@ def leave(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train on this node's share; the reply has the update."""
-    started = time.monotonic()
-
-    def work(place: client.Workplace, partition: int, instructions: client.Instructions) -> RecordDict:
-        return place.train(partition, instructions, started)
-
-    return Message(client.up_to_date(message, context, work), reply_to=message)
+    """Train on this node's share, or on those of its partitions; the reply has the updates."""
+    return Message(client.up_to_date(message, context, client.Workplace.train), reply_to=message)
 
 
 @app.evaluate()

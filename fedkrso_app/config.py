@@ -7,6 +7,7 @@ types and what values make sense together. The settings of a method are declared
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,11 @@ class Config:
     text_columns: str
     label_column: str
     labels: str
+    metric: str
     bad_rows: str
     partition: str
     partition_column: str
+    partition_seed: int
     dirichlet_alpha: float
     num_server_rounds: int
     fraction_train: float
@@ -56,6 +59,7 @@ class Config:
     batch_size: int
     max_length: int
     warmup: float
+    schedule: str
     gradient_accumulation: int
     max_grad_norm: float
     activation_memory: str
@@ -63,6 +67,8 @@ class Config:
     device: str
     compute_dtype: str
     torch_threads: int
+    clients_per_node: int
+    batch_clients: str
     weighting: str
     aggregation: str
     max_update_norm: float
@@ -80,6 +86,11 @@ class Config:
     def of(self, kind: type[S]) -> S:
         """The settings of a method."""
         return next(table for table in self.tables if isinstance(table, kind))
+
+    @property
+    def draw(self) -> int:
+        """What draws the partition: ``partition-seed``, or ``seed`` where that is -1."""
+        return self.seed if self.partition_seed == -1 else self.partition_seed
 
     @property
     def on_device(self) -> bool:
@@ -221,7 +232,7 @@ def need_positive(key: str, value: float) -> None:
 
 
 def _check(c: Config) -> None:
-    choice("partition", c.partition, ["iid", "dirichlet", "natural"])
+    choice("partition", c.partition, ["iid", "dirichlet", "dirichlet-equal", "natural"])
     if c.partition == "natural" and not c.partition_column:
         raise ConfigError("partition = 'natural' needs partition-column, the column whose values are the clients.")
     if c.data_dir and c.dataset:
@@ -236,16 +247,20 @@ def _check(c: Config) -> None:
     need(0 <= c.max_update_norm < float("inf"), "max-update-norm", c.max_update_norm, "0 (no bound) or above")
     choice("wire-dtype", c.wire_dtype, ["float32", "float16", "int8", "int4"])
     choice("head", c.head, ["dense", "linear", "frozen"])
+    choice("schedule", c.schedule, ["cosine", "constant"])
     choice("activation-memory", c.activation_memory, ["keep", "recompute", "checkpoint"])
     choice("device", c.device, ["auto", "cpu", "cuda", "mps", "xpu"])
     choice("compute-dtype", c.compute_dtype, ["float32", "bfloat16"])
     need(0 <= c.max_grad_norm < float("inf"), "max-grad-norm", c.max_grad_norm, "0 (no bound) or above")
     choice("evaluate", c.evaluate, ["server", "clients", "off"])
     values = c.to_dict()
-    for key in ("num-server-rounds", "min-replies", "local-steps", "batch-size", "gradient-accumulation"):
+    counts = ("num-server-rounds", "min-replies", "local-steps", "batch-size", "gradient-accumulation")
+    for key in (*counts, "clients-per-node"):
         need(values[key] >= 1, key, values[key], "at least 1")
     for key in ("round-timeout", "dirichlet-alpha"):
         need_positive(key, values[key])
+    if c.batch_clients != "auto" and not re.fullmatch("[1-9][0-9]*", c.batch_clients):
+        raise ConfigError(f"batch-clients = {c.batch_clients!r} is neither 'auto' nor a number of clients in quotes.")
     need(c.rows >= 0, "rows", c.rows, "0 (all) or above")
     need(c.max_length >= 4, "max-length", c.max_length, "at least 4 tokens")
     need(1 <= c.torch_threads <= 1024, "torch-threads", c.torch_threads, "between 1 and 1024")
@@ -253,5 +268,6 @@ def _check(c: Config) -> None:
     need(0 <= c.holdout < 1, "holdout", c.holdout, "a share of the training rows, at least 0 and below 1")
     need(0 <= c.warmup < 1, "warmup", c.warmup, "a share of the local steps, at least 0 and below 1")
     need(0 <= c.seed < 2**63, "seed", c.seed, "at least 0 and below 2**63")
+    need(-1 <= c.partition_seed < 2**63, "partition-seed", c.partition_seed, "-1 (as seed) or above, and below 2**63")
     if "/" in c.run_name or c.run_name in (".", ".."):
         raise ConfigError(f"run-name = {c.run_name!r} is not a folder name; leave out any '/'.")

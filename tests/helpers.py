@@ -1,5 +1,6 @@
 """What tests share: the default settings, whole runs in this process, and what can be asked of a run afterwards."""
 
+import copy
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from flwr.app import Message
 
 from fedkrso_app import client_app, data, server_app
@@ -16,6 +18,7 @@ from fedkrso_app.federation import client, local
 from fedkrso_app.federation.replica import Replica
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs.folder import Run
+from fedkrso_app.runs.replay import exportable
 from fedkrso_app.strategies import STRATEGIES, make
 from fedkrso_app.strategies.base import Local, Shapes
 from fedkrso_app.training import model
@@ -73,8 +76,29 @@ def play(run_config: dict, nodes: int = 4, prepare: Callable[[Grid], None] = lam
     client.workplace.cache_clear()
     grid = Grid(run_config, nodes, **options)
     prepare(grid)
-    local.play(server_app.app, grid, run_config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "load", _once(model.load))
+        local.play(server_app.app, grid, run_config)
     return Run(resolved_path(run_config["output-dir"]) / run_config["run-name"])
+
+
+_LOADED: dict[str, model.LoadedModel] = {}
+
+
+def _once(load: Callable[..., model.LoadedModel]) -> Callable[..., model.LoadedModel]:
+    """``load``, but a copy of what it gave before where neither its arguments nor the folder's files have changed."""
+
+    def loaded(name: str, *args, **kwargs) -> model.LoadedModel:
+        folder = Path(name)
+        if not folder.is_dir():
+            return load(name, *args, **kwargs)
+        files = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in folder.iterdir())
+        key = repr((load, name, args, kwargs, files))
+        if key not in _LOADED:
+            _LOADED[key] = load(name, *args, **kwargs)
+        return copy.deepcopy(_LOADED[key])
+
+    return loaded
 
 
 def digest(run: Run) -> str:
@@ -91,6 +115,11 @@ def replica(run: Run, version: int | None = None) -> Local:
     half, ledger = method.local(loaded), Ledger(run.ledger)
     Replica(half, ledger, method.entry.span).advance(ledger.version if version is None else version)
     return half
+
+
+def versions(run: Run) -> set[int]:
+    """The versions that the entries on disk lead to."""
+    return set(exportable(run, Ledger(run.ledger)).values())
 
 
 def replayed(run: Run, version: int | None = None) -> str:

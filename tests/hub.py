@@ -15,12 +15,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Hub:
-    """The server, running. ``renamed`` maps old names to new ones; what is in ``gated`` may only be described."""
+    """The server, running. ``renamed`` maps old names to new ones; of what is in ``gated`` nothing but the description
+    may be read without ``token``."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.asked = root, list[str]()
         self.renamed: dict[str, str] = {}
         self.gated: set[str] = set()
+        self.token = ""
         self.trouble: tuple[str, int] = ("", 0)  # a pattern of addresses; the status that they get, 0: no answer
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -87,7 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not (found := hub.at(kind, name, revision)):
             return self._say({}, 404, code="RevisionNotFound")
         commit, files = found
-        if name in hub.gated and not (api and api[3] in (None, "revision")):
+        allowed = hub.token and self.headers.get("Authorization") == f"Bearer {hub.token}"
+        if name in hub.gated and not allowed and not (api and api[3] in (None, "revision")):
             return self._say({}, 401, code="GatedRepo")
         if file:
             return self._file(files.get(file[4]), commit)

@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from flwr.app import Context, RecordDict
 from helpers import Grid, arrays_of, digest, play, replayed
+from sklearn.metrics import f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedkrso_app import server_app
@@ -35,6 +37,27 @@ def test_a_run_leaves_what_a_user_expects(run_config, node_files):
     assert plain(**tokenizer("w1 w2", return_tensors="pt")).logits.shape == (1, 2)
     assert model.state_digest(plain.state_dict()) == digest(run)
     assert not list(node_files.iterdir())
+
+
+def test_f1_is_scikit_learns_of_the_final_model_text_by_text_whoever_evaluates(run_config, data_folder):
+    sizes = set()
+
+    def look(partition, message, reply):
+        if "tally" in reply.content:
+            sizes.add(reply.content["tally"]["tally"].numpy().nbytes)
+        return reply
+
+    settings = run_config | {"metric": "f1", "strategy": "fedfft", "num-server-rounds": 1}
+    settings |= {"local-steps": 100, "fedfft.learning-rate": 0.01}  # enough to predict both classes
+    run = play(settings, nodes=2)
+    shared = play(settings | {"run-name": "shared", "evaluate": "clients"}, nodes=2, run_id=2, tamper=look)
+    plain = AutoModelForSequenceClassification.from_pretrained(run.model)
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    rows = pd.read_parquet(data_folder / "sst2" / "validation.parquet")
+    found = [int(plain(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in rows["sentence"]]
+    expected = pytest.approx(f1_score(rows["label"], found))
+    assert len(set(found)) == 2 and [line.metrics()[-1]["metric"] for line in (run, shared)] == [expected] * 2
+    assert sizes == {8 * (2 + 3 * 2)}
 
 
 def test_resume_with_other_settings_is_refused_by_name(run_config):

@@ -1,7 +1,10 @@
 """Each benchmark on a tiny model: it runs, counts right, and compares the same work. No time is asserted."""
 
+import functools
+import importlib
 import itertools
 import json
+import re
 import shutil
 
 import pytest
@@ -9,7 +12,9 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from helpers import play
 
-from benchmarks import growth, memory, models, peer, replica, server, simulation, step
+from benchmarks import clients, growth, memory, models, peer, replica, server, simulation, step
+from fedkrso_app.federation import local
+from fedkrso_app.federation.streaming import StreamingGrid
 from fedkrso_app.runs.memory import Storage
 from fedkrso_app.strategies import parse
 
@@ -72,6 +77,11 @@ def test_a_missed_round_costs_one_product_a_layer_over_all_seeds():
     rows = {row["part"]: row for row in replica.rows("tiny", missed=2, repeats=1)}
     targets = 6 * models.SIZES["tiny"]["num_hidden_layers"]
     assert rows["advance"]["products"] == rows["apply"]["products"] == rows["fold"]["products"] == targets
+
+
+def test_a_pass_is_timed_beside_its_clients_one_by_one():
+    row = clients.row("tiny", "fedkrso", "float32", clients=2, rows=2, tokens=6, steps=2, repeats=1)
+    assert row["×"] == pytest.approx(row["ms one by one"] / row["ms in a pass"]) and row["ms in a pass"] > 0
 
 
 def test_the_servers_memory_does_not_grow_with_the_replies():
@@ -139,15 +149,28 @@ def test_the_peer_trains_the_same_model_on_the_same_batches(run_config, model_fo
     assert play(settings, nodes=2).metrics()[-1]["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
 
 
+def test_the_peers_server_averages_what_its_clients_send(run_config, caplog):
+    """A whole run of it, in this process; and what the simulation puts clocks around is there in both apps."""
+    for app in simulation.APPS.values():
+        for function in (*app["client_parts"], *app["server_parts"]):
+            module, path = function.split(":")
+            assert callable(functools.reduce(getattr, path.split("."), importlib.import_module(module)))
+    settings = run_config | {"num-server-rounds": 2, "local-steps": 2}
+    grid = local.LocalGrid(peer.client, settings, 2)
+    with caplog.at_level("INFO", "flwr"):
+        local.play(peer.server, StreamingGrid(grid), settings)
+    losses = re.findall(r"'loss': (0\.\d+)\}", caplog.text)
+    assert len(set(losses)) == 3 and "Received 2 results and 0 failures" in caplog.text  # W^0, and after each round
+
+
 @pytest.mark.slow
 def test_a_simulation_is_clocked_in_all_its_processes(run_config, monkeypatch):
     monkeypatch.delenv("TMPDIR")  # Ray's sockets must have short paths
     monkeypatch.setattr("tempfile.tempdir", None)
-    rows = simulation.rows(run_config | {"num-server-rounds": 1}, clients=2, workers=1)
-    for app in simulation.APPS:
-        parts = {row["part"]: row["wall"] for row in rows if row["app"] == app}
-        assert all(parts[part] > 0 for part in parts)  # a function that was renamed would leave its part at zero
-        assert parts["all"] == pytest.approx(sum(parts.values()) - parts["all"])
+    rows = simulation.rows(run_config | {"num-server-rounds": 1}, clients=2, workers=1, apps=["fedkrso"])
+    parts = {row["part"]: row["wall"] for row in rows}
+    assert all(parts[part] > 0 for part in parts)
+    assert parts["all"] == pytest.approx(sum(parts.values()) - parts["all"])
 
 
 def test_json_and_table_print_the_same_rows(capsys):

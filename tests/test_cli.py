@@ -6,17 +6,19 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from helpers import digest, play, replayed, replica
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from fedkrso_app import cli
+from fedkrso_app import cli, data
 from fedkrso_app.core import lora
 from fedkrso_app.core.projection import projection
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs.folder import Run
+from fedkrso_app.strategies.fedkrso import FedKRSOSettings
 from fedkrso_app.training import model
 
 
@@ -130,6 +132,41 @@ def test_the_way_of_each_layer_equals_the_gram_matrices_of_seeds_and_accumulator
         change = arrays["head"].astype(np.float64) - Ledger(run.ledger).read(version - 1).arrays["head"]
         assert told[version]["head"] == pytest.approx(np.linalg.norm(change), rel=1e-6)
         assert set(told[version]) == {*shapes, "head"}
+
+
+def test_the_energy_is_that_in_the_span_of_the_entrys_projections(run, run_config):
+    """Against autograd at the version before, and the projector Pᵀ(PPᵀ)⁻¹P of the seeds' stacked P."""
+    told = {
+        e["version"]: e["energy"] for e in json.loads(call("ledger", run.path, "--energy", "--json").stdout)["entries"]
+    }
+    half, config = replica(run, 1), run.config
+    task = data.resolve(config)
+    train = data.load(task, config.data_dir, "train")
+    rows = np.sort(np.random.default_rng(0).permutation(len(train))[:128])
+    loaded = model.load(config.model, 2, config.seed, task.classes)
+    loaded.module.load_state_dict(half.plain_state())
+    whole = next(data.evaluation_batches(train.select(rows), task, loaded.tokenizer, 128, config.max_length))
+    weights = [layer.weight for layer in loaded.targets.values()]
+    gradients = torch.autograd.grad(loaded.module.eval()(**whole).loss, weights)
+    seeds = Ledger(run.ledger).read(2).arrays["seeds"]
+    kept, total = 0.0, 0.0
+    for (name, layer), gradient in zip(loaded.targets.items(), gradients, strict=True):
+        P = np.concatenate(
+            [projection(int(s), name, config.of(FedKRSOSettings).rank, layer.in_features) for s in seeds]
+        )
+        G, P = gradient.double().numpy(), P.astype(np.float64)
+        inside = np.trace(G @ P.T @ np.linalg.solve(P @ P.T, P @ G.T))
+        assert told[2][name] == [pytest.approx(inside / (G**2).sum(), rel=1e-3), len(P)]
+        kept, total = kept + inside, total + (G**2).sum()
+    assert told[2]["all"][0] == pytest.approx(kept / total, rel=1e-3) and told[0] == {}
+    assert "Share of the gradient" in " ".join(call("ledger", run.path, "--energy").stdout.split())
+
+
+def test_full_fine_tuning_sees_all_of_a_square_layers_gradient(run_config):
+    run = play(run_config | {"strategy": "fedfft"}, nodes=2)
+    energy = json.loads(call("ledger", run.path, "--energy", "--json").stdout)["entries"][-1]["energy"]
+    square = [energy[name] for name, layer in replica(run).targets.items() if layer.in_features == layer.out_features]
+    assert square and all(share == pytest.approx(1, abs=1e-6) and count == 16 for share, count in square)
 
 
 @pytest.mark.parametrize("strategy", ["fedit", "ffa-lora", "fedsrd", "fedsrd-e"])

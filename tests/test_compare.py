@@ -15,14 +15,17 @@ from typer.testing import CliRunner
 
 from fedkrso_app import cli
 from fedkrso_app.config import ConfigError
-from fedkrso_app.runs import compare, engines
+from fedkrso_app.runs import compare, engines, study
 from fedkrso_app.runs.folder import Run
 
 FLWR = """#!{python}
-import json, pathlib, sys, time, tomllib
+import json, pathlib, shutil, sys, time, tomllib
 calls = pathlib.Path({calls!r})
+said = sys.argv[1:]
+if said[0] == "run":  # a comparison may delete the file of settings
+    said[said.index("--run-config") + 1] = shutil.copy(said[-1], f"{{calls}}-{{len(calls.read_text())}}")
 with calls.open("a") as file:
-    file.write(json.dumps(sys.argv[1:]) + "\\n")
+    file.write(json.dumps(said) + "\\n")
 if sys.argv[1] == "stop":
     sys.exit()
 print("Successfully started run 77", flush=True)
@@ -103,7 +106,7 @@ def test_every_method_partition_and_seed_is_run_once_with_only_that_changed(flwr
     rest = [{k: v for k, v in c.items() if k not in ("partition", "seed", "run-name")} for c in configs]
     assert rest[0] == rest[1] == rest[2] == rest[3]
     call = flwr()[0]
-    assert call[:3] == ["run", str(compare.APP), "--stream"] and "num-supernodes=5 client-resources-num-cpus=1" in call
+    assert call[:3] == ["run", str(engines.APP), "--stream"] and "num-supernodes=5 client-resources-num-cpus=1" in call
 
 
 def test_the_table_equals_a_hand_computation(flwr, command, tmp_path, monkeypatch):
@@ -113,7 +116,7 @@ def test_the_table_equals_a_hand_computation(flwr, command, tmp_path, monkeypatc
     (row,) = facts["rows"]
     assert row["metric"] == pytest.approx(0.6) and row["metric_sd"] == pytest.approx(0.1)  # 0.5, 0.6, 0.7
     assert (row["uplink_mb"], row["downlink_mb"], row["paper_mb"]) == (1, 2, 4)  # 4 clients were asked each round
-    assert row["seconds_per_round"] == 3 and row["client_peak_mb"] == 1000 and row["seeds"] == 3
+    assert row["seconds_per_round"] == 3 and row["client_peak_mb"] == 1000 and row["draws"] == 3
     assert row["learning_rate"] == 1e-3 and facts["command"] == "fedkrso compare --seeds 0,1,2"
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == facts
     (line,) = csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines())
@@ -132,6 +135,7 @@ def test_complete_runs_are_kept(flwr, command):
 def test_an_interrupted_run_is_stopped_and_resumed(flwr, command, tmp_path):
     command("--seeds", "0")
     (tmp_path / "out" / "fedkrso-iid-seed0" / "status").write_text("running\n")
+    (tmp_path / "out" / "results.jsonl").unlink()
     assert command("--seeds", "0").exit_code == 0
     assert flwr()[1] == ["stop", "77"]
     assert started(flwr)[1]["resume"] == str(tmp_path / "out" / "fedkrso-iid-seed0")
@@ -236,13 +240,13 @@ def test_a_rate_whose_run_failed_is_never_taken(flwr, command, tmp_path):
 
 @pytest.mark.parametrize("count, factors", [(1, [1]), (2, [1, 2]), (3, [0.5, 1, 2]), (4, [0.5, 1, 2, 4])])
 def test_the_grid_is_geometric_and_holds_the_rate(count, factors):
-    assert compare.grid(3e-4, count) == pytest.approx([3e-4 * factor for factor in factors])
+    assert study.grid(3e-4, count) == pytest.approx([3e-4 * factor for factor in factors])
 
 
 def test_settings_are_defaults_then_file_then_assignments(tmp_path):
     file = tmp_path / "file.toml"
     file.write_text("local-steps = 7\nbatch-size = 3\n[lora]\nalpha = 2")
-    base = compare.settings(file, ["batch-size=5", "task=glue/sst2", "fedsrd.sparsify-head=true"])
+    base = study.settings(file, ["batch-size=5", "task=glue/sst2", "fedsrd.sparsify-head=true"])
     assert (base["local-steps"], base["batch-size"], base["lora.alpha"], base["task"]) == (7, 5, 2, "glue/sst2")
     assert base["fedsrd.sparsify-head"] is True and base["max-length"] == 128
 
@@ -281,7 +285,7 @@ def test_the_process_engine_survives_ctrl_c_and_a_failed_run_and_gives_the_bits_
     run_config |= {"num-server-rounds": 24}  # so that it is under way for seconds, and is looked at twice in one
     file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in run_config.items()))
     options = ["compare", "--engine", "process", "--clients", "3", "--config", str(file), "--output", str(out)]
-    options += ["--strategies", "fedkrso,fedfft", "--seeds", "0", "--set", "fedkrso.rank=999"]  # no layer has that
+    options += ["--seeds", "0", "--set", "fedkrso.rank=999"]  # no layer has that
 
     def press(config):
         if compare._rounds(config) >= 1:
@@ -290,19 +294,20 @@ def test_the_process_engine_survives_ctrl_c_and_a_failed_run_and_gives_the_bits_
 
     with monkeypatch.context() as patch:
         patch.setattr(compare, "_last", press)
-        assert CliRunner().invoke(cli.app, options).exit_code == 130
+        assert CliRunner().invoke(cli.app, [*options, "--strategies", "fedfft"]).exit_code == 130
     run = Run(out / "fedfft-iid-seed0")
     assert run.status == "interrupted"
+    options += ["--strategies", "fedkrso,fedfft"]
     monkeypatch.setattr("sys.argv", ["fedkrso", *options])
     result = CliRunner().invoke(cli.app, options)
     assert result.exit_code == 1 and "fedkrso-iid-seed0: failed: fedkrso.rank = 999" in result.stderr
     facts = json.loads((out / "results.json").read_text())
     assert facts["engine"] == "process" and "--engine process" in facts["command"]
-    assert [(row["strategy"], row["seeds"]) for row in facts["rows"]] == [("fedkrso", 0), ("fedfft", 1)]
+    assert [(row["strategy"], row["draws"]) for row in facts["rows"]] == [("fedkrso", 0), ("fedfft", 1)]
     assert digest(run) == digest(play(run_config | {"strategy": "fedfft"}, nodes=3))
 
 
 def test_a_plan_without_an_app_folder_is_an_error_that_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(compare, "APP", tmp_path)
+    monkeypatch.setattr(study, "APP", tmp_path)
     with pytest.raises(ConfigError, match=r"pyproject.toml"):
-        compare.settings(None, [])
+        study.settings(None, [])

@@ -47,6 +47,7 @@ BAD = {
     "unknown memory setting": ({"activation-memory": "keeps"}, "Did you mean 'keep'"),
     "no threads": ({"torch-threads": 0}, "torch-threads = 0 is impossible: it must be between 1 and 1024"),
     "negative seed": ({"seed": -1}, "seed = -1"),
+    "partition seed below -1": ({"partition-seed": -2}, "partition-seed = -2"),
     "all held out": ({"holdout": 1.0}, "holdout = 1.0"),
     "folder in the run's name": ({"run-name": "a/b"}, "run-name = 'a/b'"),
     "sparsity below its least": ({"fedsrd.alpha": 0.98}, "fedsrd.max-sparsity = 0.96"),

@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -19,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fedkrso_app import data
 from fedkrso_app.config import ConfigError
-from fedkrso_app.data import batching
+from fedkrso_app.data import batching, partitions
+from fedkrso_app.federation import client
 
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
 SST2, STSB, MNLI = data.task("glue/sst2"), data.task("glue/stsb"), data.task("glue/mnli")
@@ -255,7 +257,7 @@ def test_without_the_hub_the_error_names_the_ways_out(monkeypatch):
 # --- partitions ---
 
 
-@pytest.mark.parametrize("scheme", ["iid", "dirichlet"])
+@pytest.mark.parametrize("scheme", ["iid", "dirichlet", "dirichlet-equal"])
 @pytest.mark.parametrize("task", [SST2, STSB], ids=lambda task: task.name)
 @pytest.mark.parametrize(("rows", "clients"), [(97, 10), (1000, 7), (5, 1)])
 def test_every_row_belongs_to_exactly_one_client_and_no_client_is_empty(scheme, task, rows, clients):
@@ -266,7 +268,7 @@ def test_every_row_belongs_to_exactly_one_client_and_no_client_is_empty(scheme, 
     assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in parts)
 
 
-@pytest.mark.parametrize("scheme", ["iid", "dirichlet"])
+@pytest.mark.parametrize("scheme", ["iid", "dirichlet", "dirichlet-equal"])
 def test_partitions_follow_the_seed_alone(scheme):
     train, seeds = sentences(300), (0, 0, 1)
     a, b, c = (data.partition(train, SST2, 4, scheme, 0.5, seed) for seed in seeds)
@@ -317,6 +319,39 @@ def test_regression_targets_are_uneven_by_size_and_stay_as_they_are():
 
 def test_a_target_that_is_nearly_constant_can_be_partitioned():
     assert len(data.partition(pairs([0.0] * 50 + [1.0]), STSB, 3, "dirichlet", 1.0, seed=0)) == 3
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 0.5, 1e6])
+def test_equal_dirichlet_clients_have_equal_sizes_whatever_alpha(alpha):
+    sizes = [len(part) for part in data.partition(sentences(103), SST2, 10, "dirichlet-equal", alpha, seed=0)]
+    assert sizes == [11] * 3 + [10] * 7
+
+
+def test_the_shares_of_an_equal_dirichlet_client_have_the_mean_and_the_variance_of_the_law():
+    """Of two labels a share is Beta(α, α): mean 1/2, variance v = 1/(4(2α + 1)); counting n rows adds (1/4 − v)/n."""
+    alpha, rows, labels, rng = 0.5, 20, np.arange(400) % 2, np.random.default_rng(0)
+    first = [
+        partitions.equal_shares(labels, 20, alpha, rng)[0] for _ in range(2000)
+    ]  # nothing has run out for the first
+    shares = np.array([labels[part].mean() for part in first])
+    v = 1 / (4 * (2 * alpha + 1))
+    assert abs(shares.mean() - 0.5) < 0.03  # four standard errors
+    assert shares.var() == pytest.approx(v + (0.25 - v) / rows, rel=0.08)
+
+
+def test_where_a_label_runs_out_the_others_fill_the_client():
+    labels = np.array([0] * 2 + [1] * 9 + [2] * 9)
+    for seed in range(50):
+        parts = partitions.equal_shares(labels, 2, 1e-4, np.random.default_rng(seed))
+        assert sorted(np.concatenate(parts).tolist()) == list(range(20)) and [len(part) for part in parts] == [10, 10]
+
+
+def test_the_partition_seed_draws_the_partition_and_nothing_else(config, monkeypatch):
+    """-1 is the run's own seed; another one leaves the model's head as it is."""
+    by = {draw: client.Workplace("0" * 16, replace(config, seed=3, partition_seed=draw), 4) for draw in (-1, 3, 5)}
+    rows = {draw: [part.tolist() for part in place._shares("train")] for draw, place in by.items()}
+    assert rows[-1] == rows[3] != rows[5]
+    assert by[-1].model.digest() == by[5].model.digest()
 
 
 @pytest.mark.parametrize("scheme", ["iid", "dirichlet"])

@@ -595,7 +595,7 @@ def test_only_the_nodes_need_have_data(run_config, data_folder, tmp_path):
 
 
 def test_more_replies_than_nodes_are_asked_are_refused_before_anyone_trains(run_config):
-    with pytest.raises(ConfigError, match=r"min-replies = 3 is out of reach: fraction-train = 0.5 of 4 nodes are 2"):
+    with pytest.raises(ConfigError, match=r"min-replies = 3 is out of reach: fraction-train = 0.5 of 4 clients are 2"):
         play(run_config | {"fraction-train": 0.5, "min-replies": 3})
 
 

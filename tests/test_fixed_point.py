@@ -55,6 +55,24 @@ def test_overflow_is_refused_and_adds_nothing():
     np.testing.assert_array_equal(means.mean("b", 1), small)
 
 
+def test_the_limit_is_of_a_value_times_its_weight_on_either_side_of_zero():
+    quarter = np.array([0.25 * LARGEST, 1.0], np.float32)
+    for x in (quarter, -quarter):
+        np.testing.assert_array_equal(mean([x], [3]), x)
+        with pytest.raises(OverflowError, match="with weight 4 are too large"):
+            mean([x], [4])
+
+
+def test_heavy_additions_never_wrap_around_either():
+    means, x, added = FixedPointMeans(), np.full(2, -(LARGEST - 1) / 8, np.float32), 0
+    with pytest.raises(OverflowError):
+        for _ in range(1000):
+            means.add({"x": x}, 8)
+            added += 8
+    assert added >= 8 * 255
+    np.testing.assert_allclose(means.mean("x", added), x)
+
+
 def test_many_additions_near_the_limit_never_wrap_around():
     means = FixedPointMeans()
     x = np.full(2, LARGEST - 1, np.float32)  # 2^55 steps of the grid

@@ -17,6 +17,7 @@ from fedkrso_app.config import ConfigError
 from fedkrso_app.data import files, repository
 from fedkrso_app.data import hub as reading
 from fedkrso_app.federation import client
+from fedkrso_app.runs import compare
 from fedkrso_app.strategies import parse
 from fedkrso_app.training import model
 
@@ -125,6 +126,13 @@ def test_glue_comes_from_the_hub_with_both_validation_splits_of_mnli_and_the_nam
     assert read(resolved(task="glue/mnli"))[0].classes == ("entailment", "neutral", "contradiction")
 
 
+def test_a_few_rows_of_a_dataset_say_before_the_download_that_all_of_it_is_read(hub, caplog):
+    with caplog.at_level("INFO", "flwr"):
+        reading.pinned(resolved(dataset="org/news", rows=6))
+    assert "rows = 6 are drawn from all: org/news is downloaded as a whole." in caplog.text
+    assert not any("resolve" in line for line in hub.asked)
+
+
 def test_as_many_rows_as_asked_for_are_drawn_the_same_ones_each_time(hub):
     _, train, validation = read(resolved(dataset="org/news", rows=6))
     whole = read(resolved(dataset="org/news"))[1]
@@ -161,6 +169,39 @@ def test_a_gated_repository_says_so_and_what_is_left_of_it_in_the_cache_is_not_r
     hub.gated = {"org/tiny", "org/news"}
     with pytest.raises(ConfigError, match=r"gated.*HF_TOKEN"):
         read_it()
+
+
+def test_a_token_with_access_reads_what_is_gated_and_another_does_not(hub, run_config, monkeypatch):
+    """A whole run, whose nodes find the token where the server does."""
+    hub.gated, hub.token = {"org/tiny", "org/news"}, "hf_right"
+    settings = run_config | {"model": "org/tiny", "task": "text-classification", "dataset": "org/news", "data-dir": ""}
+    settings |= {"num-server-rounds": 1, "local-steps": 2}
+    for wrong in ("", "hf_wrong"):
+        monkeypatch.setenv("HF_TOKEN", wrong)
+        with pytest.raises(ConfigError, match=r"model = 'org/tiny': it is gated.*HF_TOKEN"):
+            play(settings, nodes=2)
+    fresh()
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    run = play(settings, nodes=2)
+    assert run.status == "completed" and run.metrics()[-1]["clients"] == 2
+    assert not [file for file in run.path.rglob("*") if file.is_file() and b"hf_right" in file.read_bytes()]
+
+
+@pytest.mark.parametrize("kind", ["hub", "datasets"])
+def test_a_cache_that_cannot_be_written_is_named_with_the_fix(hub, kind, tmp_path, monkeypatch):
+    """A path below a file: chmod would not stop root."""
+    (tmp_path / "file").write_text("")
+    owner, name = {
+        "hub": (huggingface_hub.constants, "HF_HUB_CACHE"),
+        "datasets": (datasets.config, "HF_DATASETS_CACHE"),
+    }[kind]
+    monkeypatch.setattr(owner, name, str(tmp_path / "file" / "cache"))
+    said = rf"the cache cannot be written, {tmp_path}/file/cache.* \(Not a directory\): set HF_HOME to a folder"
+    with pytest.raises(ConfigError, match=rf"^dataset = 'org/news': {said} that can be\.$"):
+        read(resolved(dataset="org/news"))
+    if kind == "hub":
+        with pytest.raises(ConfigError, match=rf"^model = 'org/tiny': {said} that can be\.$"):
+            model.load("org/tiny", 2, 0)
 
 
 @pytest.mark.parametrize("status", [0, 503])
@@ -220,6 +261,28 @@ def test_a_node_whose_rows_would_be_of_another_commit_is_refused(hub, run_config
 
     with pytest.raises(ConfigError, match=r"no node can take part: .*org/news@\w{40}' could not be loaded"):
         play(run_config | asked, nodes=2, prepare=move_on)
+
+
+def test_a_comparison_reads_one_commit_in_all_its_runs_also_those_of_a_later_call(hub, tmp_path):
+    def plan(seeds, **keys):
+        fresh()
+        base = default_config() | {"model": "org/tiny", "task": "text-classification", "dataset": "org/news"} | keys
+        return compare.Plan(base, ["fedkrso", "fedit"], ["iid"], seeds, tmp_path / "out", 2, "process").runs
+
+    model, rows = hub.commit("models", "org/tiny"), hub.commit("datasets", "org/news")
+    first = plan([0])
+    write_news(hub.folder("datasets", "org/news"), "newer")
+    torch.manual_seed(1)
+    folder = hub.folder("models", "org/tiny")
+    RobertaForMaskedLM(RobertaForMaskedLM.from_pretrained(folder).config).save_pretrained(folder)
+    assert (model, rows) != (hub.commit("models", "org/tiny"), hub.commit("datasets", "org/news"))
+    for run in (*first, *plan([0, 1])):
+        assert (run["model"], run["dataset"]) == (f"org/tiny@{model}", f"org/news@{rows}")
+        assert parse(run).model_revision == model
+    assert {run["model"] for run in plan([0], model="embedded")} == {"embedded"}  # what was asked for has changed
+    assert {run["dataset"] for run in plan([0], dataset="org/news@main")} == {
+        f"org/news@{hub.commit('datasets', 'org/news')}"
+    }
 
 
 def test_a_resumed_run_reads_the_commits_that_it_began_with(hub, run_config, tmp_path):

@@ -1,11 +1,12 @@
 """Metrics against their textbook formulas, and an evaluation that leaves the model as it found it."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch.nn import functional as F
 
 from fedkrso_app.training import metrics
@@ -69,11 +70,28 @@ def test_matthews_of_any_number_of_classes_is_the_librarys(classes):
     assert score("matthews", predictions, labels, classes) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_f1_is_the_librarys_of_class_one_or_the_mean_over_the_classes_that_occur(classes):
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(0, min(classes, 6), 60)  # of seven classes, the last never occurs
+    predictions = np.where(rng.random(60) < 0.4, labels, rng.integers(0, min(classes, 6), 60))
+    expected = f1_score(labels, predictions, average="binary" if classes == 2 else "macro")
+    assert score("f1", predictions, labels, classes) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_f1_of_a_class_that_nobody_predicts_is_zero_without_warnings():
+    zeros, ones = np.zeros(4, int), np.ones(4, int)
+    assert score("f1", zeros, zeros) == score("f1", zeros, ones) == 0.0 and score("f1", ones, ones) == 1.0
+    assert score("f1", zeros, np.array([0, 0, 1, 1]), 3) == pytest.approx((2 / 3 + 0) / 2)  # class 2 never occurs
+
+
 @pytest.mark.parametrize(
     ("metric", "labels", "numbers"),
     [
         ("accuracy", 3, 4),
         ("accuracy", 3000, 4),  # what is right, and of how many, whatever the number of classes
+        ("f1", 3, 11),
         ("matthews", 2, 8),
         ("matthews", 3000, 9002),  # three counts a class
         ("pearson", 1, 8),
@@ -92,6 +110,7 @@ FORGED = {
     "of other numbers of examples": ("accuracy", 3, [1.0, 4, 2, 3]),
     "half an example": ("accuracy", 3, [1.0, 4, 1.5, 4]),
     "a class more right than it is true": ("matthews", 2, [1.0, 4, 3, 0, 3, 1, 2, 2]),
+    "a class of f1 more right than it is predicted": ("f1", 2, [1.0, 4, 3, 0, 2, 2, 3, 1]),
     "classes of other sums": ("matthews", 2, [1.0, 4, 1, 1, 2, 1, 2, 2]),
     "a negative square": ("pearson", 1, [1.0, 4, 4, 1, 1, -1, 1, 1]),
     "correlation of others": ("pearson", 1, [1.0, 4, 5, 1, 1, 1, 1, 1]),
@@ -106,7 +125,7 @@ def test_a_tally_that_no_evaluation_gives_is_refused(case):
         metrics.check(np.array(numbers), metric, labels)
 
 
-@pytest.mark.parametrize(("metric", "num_labels"), [("accuracy", 3), ("matthews", 2), ("pearson", 1)])
+@pytest.mark.parametrize(("metric", "num_labels"), [("accuracy", 3), ("f1", 3), ("matthews", 2), ("pearson", 1)])
 def test_the_tally_of_an_evaluation_passes(metric, num_labels):
     found = tally(Classifier(num_labels), cut(*examples(20, num_labels), [20]), metric, num_labels)
     assert len(found) == metrics.tally_size(metric, num_labels)
@@ -146,11 +165,11 @@ def test_shapes_and_names_that_do_not_fit_are_refused():
         score("accuracy", np.zeros(3), np.zeros(2))
     with pytest.raises(ValueError, match="no examples"):
         score("accuracy", np.zeros(0), np.zeros(0))
-    with pytest.raises(ValueError, match="'f1'"):
-        score("f1", np.zeros(2), np.zeros(2))
+    with pytest.raises(ValueError, match="'f2'"):
+        score("f2", np.zeros(2), np.zeros(2))
 
 
-@pytest.mark.parametrize(("metric", "num_labels"), [("accuracy", 3), ("matthews", 2), ("pearson", 1)])
+@pytest.mark.parametrize(("metric", "num_labels"), [("accuracy", 3), ("f1", 3), ("matthews", 2), ("pearson", 1)])
 def test_tallies_of_several_nodes_add_up_to_that_of_all_their_examples(metric, num_labels):
     model, (ids, labels) = Classifier(num_labels), examples(30, num_labels)
     nodes = [tally(model, [batch], metric, num_labels) for batch in cut(ids, labels, [3, 20, 7])]
@@ -158,7 +177,7 @@ def test_tallies_of_several_nodes_add_up_to_that_of_all_their_examples(metric, n
     assert result(metric, sum(nodes)) == pytest.approx(whole, abs=1e-6)
 
 
-@pytest.mark.parametrize(("metric", "num_labels"), [("accuracy", 3), ("matthews", 2), ("pearson", 1)])
+@pytest.mark.parametrize(("metric", "num_labels"), [("accuracy", 3), ("f1", 3), ("matthews", 2), ("pearson", 1)])
 def test_the_result_does_not_depend_on_how_the_examples_are_cut_into_batches(metric, num_labels):
     model, (ids, labels) = Classifier(num_labels), examples(20, num_labels)
     whole = evaluate(model, cut(ids, labels, [20]), metric)
@@ -171,7 +190,8 @@ def test_the_result_does_not_depend_on_how_the_examples_are_cut_into_batches(met
         expected = np.corrcoef(logits[:, 0].detach(), labels)[0, 1]
     else:
         expected_loss = -logits.log_softmax(1)[torch.arange(20), labels].mean()
-        library = {"accuracy": accuracy_score, "matthews": matthews_corrcoef}[metric]
+        macro = functools.partial(f1_score, average="macro")
+        library = {"accuracy": accuracy_score, "f1": macro, "matthews": matthews_corrcoef}[metric]
         expected = library(labels.numpy(), logits.argmax(1).numpy())
     assert whole == pytest.approx((expected, expected_loss.item()), abs=1e-5)
 

@@ -66,6 +66,9 @@ class Means:
     def __init__(self, replies):
         self._replies = replies
 
+    def __contains__(self, name):
+        return all(name in reply for reply in self._replies)
+
     def mean(self, name):
         return np.mean([reply[name] for reply in self._replies], axis=0, dtype=np.float64).astype(np.float32)
 

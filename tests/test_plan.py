@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ON_SERVER, default_config, play
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AlbertConfig, RobertaConfig
 from typer.testing import CliRunner
 
@@ -25,16 +26,16 @@ from fedkrso_app.training.metrics import tally_size
 
 MIB = 2**20
 KINDS = ("weights", "gradients", "optimizer", "activations", "peak")
-SEEDS = {"seeds": np.arange(3, dtype="<u8").tobytes()}
 
 
 def figures(config, folder, device):
     """Bytes by setting of ``activation-memory`` for a RoBERTa in ``folder``, on a batch of full length."""
     loaded = model.outline(str(folder), 2) if device == "meta" else model.load(str(folder), 2, 0)
     with torch.device(device):
-        local = make(config, Shapes.of(loaded)).local(loaded)
+        method = make(config, Shapes.of(loaded))
+        local = method.local(loaded)
         inputs = plan.batch(loaded, plan.data.task("glue/sst2"), config)
-        counted, refused = client_memory(local, inputs, SEEDS)
+        counted, refused = plan.heaviest([client_memory(local, inputs, turn) for turn in method.turns()])
     assert not refused
     return counted
 
@@ -72,19 +73,22 @@ def test_the_memory_planned_of_roberta_base_is_that_of_the_docs(tmp_path):
 @pytest.mark.parametrize("strategy", ON_SERVER)
 def test_real_tensors_take_what_was_planned_without_any(strategy, config, run_config, model_folder):
     config = parse(run_config | {"strategy": strategy})
-    planned, real = (figures(config, model_folder, device) for device in ("meta", "cpu"))
+    with sdpa_kernel(SDPBackend.MATH):  # as on meta; a CPU has a smaller one, for models without dropout
+        planned, real = (figures(config, model_folder, device) for device in ("meta", "cpu"))
     for setting in SETTINGS:
         for kind in (*KINDS, "aside", "total"):
             assert getattr(planned[setting], kind) == pytest.approx(getattr(real[setting], kind), rel=0.02), kind
 
 
-def test_every_seed_drawn_after_the_first_adds_an_accumulator(run_config, model_folder):
-    """J = 2 of 8 steps and K = 10^4: four seeds with near certainty, so three accumulators more than J = 8."""
-    many = run_config | {"fedkrso.num-seeds": 10_000, "local-steps": 8}
-    one, four = (plan.plan(many | {"fedkrso.interval": J}, ["fedkrso"], 2)["rows"][0] for J in (8, 2))
+@pytest.mark.parametrize(("steps", "J"), [(8, 2), (4, 1)])
+def test_every_seed_drawn_after_the_first_adds_an_accumulator(steps, J, run_config, model_folder):
+    """K = 10^4, so four intervals have four seeds with near certainty: three accumulators more than one interval. With
+    J = 1 the two steps that are counted have two of them already."""
+    many = run_config | {"fedkrso.num-seeds": 10_000, "local-steps": steps}
+    one, four = (plan.plan(many | {"fedkrso.interval": each}, ["fedkrso"], 2)["rows"][0] for each in (steps, J))
     Q = Shapes.of(model.outline(str(model_folder), 2)).outputs(2)
     for kind in ("optimizer", "total"):
-        assert four["memory"]["keep"][kind] - one["memory"]["keep"][kind] == pytest.approx(3 * 4 * Q, rel=1e-3)
+        assert four["memory"]["keep"][kind] - one["memory"]["keep"][kind] == pytest.approx(3 * 4 * Q, rel=2e-3)
 
 
 def test_the_total_is_at_least_all_that_must_be_there_at_once(config, model_folder):
@@ -100,9 +104,12 @@ def predicted(run_config, clients):
 
 CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one, nothing dropped on the way down
     "fedkrso.num-seeds": 1,
+    "fedkseed.slots": 1,
+    "ferret.directions": 2,  # the least: no layer can have fewer
     "fedsrd.alpha": 0.9,
     "fedsrd.max-sparsity": 0.9,
     "fedsrd.download-sparsity": 0.0,
+    "fed-dare.sparsity": 0.0,
 }
 
 
@@ -116,10 +123,12 @@ def test_the_bytes_planned_are_those_of_a_run(strategy, more, run_config):
     rounds = [line for line in play(settings, nodes=2).metrics() if line["round"]]
     costs = predicted(settings, 2)
     up, down = (sum(line[key] for line in rounds) for key in ("uplink_bytes", "downlink_bytes"))
+    # In FedMeZO's first round A does not move, and a difference of zeros takes no room.
+    rel = 0.05 if strategy == "fedmezo" and "wire-dtype" in more else 0.01
     # FeDeRA's A and B begin alike in size: each has one scale, the two are equal, and what is equal travels once.
     once = 6 * 360 if strategy == "federa" and "wire-dtype" in more else 0
-    assert (6 * costs["up"], 6 * costs["down"]) == pytest.approx((up, down), rel=0.01, abs=once)
-    assert costs["run"] == pytest.approx(up + down, rel=0.01, abs=once)
+    assert (6 * costs["up"], 6 * costs["down"]) == pytest.approx((up, down), rel=rel, abs=once)
+    assert costs["run"] == pytest.approx(up + down, rel=rel, abs=once)
 
 
 def test_the_bytes_planned_hold_the_entries_that_a_client_missed(run_config, monkeypatch):

@@ -54,6 +54,29 @@ def jsonl(*rows):
 
 TWENTY = [f"text {i},{'neg' if i % 2 else 'pos'}" for i in range(20)]
 
+# --- metrics ---
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "choices"),
+    [
+        ("glue/mrpc", "pearson", "accuracy or f1 or matthews"),
+        ("regression", "f1", "pearson"),
+        ("causal-lm", "accuracy", "perplexity or exact-match"),
+    ],
+)
+def test_a_metric_that_a_task_does_not_have_is_refused_with_those_that_it_has(read, task, metric, choices):
+    with pytest.raises(ConfigError, match=f"metric = '{metric}' does not go with task = '{task}': set it to {choices}"):
+        read(task, "a,b\n", metric=metric)
+
+
+@pytest.mark.parametrize(("labels", "positive"), [("", "'pos', the second"), ("pos,neg", "'neg', the second")])
+def test_the_log_names_the_class_that_f1_is_of(read, labels, positive, caplog):
+    with caplog.at_level("INFO", "flwr"):
+        found, *_ = read("text-classification", table(*TWENTY), metric="f1", labels=labels)
+    assert found.metric == "f1" and f"f1 is that of class {positive}" in caplog.text
+
+
 # --- columns ---
 
 
@@ -181,7 +204,7 @@ def test_a_dataset_without_declared_classes_is_read_as_files_are(hub, configurat
 def test_the_test_split_stands_in_for_a_missing_validation_split_and_the_log_says_so(hub, caplog):
     _, train, validation = hub({"train": rows_of(6), "test": rows_of(2, start=6)})
     assert len(train) == 6 and validation["text"][:] == ["text 6", "text 7"]
-    assert "no split 'validation': 'test' stands in" in caplog.text
+    assert "no split 'validation': 'test' is used instead" in caplog.text
 
 
 def test_with_neither_a_tenth_of_the_training_rows_stands_in(hub):
@@ -325,7 +348,26 @@ def test_without_a_validation_file_a_tenth_of_the_rows_stands_in_and_the_log_say
     _, train, held = read("text-classification", table(*TWENTY))
     assert (len(train), len(held)) == (18, 2)
     assert sorted([*train["text"], *held["text"]]) == sorted(f"text {i}" for i in range(20))
-    assert "no validation file: 10 % of the training rows stand in" in caplog.text
+    assert "no validation file: 10 % of the training rows are held back instead" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["val.csv", "dev.jsonl", "Valid.csv", "eval_2024.parquet"])
+def test_a_validation_file_by_another_name_is_not_passed_over(read, tmp_path, name):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / name).write_text(table("text,pos"))
+    fix = rf"d has {name} and no validation file: name it validation\{name[name.rindex('.') :]}, or"
+    with pytest.raises(ConfigError, match=fix):
+        read("text-classification", table(*TWENTY))
+    (tmp_path / "d" / name).rename(tmp_path / "d" / "evaluate.md.csv")
+    assert len(read("text-classification", table(*TWENTY))[2]) == 2
+
+
+def test_labels_of_which_validation_and_training_share_none_are_refused(read):
+    with pytest.raises(
+        ConfigError, match=r"no training row has one of its classes \('neg', 'pos'\), but ' neg', ' pos'"
+    ):
+        read("text-classification", table("a b, pos", "c d, neg"), validation=table("a b,pos", "c d,neg"))
+    assert len(read("text-classification", table(*TWENTY), validation=table("a,pos", "b,odd"))[2]) == 2
 
 
 def test_a_sweep_without_a_validation_file_never_sees_the_rows_that_are_reported_on(read, tmp_path):

@@ -126,6 +126,13 @@ RATES = {  # all different, so that no method can take another's
     "lora.learning-rate": 3e-3,
     "ffa-lora.learning-rate": 4e-3,
     "fedsrd.learning-rate": 5e-3,
+    "zeroth.head-learning-rate": 6e-3,
+    "decomfl.learning-rate": 1e-5,
+    "fedkseed.learning-rate": 2e-5,
+    "fedmezo.learning-rate": 3e-5,
+    "fedblock.learning-rate": 7e-3,
+    "ferret.learning-rate": 8e-3,
+    "separate.learning-rate": 9e-3,
     "fedsa-lora.learning-rate": 6e-3,
     "fr-lora.learning-rate": 7e-3,
     "federa.learning-rate": 8e-3,
@@ -137,8 +144,9 @@ def opened(request, run_config, model_folder):
     """The session of a method, ready for its steps, and the half that it belongs to."""
     config = parse(run_config | RATES | {"strategy": request.param, "local-steps": STEPS, "warmup": 0.25})
     loaded = load(str(model_folder), 2, 0)
-    local = make(config, Shapes.of(loaded), judged=False).local(loaded)
-    with local.session({"seeds": np.arange(3, dtype="<u8").tobytes()}, np.random.default_rng(0)) as session:
+    method = make(config, Shapes.of(loaded), judged=False)
+    local = method.local(loaded)
+    with local.session(method.instructions(1), np.random.default_rng(0)) as session:
         yield local, session
 
 
@@ -156,15 +164,17 @@ def test_every_step_has_the_papers_learning_rate_and_every_method_its_own(opened
     hook.remove()
     several = len(session.optimizers)
     for i in range(several):
-        np.testing.assert_allclose(seen[i::several], expected, rtol=1e-12, atol=1e-12)
+        head = RATES["zeroth.head-learning-rate"] / own if session.from_losses and i == 0 else 1  # its gradient's
+        np.testing.assert_allclose(seen[i::several], head * expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize(("warmup", "steps", "rising"), [(0.29, 100, 29), (0.05, 50, 2), (0.1, 30, 3), (0.0, 9, 0)])
-def test_the_warm_up_takes_its_share_of_the_steps(config, warmup, steps, rising):
+def test_the_warm_up_takes_its_share_of_the_steps(config, warmup, steps, rising, schedule):
     weight, rates = nn.Parameter(torch.ones(1)), []
     optimizer = torch.optim.SGD([weight], lr=1.0)
     session = Session([optimizer], dict, lambda j: rates.append(optimizer.param_groups[0]["lr"]))
-    config = dataclasses.replace(config, warmup=warmup, local_steps=steps)
+    config = dataclasses.replace(config, warmup=warmup, local_steps=steps, schedule=schedule)
     train(
         Single(weight),
         iter([{"x": torch.ones(1), "labels": torch.zeros(1)}] * steps),
@@ -173,6 +183,7 @@ def test_the_warm_up_takes_its_share_of_the_steps(config, warmup, steps, rising)
         np.random.default_rng(0),
     )
     assert rates.index(max(rates)) == rising
+    assert (rates[rising:] == [1.0] * (steps - rising)) == (schedule == "constant")
 
 
 class Single(nn.Module):
@@ -191,7 +202,7 @@ def test_only_the_head_decays_but_in_full_fine_tuning(opened):
     head = {id(parameter) for parameter in local.head.values()}
     for group in (group for optimizer in session.optimizers for group in optimizer.param_groups):
         for parameter in group["params"]:
-            everything = local.config.strategy == "fedfft"
+            everything = local.config.strategy in ("fedfft", "fedblock")
             assert group.get("weight_decay", 0.0) == (0.01 if everything or id(parameter) in head else 0.0)
 
 

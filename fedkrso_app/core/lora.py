@@ -60,6 +60,11 @@ def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
 
 
+def scaling(layer: Any) -> float:
+    """s = alpha / r of a layer."""
+    return layer.scaling[_ADAPTER]
+
+
 def merged_state(module: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state of ``module`` as if it had no LoRA layers: W + (alpha/r)·B·A under the plain names, as new tensors."""
     state = {

@@ -70,7 +70,7 @@ def encode(x: np.ndarray, form: str, rng: np.random.Generator) -> tuple[np.ndarr
 
 
 def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """What :func:`encode` wrote, float32, ... × n: the format is told by the dtype of ``codes``."""
+    """What :func:`encode` wrote, float32, ... × n: the dtype of ``codes`` says which format."""
     block = max(codes.shape[-1], 1) if codes.dtype == np.float16 else BLOCK
     n, count = length(codes), math.prod(codes.shape[:-1])
     x = np.empty((*codes.shape[:-1], n), np.float32)

@@ -69,8 +69,8 @@ def compensate_l1(delta: Tensor, pruned: Tensor) -> Tensor:
 
     Both have one shape and dtype, and so has the result: ``pruned`` itself if less than 1e-9 is left of it.
     """
-    left = pruned.double().abs().sum().item()
-    return pruned if left < 1e-9 else pruned * (delta.double().abs().sum().item() / left)
+    left, whole = (values.cpu().double().abs().sum().item() for values in (pruned, delta))  # mps has no float64
+    return pruned if left < 1e-9 else pruned * (whole / left)
 
 
 def truncated_svd(Bs: Sequence[Tensor], As: Sequence[Tensor], p: Sequence[float], r: int) -> tuple[Tensor, Tensor]:
@@ -81,6 +81,18 @@ def truncated_svd(Bs: Sequence[Tensor], As: Sequence[Tensor], p: Sequence[float]
     float64 because it goes straight into :func:`least_squares_factors`. Raises ``ValueError`` for sequences
     of different lengths or none at all.
     """
+    U, S, Vh = svd_of_sum(Bs, As, p, r)
+    root = S.sqrt()
+    missing = r - len(root)  # W̄ has fewer than r singular values
+    pad = torch.nn.functional.pad
+    return pad(U * root, (0, missing)), pad(root[:, None] * Vh, (0, 0, 0, missing))
+
+
+def svd_of_sum(Bs: Sequence[Tensor], As: Sequence[Tensor], p: Sequence[float], r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m×q), the singular values (q, descending) and Vᵀ (q×n) of Σ p_i·B_i·A_i, the largest q ≤ r; float64.
+
+    q is r unless Σ r_i, m or n is smaller. Raises ``ValueError`` as :func:`truncated_svd` does.
+    """
     if not Bs:
         raise ValueError("no client's factors to decompose")
     left = torch.cat([p_i * B_i.double() for p_i, B_i in zip(p, Bs, strict=True)], dim=1)  # m × Σr_i
@@ -88,11 +100,7 @@ def truncated_svd(Bs: Sequence[Tensor], As: Sequence[Tensor], p: Sequence[float]
     Q_B, R_B = torch.linalg.qr(left)
     Q_A, R_A = torch.linalg.qr(right.T)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)  # W̄ = Q_B·(R_B·R_Aᵀ)·Q_Aᵀ
-    root = S[:r].sqrt()
-    B_r, A_r = Q_B @ (U[:, :r] * root), (root[:, None] * Vh[:r]) @ Q_A.T
-    missing = r - len(root)  # W̄ has fewer than r singular values
-    pad = torch.nn.functional.pad
-    return pad(B_r, (0, missing)), pad(A_r, (0, 0, 0, missing))
+    return Q_B @ U[:, :r], S[:r], Vh[:r] @ Q_A.T
 
 
 def least_squares_factors(
@@ -174,7 +182,7 @@ def _real(x: Tensor) -> Tensor:
 
 
 def _flat(scores: Tensor) -> NDArray[np.float64]:
-    x = scores.detach().double().flatten().cpu().numpy()
+    x = scores.detach().flatten().cpu().double().numpy()
     if not x.size or not np.isfinite(x).all():
         raise ValueError("importance scores must be finite, and at least one")
     return x

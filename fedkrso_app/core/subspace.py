@@ -121,7 +121,7 @@ def matrix(layer: nn.Module) -> Tensor:
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Whether the weight is stored as (in, out), as in GPT-2; told by the attribute ``nf`` that only Conv1D has."""
+    """Whether the weight is stored as (in, out), as in GPT-2; only Conv1D has the attribute ``nf``."""
     return hasattr(layer, "nf")
 
 

@@ -1,8 +1,20 @@
 """Tasks and rows: what a task is, where its rows come from, who holds them, and batches of them."""
 
-from fedkrso_app.data.batching import batches, evaluation_batches
+from fedkrso_app.data.batching import batches, evaluation_batches, padding
 from fedkrso_app.data.loading import check, load, resolve
 from fedkrso_app.data.partitions import following, partition
-from fedkrso_app.data.tasks import Task, task
+from fedkrso_app.data.tasks import Task, metric, task
 
-__all__ = ["Task", "batches", "check", "evaluation_batches", "following", "load", "partition", "resolve", "task"]
+__all__ = [
+    "Task",
+    "batches",
+    "check",
+    "evaluation_batches",
+    "following",
+    "load",
+    "metric",
+    "padding",
+    "partition",
+    "resolve",
+    "task",
+]

@@ -82,3 +82,10 @@ def batch(
     encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
     labels = torch.tensor(chosen[task.label], dtype=torch.float32 if task.regression else torch.int64)
     return {**encoded, "labels": labels}
+
+
+def padding(task: Task, tokenizer: Any) -> tuple[dict[str, int], bool]:
+    """How :func:`batches` fill up a shorter text: by which value of which input (0 of the others), and whether in front
+    of it."""
+    values = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
+    return values, not task.language and tokenizer.padding_side == "left"

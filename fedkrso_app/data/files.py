@@ -16,6 +16,7 @@ from fedkrso_app.data.rows import Rows, warn
 
 __all__ = ["columns", "find", "read", "warn", "wordy"]
 
+_MEANT = re.compile(r"(val|valid|dev|eval|evaluation)([-_.].*)?$", re.IGNORECASE)  # names of a validation file
 _SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
 
 
@@ -23,7 +24,7 @@ def find(root: Path, name: str, split: str, needed: bool = True) -> tuple[Path, 
     """The file ``<split>.<ext>`` of task ``name``, else the one ``<split>_<more>.<ext>``, else all shards.
 
     They are looked for in ``root/name`` and then in ``root``. Raises :class:`ConfigError` where several would do, and
-    where there is none unless it is not ``needed``.
+    where there is none unless it is not ``needed`` and no file has another common name of a validation file.
     """
     if not root.is_dir():
         raise ConfigError(f"data-dir = {str(root)!r} is not a folder.")
@@ -40,6 +41,11 @@ def find(root: Path, name: str, split: str, needed: bool = True) -> tuple[Path, 
             several = f"{folder} has {', '.join(f.name for f in files)} for {split!r}"
             raise ConfigError(f"{several}; keep one file, or one full set of shards.")
     if not needed:
+        for folder in (root / name, root):
+            meant = [f.name for f in sorted(folder.glob("*")) if f.suffix in _SUFFIXES and _MEANT.match(f.stem)]
+            if meant:
+                fix = f"name it {split}{Path(meant[0]).suffix}, or take it away to hold training rows back"
+                raise ConfigError(f"{folder} has {', '.join(meant)} and no validation file: {fix}.")
         return ()
     found = ", ".join(sorted(f.name for f in root.iterdir())[:20]) or "nothing"
     wanted = f"{name}/{split}*.parquet (nor .csv, .jsonl, .json), nor one directly in it"

@@ -49,6 +49,8 @@ def pinned(config: Config, data_needed: bool = True) -> Config:
         try:
             with _blamed("dataset", config.dataset or config.task):
                 found["dataset"] = str(repository.pinned(dataset))
+            if config.rows:
+                logger.info("rows = %d are drawn from all: %s is downloaded as a whole.", config.rows, dataset)
         except ConfigError as error:
             if data_needed:
                 raise
@@ -104,6 +106,8 @@ def splits(text: str) -> datasets.DatasetDict:
         local = is_local(text.partition(":")[0])
         loaded = _folder(text) if local else _loaded(repository.parse("dataset", text))
     except Exception as error:  # the hub, HTTP and datasets libraries each raise errors of their own
+        if cache := repository.unwritable(error):
+            raise ConfigError(f"dataset = {text!r}: the cache cannot be written, {cache}.") from error
         reason = repository.why(error)
         fix = "check the name, 'name:configuration' where it has several, and the network; or put files into data-dir"
         raise ConfigError(f"dataset = {text!r} could not be loaded ({reason}); {fix}.") from error

@@ -24,7 +24,7 @@ from fedkrso_app.data.tasks import GLUE, Task, declared, listed, sorted_names, w
 
 logger = logging.getLogger("flwr")
 
-_HELD = 0.1  # share of the training rows that stands in for a validation file
+_HELD = 0.1  # share of the training rows that replaces a missing validation file
 _MANY = 10_000  # classes, beyond which the label is more likely an id
 _TURNS = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _FIX = "leave such rows out with bad-rows='skip'"
@@ -38,6 +38,15 @@ def resolve(config: Config, look: bool = True) -> Task:
     this process sees, unless ``labels`` names them. A process that has no data does not ``look``; its task has no
     columns. Raises :class:`ConfigError` where something cannot be known.
     """
+    task = _resolved(config, look)
+    if task.metric == "f1":
+        positive = repr(task.classes[1]) if task.classes else "1"
+        many = f"the unweighted mean over {task.num_labels} classes"
+        logger.info("f1 is %s", many if task.num_labels > 2 else f"that of class {positive}, the second")
+    return task
+
+
+def _resolved(config: Config, look: bool) -> Task:
     found = declared(config)
     if not found.own:
         return found
@@ -64,6 +73,11 @@ def _with_classes(task: Task, data_dir: str, sure: bool) -> Task:
     classes = task.classes or train.classes.get(task.label) or sorted_names({name for names in seen for name in names})
     if len(seen) > 1 and (only := sorted(set(seen[1]) - set(seen[0]))):
         rest = ", ".join(map(repr, only[:10])) + (f" and {len(only) - 10} more" if len(only) > 10 else "")
+        if len(only) == len(set(seen[1])) and not (task.classes or task.label in train.classes):
+            raise ConfigError(
+                f"{others[0].source}: no training row has one of its classes ({rest}), but "
+                f"{', '.join(map(repr, sorted(set(seen[0]))[:10]))}: write the labels alike in both."
+            )
         warn(f"{others[0].source}: classes that no training row has: {rest}")
     for rows, names in zip((train, *others), seen, strict=True):
         if alike := _alike(names):
@@ -104,11 +118,11 @@ def load(task: Task, data_dir: str, split: str, holdout: float = 0.0) -> dataset
 
     ``embedded/*`` comes with the package; ``glue/*`` from files in ``data_dir`` (``<task>/<split>*`` or
     ``<split>*``, as parquet, csv, jsonl or json), or from the hub if that is empty; any other task likewise, from the
-    hub dataset that it names, whose split "test" stands in where it has no "validation". The rows are in memory.
-    Conversations are one column of lists of ``{"role", "content"}``, in place of the task's last text column. A task
+    hub dataset that it names, whose split "test" is read where it has no "validation". The rows are in memory.
+    Conversations are one column of lists of ``{"role", "content"}``, instead of the task's last text column. A task
     with ``rows`` has as many of each split, drawn at random, the same in every process.
 
-    With ``holdout`` above 0 that share of the training rows stands in for the validation split (to choose settings
+    With ``holdout`` above 0 that share of the training rows replaces the validation split (to choose settings
     without looking at the rows that are reported on), and "train" is the rest. Before that, where the user's own data
     holds no validation split, a tenth of the training rows becomes one. Raises :class:`ConfigError` where the data is
     missing, empty or not what the task needs.
@@ -127,7 +141,7 @@ def _load(task: Task, data_dir: str, split: str, holdout: float) -> tuple[datase
     if task.own and not _has_validation(task, data_dir):
         if split == "validation":
             lacks = f"{data_dir} has no validation file" if data_dir else f"{task.dataset} has no split for validation"
-            logger.info("%s: %.0f %% of the training rows stand in.", lacks, 100 * _HELD)
+            logger.info("%s: %.0f %% of the training rows are held back instead.", lacks, 100 * _HELD)
         return _part(*_whole(task, data_dir, "train"), _HELD, split)
     return _whole(task, data_dir, split)
 
@@ -193,7 +207,7 @@ def _split(task: Task, split: str) -> str:
         raise ConfigError(
             f"dataset = {task.dataset!r} has no split {split!r}, only {', '.join(splits)}; take another dataset."
         )
-    warn(f"{task.dataset} has no split 'validation': 'test' stands in.")
+    warn(f"{task.dataset} has no split 'validation': 'test' is used instead.")
     return "test"
 
 

@@ -17,7 +17,8 @@ def partition(
     """Who holds which rows: ``num_partitions`` ascending int64 arrays, every row in exactly one, none empty.
 
     ``scheme`` is "iid" (equal sizes), "dirichlet" (the rows of each label, or of each value of column ``task.group``,
-    shared out in proportions drawn with ``alpha``) or "natural" (all rows of a value of ``task.group`` with one client;
+    shared out in proportions drawn with ``alpha``), "dirichlet-equal" (equal sizes; each client draws its shares of the
+    labels, as in Hsu et al., arXiv:1909.06335) or "natural" (all rows of a value of ``task.group`` with one client;
     clients have equally many values, give or take one). Equal arguments give equal partitions. Raises
     :class:`ConfigError` where that is impossible.
     """
@@ -41,6 +42,8 @@ def partition(
             raise ConfigError(f"{problem}; lower num-supernodes, or choose another column.")
         groups = np.array_split(rng.permutation(len(distinct)), num_partitions)
         return [np.flatnonzero(np.isin(labels, group)) for group in groups]
+    if scheme == "dirichlet-equal":
+        return [np.sort(order[rows]) for rows in equal_shares(labels[order], num_partitions, alpha, rng)]
     # here, because it takes seconds to import and most runs do without
     from flwr_datasets.partitioner import DirichletPartitioner
 
@@ -54,6 +57,30 @@ def partition(
         problem = f"dirichlet-alpha = {alpha} leaves some of {num_partitions} clients without any row"
         raise ConfigError(f"{problem}; raise dirichlet-alpha or lower num-supernodes.") from error
     return [np.sort(rows.to_numpy()) for rows in parts]
+
+
+def equal_shares(labels: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Positions in ``labels`` for each client: sizes differ by one at most, and every position is in exactly one.
+
+    A client draws the shares of the labels from Dir(``alpha``), symmetric, and then its rows one by one by these
+    shares; the shares of a label that has run out go to the others in proportion. So the first clients follow the law
+    exactly, and the last ones take what is left.
+    """
+    queues = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    left = np.array([len(queue) for queue in queues])
+    parts = []
+    for size in [len(part) for part in np.array_split(labels, clients)]:
+        shares, taken = rng.dirichlet(np.full(len(queues), alpha)), np.zeros_like(left)
+        while missing := size - int(taken.sum()):
+            now = np.where(left > taken, shares, 0.0)
+            if not now.sum():  # a small alpha gives shares that are exactly 0
+                now = (left - taken).astype(float)
+            taken += np.minimum(rng.multinomial(missing, now / now.sum()), left - taken)
+        parts.append(
+            np.concatenate([queue[len(queue) - n :][:k] for queue, n, k in zip(queues, left, taken, strict=True)])
+        )
+        left = left - taken
+    return parts
 
 
 def following(

@@ -174,8 +174,18 @@ def progress(repository: Repository) -> Iterator[None]:
         watcher.join()
 
 
+def unwritable(error: BaseException) -> str:
+    """Which file of this machine's cache of the hub cannot be written, why, and the fix; "" for any other ``error``."""
+    caches = tuple(map(str, (constants.HF_HOME, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)))
+    if not isinstance(error, OSError) or not error.strerror or not str(error.filename).startswith(caches):
+        return ""
+    return f"{error.filename} ({error.strerror}): set HF_HOME to a folder that can be"
+
+
 def why(error: BaseException) -> str:
     """What an error of the hub means, whole and in words, and the way out where there is one."""
+    if cache := unwritable(error):
+        return f"the cache cannot be written, {cache}"
     said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     token = "set HF_TOKEN where the server and the clients run (flwr run's first SuperLink keeps its environment)"
     if isinstance(error, GatedRepoError):

@@ -6,8 +6,9 @@ columns are named by the config, or guessed from names that are common, and neve
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.data import cells
@@ -27,7 +28,7 @@ class Task:
     validation: str = "validation"  # the split to report on
     label: str = "label"  # the label's column, "" where there is none
     classes: tuple[str, ...] = ()  # the labels' names in the order of their ids; of GLUE as the hub has them
-    group: str = ""  # a column by which the rows are shared out
+    group: str = ""  # a column by which the rows are split among clients
     skip: bool = False  # leave bad rows out
     dataset: str = ""  # the hub dataset that is read where no folder is given
     rows: int = 0  # as many of each split at most, 0: all
@@ -113,6 +114,7 @@ _GUESSES: dict[str, list[tuple[str, ...]]] = {
     "causal-lm": _SINGLES,
     "instruction": _ANSWERS,
 }
+_METRICS = {True: ("accuracy", "f1", "matthews"), False: ("perplexity", "exact-match")}  # of classifiers; of language
 _COUNTS = {  # how many text columns, and what they are
     "text-classification": (1, 1, "one text column"),
     "text-pair": (2, 2, "two text columns"),
@@ -128,6 +130,16 @@ def task(name: str) -> Task:
         hint = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, _TASKS, n=1))
         raise ConfigError(f"task = {name!r} is not one of {', '.join(_TASKS)}.{hint}")
     return _TASKS[name]
+
+
+def metric(settings: Mapping[str, Any]) -> str:
+    """The metric of a run with these flat ``settings``. Raises :class:`ConfigError` where the task has no such."""
+    known, chosen = task(settings["task"]), settings.get("metric") or ""
+    choices = (known.metric,) if known.regression else _METRICS[known.num_labels > 1]
+    if chosen and chosen not in choices:
+        fix = f"set it to {' or '.join(choices)}, or leave it empty"
+        raise ConfigError(f"metric = {chosen!r} does not go with task = {known.name!r}: {fix}.")
+    return chosen or known.metric
 
 
 def declared(config: Config) -> Task:
@@ -155,9 +167,9 @@ def declared(config: Config) -> Task:
         need(
             low <= len(set(texts)) == len(texts) <= high, "text-columns", config.text_columns, f"must be {what}{other}"
         )
-    if known.language and config.partition == "dirichlet" and not config.partition_column:
+    if known.language and config.partition.startswith("dirichlet") and not config.partition_column:
         raise ConfigError(
-            f"partition = 'dirichlet' shares rows out by their labels and {known.name} has none: "
+            f"partition = {config.partition!r} shares rows out by their labels and {known.name} has none: "
             "set partition-column to the column to go by, or partition = 'iid'."
         )
     return replace(
@@ -166,6 +178,7 @@ def declared(config: Config) -> Task:
         label=config.label_column or known.label,
         classes=labels or known.classes,
         num_labels=len(labels) or known.num_labels,
+        metric=metric(config.to_dict()),
         group="" if config.partition == "iid" else config.partition_column,
         skip=config.bad_rows == "skip",
         dataset=config.dataset or _glue(known, config),

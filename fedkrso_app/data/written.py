@@ -122,8 +122,8 @@ def _header(text: str) -> tuple[list[str], str]:
     lines = iter(io.StringIO(text, newline=""))
     first = next((line for line in lines if line.strip()), "")
     mark = ","
-    if told := re.fullmatch(r"sep=(.)\s*", first):  # Excel's own first line
-        mark, first = told[1], next((line for line in lines if line.strip()), "")
+    if found := re.fullmatch(r"sep=(.)\s*", first):  # Excel's own first line
+        mark, first = found[1], next((line for line in lines if line.strip()), "")
     else:
         bare = re.sub(r'"[^"]*"', "", first)
         if "," not in bare and re.search("[;\t]", bare):

@@ -1,7 +1,7 @@
-"""What a node tells the server when something fails.
+"""What a node says to the server when something fails.
 
 Error messages quote what they are about: a cell of a table, the path of a file. A node whose data is its own
-(``data-dir`` in its node config) tells only what kind of thing failed and keeps the rest in its own log. The node
+(``data-dir`` in its node config) says only what kind of thing failed and keeps the rest in its own log. The node
 decides, not the server: ``share-errors=true`` in its node config sends the whole text.
 """
 
@@ -25,11 +25,11 @@ def shares_errors(node_config: Mapping[str, Any]) -> bool:
     return node_config.get("share-errors", "data-dir" not in node_config) is True
 
 
-def told(error: BaseException, node_config: Mapping[str, Any]) -> str:
+def shown_to_server(error: BaseException, node_config: Mapping[str, Any]) -> str:
     """What the server may know of ``error``. Where that is not its whole text, this node's log has it."""
     if shares_errors(node_config):
         return str(error)
-    logger.error("The server is not told the text of this error:", exc_info=error)
+    logger.error("The text of this error stays on this node:", exc_info=error)
     return f"something is wrong with {_kind(error)}; the node's own log says what"
 
 
@@ -40,7 +40,7 @@ def careful(message: Message, context: Context, handle: Callable[[Message, Conte
     except Exception as error:
         if shares_errors(context.node_config):
             raise
-        return Message(Error(_RAISED, told(error, context.node_config)), reply_to=message)
+        return Message(Error(_RAISED, shown_to_server(error, context.node_config)), reply_to=message)
 
 
 def _kind(error: BaseException) -> str:

@@ -8,13 +8,22 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedkrso_app.config import ConfigError
 from fedkrso_app.training import threads
 
 _APP_RAISED = 2  # Flower's code of an error in a ClientApp
 
 
+def nodes_of(clients: int, each: int) -> int:
+    """How many nodes hold ``clients`` where one holds ``each``. Raises ConfigError where that leaves a rest."""
+    if clients % each:
+        raise ConfigError(f"clients-per-node = {each} does not divide {clients} clients evenly; choose another number.")
+    return clients // each
+
+
 class LocalGrid:
-    """A Flower grid of ``clients`` nodes with ids 100, 101, … that run the ClientApp ``app`` in this process.
+    """A Flower grid of nodes with ids 100, 101, … that hold ``clients`` partitions, ``clients-per-node`` each, and run
+    the ClientApp ``app`` in this process. Raises ConfigError where that leaves a rest.
 
     A client works when its reply is pulled, so no more replies are in memory than the server asks for at once.
     """
@@ -25,15 +34,16 @@ class LocalGrid:
         # Flower's own processes set these before any message is made.
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, 1, 1
         self.app = app
+        nodes = nodes_of(clients, int(run_config["clients-per-node"]))
         self.contexts = {
             100 + i: Context(
                 run_id=run_id,
                 node_id=100 + i,
-                node_config={"partition-id": i, "num-partitions": clients},
+                node_config={"partition-id": i, "num-partitions": nodes},
                 state=RecordDict(),
                 run_config=dict(run_config),
             )
-            for i in range(clients)
+            for i in range(nodes)
         }
         self._ids = (f"message-{number}" for number in itertools.count())
         self._unanswered: dict[str, Message] = {}

@@ -1,8 +1,8 @@
-"""The nodes: which of them holds which partition, takes part in a round, and is at which version."""
+"""The nodes: which of them holds which partitions, takes part in a round, and is at which version."""
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -23,9 +23,20 @@ _FAREWELL = 30.0  # seconds for the nodes to remove their files at the end
 UNKNOWN_HISTORY = -2  # version of a node that holds files of this run, but not those of the server's entries
 
 
-def sampled(fraction: float, nodes: int) -> int:
-    """How many of ``nodes`` are asked in a round."""
-    return max(1, int(fraction * nodes + 0.5))
+def sampled(fraction: float, clients: int) -> int:
+    """How many of ``clients`` (partitions) are asked in a round."""
+    return max(1, int(fraction * clients + 0.5))
+
+
+def named(partitions: Sequence[int]) -> str:
+    """Ascending partition ids in few letters: "0-4, 7"."""
+    runs: list[list[int]] = []
+    for partition in partitions:
+        if runs and partition == runs[-1][1] + 1:
+            runs[-1][1] = partition
+        else:
+            runs.append([partition, partition])
+    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
 class Nodes:
@@ -42,10 +53,13 @@ class Nodes:
         self._timeout = timeout  # seconds for an answer; a node may have to fetch its model first
         self.model, self.run, self._ledger = model, run, ledger
         self.commits = dict(commits or {})  # of the hub's model and dataset; what is missing the first node tells
-        self.partitions: dict[int, int] = {}  # node id -> partition id, of those that can take part
+        self.partitions: dict[int, tuple[int, ...]] = {}  # node id -> partition ids, of those that can take part
         self.versions: dict[int, int] = {}  # node id -> version it is known to hold
+        # (node id, partition id) -> the version that a node with this partition alone would hold
+        self.alone: dict[tuple[int, int], int] = {}
         self._problems: dict[int, str] = {}  # node id -> why it cannot take part
-        self.expected = 0
+        self._absent: dict[int, int] = {}  # node id -> how many partitions it holds, of those that cannot
+        self.expected = 0  # partitions of the federation
 
     def wait_for_all(self, grid: Any) -> None:
         """Return once every node of the federation has joined, or with fewer (a warning) when that takes too long.
@@ -54,7 +68,7 @@ class Nodes:
         """
         began = time.monotonic()
         self.welcome(grid)
-        while len(self.partitions) + len(self._problems) < max(1, self.expected):
+        while self.joined + sum(self._absent.values()) < max(1, self.expected):
             if time.monotonic() > began + _GATHERING:
                 break
             time.sleep(0.5)
@@ -63,8 +77,18 @@ class Nodes:
             raise ConfigError(f"no node can take part: {next(iter(self._problems.values()))}")
         if not self.partitions:
             raise ConfigError("no node joined: start SuperNodes, then run again.")
-        if len(self.partitions) < self.expected:
-            logger.warning("%d of %d nodes have joined; the run starts with them", len(self.partitions), self.expected)
+        if self.joined < self.expected:
+            logger.warning("%d of %d partitions have joined; the run starts with them", self.joined, self.expected)
+
+    @property
+    def joined(self) -> int:
+        """How many partitions can take part."""
+        return len({partition for held in self.partitions.values() for partition in held})
+
+    def found(self, node: int, version: int, partitions: Sequence[int]) -> None:
+        """Note that ``node`` is at ``version``, as a message about its ``partitions`` says."""
+        self.versions[node] = version
+        self.alone |= {(node, partition): version for partition in partitions}
 
     def welcome(self, grid: Any, again: bool = False) -> None:
         """Ask every node that is not known yet; with ``again`` those too that could not take part when asked before."""
@@ -81,6 +105,7 @@ class Nodes:
             try:
                 self._admit(node, reply)
                 self._problems.pop(node, None)
+                self._absent.pop(node, None)
             except Refused as reason:
                 self._complain(node, str(reason))
         for node in new:
@@ -97,18 +122,22 @@ class Nodes:
             time.sleep(1.0)
             self.welcome(grid)
 
-    def sample(self, grid: Any, fraction: float, seed: int, round: int) -> list[int]:
-        """This round's nodes, by partition id: the same whenever seed, round and those present are the same."""
+    def sample(self, grid: Any, fraction: float, seed: int, round: int) -> dict[int, list[int]]:
+        """This round's nodes, each with the partitions that it is asked for: the same whenever seed, round and the
+        partitions present are the same."""
         present = self._online(grid)
         chosen = stream(seed, "sample", round).permutation(sorted(present))[: sampled(fraction, len(present))]
-        return [present[int(partition)] for partition in sorted(chosen)]
+        asked: dict[int, list[int]] = {}
+        for partition in map(int, sorted(chosen)):
+            asked.setdefault(present[partition], []).append(partition)
+        return asked
 
     def _online(self, grid: Any) -> dict[int, int]:
         """Partition id -> node id."""
         online = set(grid.get_node_ids())
         present: dict[int, int] = {}
-        for node, partition in self.partitions.items():
-            if node in online:
+        for node, held in self.partitions.items():
+            for partition in held if node in online else ():
                 if partition in present:
                     logger.warning(
                         "partition %d joined twice; node %d takes part, not %d", partition, node, present[partition]
@@ -127,13 +156,14 @@ class Nodes:
         if self._problems.get(node) != reason:  # once, though it is asked again every round
             logger.warning("node %d cannot take part: %s", node, reason)
         self._problems[node] = reason
+        self._absent.setdefault(node, 1)
 
     def _admit(self, node: int, reply: Message) -> None:
         if reply.has_error():
             raise Refused(f"{reply.error.reason or 'no reason given'} (code {reply.error.code})".strip())
         answer = Answer.read(reply.content)
-        self.expected = answer.partitions or self.expected
-        where = f"partition {answer.partition}: " if answer.partition >= 0 else ""
+        self.expected, self._absent[node] = answer.total or self.expected, max(1, len(answer.partitions))
+        where = f"partition {named(answer.partitions)}: " if answer.partitions else ""
         if answer.error:
             raise Refused(f"{where}{answer.error}")
         self.model = self.model or answer.model
@@ -142,8 +172,8 @@ class Nodes:
         if answer.dataset and answer.dataset != self.commits.setdefault("dataset", answer.dataset):
             raise Refused(f"{where}its rows are {answer.dataset}, not {self.commits['dataset']} as the others'")
         known = answer.version < 0 or self._holds(answer.version, answer.stamp)
-        self.versions[node] = answer.version if known else UNKNOWN_HISTORY
-        self.partitions[node] = answer.partition
+        self.found(node, answer.version if known else UNKNOWN_HISTORY, answer.partitions)
+        self.partitions[node] = answer.partitions
 
     def _holds(self, version: int, stamp: str) -> bool:
         """Whether a node that says it is at ``version`` has reached it by the server's entries, or is so far behind

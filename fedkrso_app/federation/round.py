@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -59,6 +60,7 @@ class Round(Strategy):
         self.span = method.entry.span
         for version in ledger.versions():
             method.observe(version, method.entry.filled(wire.decode(ledger.read(version).arrays)))
+        method.replies = int(ledger.read(ledger.version).record["clients"])
         if ledger.version > 0 and method.entry.named("server"):
             method.kept = dict(kept.read(ledger.version).arrays)
 
@@ -67,7 +69,7 @@ class Round(Strategy):
     def summary(self) -> None:
         c, shapes = self.config, self.method.shapes
         logger.info(
-            "%s on %s, model %s: %d target layers with %d weights, head of %d; %g %% of the nodes per round, %d steps",
+            "%s on %s, model %s: %d target layers with %d weights, head of %d; %g %% of clients per round, %d steps",
             c.strategy, c.task, c.model, len(shapes.targets), sum(m * n for m, n in shapes.targets.values()),
             shapes.head, 100 * c.fraction_train, c.local_steps,
         )  # fmt: skip
@@ -83,14 +85,14 @@ class Round(Strategy):
             if (most := sampled(fraction, self.nodes.expected)) < least:
                 raise ConfigError(
                     f"min-replies = {least} is out of reach: fraction-train = {fraction:g} of "
-                    f"{self.nodes.expected} nodes are {most} per round; lower it, or start more nodes."
+                    f"{self.nodes.expected} clients are {most} per round; lower it, or start more nodes."
                 )
         else:
             self.nodes.welcome(grid, again=True)
             self.nodes.wait_online(grid, least)
         self._figures = no_figures()
-        nodes = self.nodes.sample(grid, fraction, self.config.seed, self.round)
-        return self._ask(TRAIN, nodes, self.round, self.method.instructions(self.round))
+        asked = self.nodes.sample(grid, fraction, self.config.seed, self.round)
+        return self._ask(TRAIN, asked, self.round, self.method.instructions(self.round))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -98,11 +100,11 @@ class Round(Strategy):
         self._sums = aggregate(self.method)
         self._start = self._newest_state() if self.transforms or self.config.max_update_norm else {}
         accepted: dict[int, dict[str, float]] = {}  # partition id -> figures
-        self._to_evaluate = []
-        for node, content, size in self._received(replies):
-            with self._refusing(node):
-                accepted[self.nodes.partitions[node]] = {**self._accept(content, node), "uplink_bytes": size}
-                self._to_evaluate.append(node)
+        self._to_evaluate: dict[int, list[int]] = {}
+        for node, partition, content, size in self._received(replies):
+            with self._refusing(partition):
+                accepted[partition] = {**self._accept(content, node, partition), "uplink_bytes": size}
+                self._to_evaluate.setdefault(node, []).append(partition)
         self._close(accepted)
         return None, None
 
@@ -114,17 +116,17 @@ class Round(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         tallies: dict[int, np.ndarray] = {}
         scores: dict[int, float] = {}
-        for node, content, size in self._received(replies):
-            partition, figures = self.nodes.partitions[node], {}
-            with self._refusing(node):
-                version = self._check_version(content, node)
+        for node, partition, content, size in self._received(replies):
+            figures: dict[str, float] = {}
+            with self._refusing(partition):
+                version = self._check_version(content, node, partition)
                 tally = wire.unpack(protocol.arrays(content, TALLY), self.host.tally_schema)["tally"]
                 try:
                     figures = dict(zip(("metric", "eval_loss"), self.host.score(tally), strict=True))
                 except ValueError as error:
                     raise Refused(f"tally: {error}") from None
                 tallies[partition], scores[partition] = tally, figures["metric"]
-                self.nodes.versions[node] = version
+                self.nodes.found(node, version, [partition])
             if self.config.client_metrics:
                 own = self._figures["per_client"][str(partition)]
                 own.update(figures, uplink_bytes=own["uplink_bytes"] + size)
@@ -141,30 +143,44 @@ class Round(Strategy):
     # What is sent
 
     def _ask(
-        self, kind: str, nodes: list[int], round: int = 0, method: Mapping[str, Any] = MappingProxyType({})
+        self,
+        kind: str,
+        asked: Mapping[int, Sequence[int]],
+        round: int = 0,
+        method: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[Message]:
-        """A message for each node; those that lack the same entries share one record."""
+        """A message for each node of ``asked`` (node id -> partition ids); those that lack the same entries share them.
 
-        def content(since: int) -> RecordDict:
-            content, version = self.catch_up(max(since, -1)), self.ledger.version
-            stamp, afresh = self.ledger.stamp(version), since == UNKNOWN_HISTORY
-            content[kind] = Instructions(self.nodes.run, version, stamp, afresh, round, method).record()
-            return content
-
+        Bytes are those of messages to each partition by itself.
+        """
+        version = self.ledger.version
         contents: dict[int, RecordDict] = {}
-        messages = []
-        for node in nodes:
-            since = self.nodes.versions[node]
+        instructions: dict[int, Instructions] = {}
+
+        def content(since: int, partitions: Sequence[int] = ()) -> RecordDict:
             if since not in contents:
-                contents[since] = content(since)
-            messages.append(Message(contents[since], node, kind, group_id=str(self.round)))
-        sizes = {since: wire.measured_bytes(record) for since, record in contents.items()}
-        behind = [self.nodes.versions[node] for node in nodes]
+                contents[since] = self.catch_up(max(since, -1))
+                stamp, afresh = self.ledger.stamp(version), since == UNKNOWN_HISTORY
+                instructions[since] = Instructions(self.nodes.run, version, stamp, afresh, round, method)
+                contents[since][kind] = instructions[since].record()
+            if not partitions:
+                return contents[since]
+            own = replace(instructions[since], partitions=tuple(partitions))
+            return RecordDict({**contents[since], kind: own.record()})
+
+        messages = []
+        for node, partitions in asked.items():
+            alone = len(self.nodes.partitions[node]) == 1
+            text = content(self.nodes.versions[node], () if alone else partitions)
+            messages.append(Message(text, node, kind, group_id=str(self.round)))
+        behind = [self.nodes.alone[node, partition] for node, partitions in asked.items() for partition in partitions]
+        sizes = {since: wire.measured_bytes(content(since)) for since in dict.fromkeys(behind)}
         self._figures["downlink_bytes"] += sum(sizes[since] for since in behind)
-        if missed := [since for since in behind if since < self.ledger.version - 1]:
-            usual = wire.measured_bytes(content(self.ledger.version - 1))
+        if missed := [since for since in behind if since < version - 1]:
+            usual = wire.measured_bytes(content(version - 1))
             self._figures["catchup_bytes"] += sum(sizes[since] - usual for since in missed)
-        self._asked, self._training = list(zip(messages, nodes, strict=True)), kind == TRAIN
+        self._asked = list(zip(messages, asked.items(), strict=True))
+        self._training = kind == TRAIN
         return messages
 
     def catch_up(self, since: int) -> RecordDict:
@@ -188,68 +204,76 @@ class Round(Strategy):
     def _newest_state(self) -> dict[str, np.ndarray]:
         """The arrays of role "state" at the newest version; where the server began without a model, those that the
         seed gives."""
-        state = dict(self.method.known_start())
+        state: dict[str, np.ndarray] = {}
         names = self.method.entry.named("state")
         every = max((self.method.entry.fields[name].every for name in names), default=0)
         for version in self.ledger.versions()[-every:] if every else ():
             arrays = wire.decode(self.ledger.read(version).arrays)
             state |= {name: arrays[name] for name in names if name in arrays}
+        if missing := self.method.entry.start.travelling.fields.keys() - state.keys():
+            state |= {name: array for name, array in self.method.known_start().items() if name in missing}
         return self.method.entry.filled(state)
 
     # What comes back
 
-    def _received(self, replies: Iterable[Message]) -> Iterator[tuple[int, RecordDict, int]]:
-        """The replies that are no errors: node, content, its bytes. Errors and silence are logged and counted."""
-        received: set[int] = set()
-        nodes: dict[str, int] = {}
+    def _received(self, replies: Iterable[Message]) -> Iterator[tuple[int, int, RecordDict, int]]:
+        """The replies that are no errors, partition by partition: node, partition, content, its bytes. Errors and
+        silence are logged and counted."""
+        waiting: dict[str, tuple[int, Sequence[int]]] = {}
+        told = False
         for reply in replies:
             # Messages have their ids only now: the grid sends them when the first reply is asked for.
-            nodes = nodes or {message.metadata.message_id: node for message, node in self._asked}
-            node = nodes.get(reply.metadata.reply_to_message_id)
-            if node is None or node in received:
+            if not told:
+                waiting, told = {message.metadata.message_id: asked for message, asked in self._asked}, True
+            node, partitions = waiting.pop(reply.metadata.reply_to_message_id, (0, ()))
+            if not partitions:
                 logger.warning("a reply that nobody is waiting for was dropped")
-                continue
-            received.add(node)
-            if reply.has_error():
+            elif reply.has_error():
                 reason = f"{reply.error.reason or 'no reason given'} (code {reply.error.code})"
-                self._without(node, "failed", f"failed: {reason.strip()}")
-                continue
-            size = wire.measured_bytes(reply.content)
-            self._figures["uplink_bytes"] += size
-            yield node, reply.content, size
-        for _, node in self._asked:
-            if node not in received:
-                self._without(node, "failed", f"sent no reply within {self.config.round_timeout:g} s")
+                for partition in partitions:
+                    self._without(partition, "failed", f"failed: {reason.strip()}")
+            else:
+                for partition, content in protocol.apart(reply.content, partitions):
+                    if reason_given := protocol.reason_of_failure(content):
+                        self._without(partition, "failed", f"failed: {reason_given}")
+                        continue
+                    size = wire.measured_bytes(content)
+                    self._figures["uplink_bytes"] += size
+                    yield node, partition, content, size
+        silent = waiting.values() if told else [asked for _, asked in self._asked]
+        for partition in [partition for _, partitions in silent for partition in partitions]:
+            self._without(partition, "failed", f"sent no reply within {self.config.round_timeout:g} s")
         self._asked = []
 
-    def _without(self, node: int, counter: str, reason: str) -> None:
+    def _without(self, partition: int, counter: str, reason: str) -> None:
         """Log why a reply does not count; in training it is counted, as ``refused`` or ``failed``."""
-        logger.warning("partition %s %s", self.nodes.partitions[node], reason)
+        logger.warning("partition %s %s", partition, reason)
         if self._training:
             self._figures[counter] += 1
 
     @contextmanager
-    def _refusing(self, node: int) -> Iterator[None]:
+    def _refusing(self, partition: int) -> Iterator[None]:
         try:
             yield
         except Refused as reason:
-            self._without(node, "refused", f"refused: {reason}")
+            self._without(partition, "refused", f"refused: {reason}")
 
-    def _check_version(self, content: RecordDict, node: int) -> int:
+    def _check_version(self, content: RecordDict, node: int, partition: int) -> int:
         """The version that a reply was made at, if it is the newest; else :class:`Refused`."""
         status = Status.read(content, self.ledger.version)
         if status.need_sync:
-            self.nodes.versions[node] = status.version
+            self.nodes.found(node, status.version, [partition])
             raise Refused(f"is at version {status.version} and asks to be brought up to date")
         if status.version != self.ledger.version:
             raise Refused(f"is at version {status.version}, expected {self.ledger.version}")
         return status.version
 
-    def _accept(self, content: RecordDict, node: int) -> dict[str, float]:
+    def _accept(self, content: RecordDict, node: int, partition: int) -> dict[str, float]:
         """Check one reply and add it to the sums; returns its figures."""
-        version = self._check_version(content, node)
+        version = self._check_version(content, node, partition)
         update, figures = protocol.arrays(content, UPDATE), Figures.read(content)
-        arrays = self.method.reply.filled(wire.decode(wire.unpack(update, self.method.reply.travelling)))
+        schema = self.method.reply_of(partition)
+        arrays = schema.filled(wire.decode(wire.unpack(update, schema.travelling)))
         self.method.check(arrays, self.round)
         if self.config.max_update_norm:
             norm = self._norm(arrays)
@@ -257,13 +281,15 @@ class Round(Strategy):
                 raise Refused(
                     f"its update has norm {norm:.4g}, above max-update-norm = {self.config.max_update_norm:g}"
                 )
+        for transform in reversed(self.transforms):
+            arrays = dict(transform.reply(arrays, self._start))
         weight = figures.num_examples if self.config.weighting == "examples" else 1
         try:
-            self._sums.add(self.method.summands(arrays), arrays, weight, self.nodes.partitions[node])
+            self._sums.add(self.method.summands(arrays), arrays, weight, partition)
         except OverflowError as error:
             hint = "; set weighting = 'uniform'" if weight > 1 else ""
             raise Refused(f"{error}{hint}") from None
-        self.nodes.versions[node] = version
+        self.nodes.found(node, version, [partition])
         return {**vars(figures), "weight": weight}
 
     def _norm(self, arrays: Arrays) -> float:
@@ -301,7 +327,7 @@ class Round(Strategy):
         figures["seconds"] = time.monotonic() - self._started
         if problem:
             logger.warning("%s: nothing is published, the version stays %d", problem, self.ledger.version)
-            self._to_evaluate = []
+            self._to_evaluate = {}
         else:
             figures["version"] += 1
             self._publish(figures, arrays)
@@ -322,6 +348,7 @@ class Round(Strategy):
         stored = wire.encode(arrays, schema, stream(self.config.seed, "broadcast", self.round))
         self.ledger.append(Entry(version, stored, figures))
         self.method.observe(version, schema.filled(wire.decode(stored)))
+        self.method.replies = figures["clients"]
 
 
 def no_figures() -> dict[str, Any]:

@@ -22,7 +22,7 @@ _FORGOTTEN = 14 * 86400  # seconds after which the files of a run that never end
 
 
 class NodeStore:
-    """Some entries and one W, and of each partition the arrays of role "personal".
+    """Some entries and one W, and of each partition the arrays of the roles "personal" and "memory".
 
     Entries and W are those of a run, not of a partition: W^t is the same for all partitions, so the processes and nodes
     of a machine share them. After each message they are at most ``keep`` entries and one copy of the trained weights.
@@ -100,8 +100,14 @@ class NodeStore:
 
     def put_personal(self, partition: int, round: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep a partition's own arrays as they are after ``round``; those of the two newest rounds stay."""
+        self._put_own(self._personal(partition), round, arrays)
+
+    def put_memory(self, partition: int, round: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """The same for arrays of role "memory", which :meth:`clear` removes."""
+        self._put_own(Ledger(self.folder / f"memory-{partition}"), round, arrays)
+
+    def _put_own(self, kept: Ledger, round: int, arrays: Mapping[str, np.ndarray]) -> None:
         _private(self.folder)
-        kept = self._personal(partition)
         kept.discard(round)  # the round is done again
         kept.put(Entry(round, arrays))
         for older in kept.versions()[:-2]:
@@ -114,6 +120,10 @@ class NodeStore:
         if the file is damaged.
         """
         return _newest(self._personal(partition), before)
+
+    def memory(self, partition: int, before: int) -> Mapping[str, np.ndarray]:
+        """A partition's arrays of role "memory" after its newest round below ``before``, in the same way."""
+        return _newest(Ledger(self.folder / f"memory-{partition}"), before)
 
     def released_personal(self, partition: int, before: int) -> Mapping[str, np.ndarray]:
         """The same, where :meth:`clear` has left it."""

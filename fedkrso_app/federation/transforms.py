@@ -15,22 +15,29 @@ class Transform(Protocol):
     def update(self, arrays: Arrays, start: Arrays) -> dict[str, np.ndarray]:
         """A client's update, before it is encoded."""
 
+    def reply(self, arrays: Arrays, start: Arrays) -> Arrays:
+        """A client's update as the server has it, before the method sees it."""
+
     def mean(self, arrays: Arrays, start: Arrays) -> dict[str, np.ndarray]:
         """What the method has made of the round, before it is published."""
 
 
 class Differences:
-    """States travel as differences to the start, so that rounding to few bits costs as little as the update is small;
-    the next entry is the newest plus the mean."""
+    """States of a reply travel as differences to the start, so that rounding to few bits costs as little as the update
+    is small; the next entry is the newest plus the mean. A method that computes with the values gets the sum reply by
+    reply."""
 
     def __init__(self, method: Method) -> None:
-        self.schema = method.entry
+        self.schema, self.values = method.reply, method.from_values
 
     def update(self, arrays: Arrays, start: Arrays) -> dict[str, np.ndarray]:
         return differences(arrays, start, self.schema)
 
+    def reply(self, arrays: Arrays, start: Arrays) -> Arrays:
+        return sums(arrays, start, self.schema) if self.values else arrays
+
     def mean(self, arrays: Arrays, start: Arrays) -> dict[str, np.ndarray]:
-        return sums(arrays, start, self.schema)
+        return dict(arrays) if self.values else sums(arrays, start, self.schema)
 
 
 def transforms(method: Method) -> Sequence[Transform]:

@@ -6,10 +6,11 @@
     query.leave  the run's id    -> nothing           the run is over
 
 Besides its instructions a train or evaluate message holds the ledger entries that the node lacks (``entry-<version>``),
-or the weights that they lead to (``weights-<version>``).
+or the weights that they lead to (``weights-<version>``). A node that holds several partitions is asked for some of them
+and answers for each (:func:`together`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +51,8 @@ class Question:
 class Answer:
     """A node says who it is and what it holds, or why it cannot take part (``error``)."""
 
-    partition: int = -1  # unknown
-    partitions: int = 0  # unknown
+    partitions: tuple[int, ...] = ()  # those that it holds; none: unknown
+    total: int = 0  # of the federation's partitions; 0: unknown
     model: str = ""
     version: int = -1  # it holds nothing of the run
     stamp: str = ""  # of that version's entry
@@ -59,9 +60,7 @@ class Answer:
     dataset: str = ""  # the hub's, as name@commit, that it reads
 
     def content(self) -> RecordDict:
-        record = ConfigRecord({"partition-id": self.partition})
-        if self.partition >= 0:
-            record["num-partitions"] = self.partitions
+        record = ConfigRecord({"partitions": list(self.partitions), "num-partitions": self.total})
         if self.error:
             record["error"] = self.error
         else:
@@ -72,19 +71,25 @@ class Answer:
     @classmethod
     def read(cls, content: RecordDict) -> "Answer":
         record = _config(content, "join")
-        partition = number(record, "partition-id", int, -1, 2**31)
-        partitions = number(record, "num-partitions", int, 1, 2**31) if "num-partitions" in record else 0
+        total = number(record, "num-partitions", int, 0, 2**31)
+        partitions = _partitions(record, total)
         if "error" in record:
-            return cls(partition, partitions, error=_text(record, "error"))
+            return cls(partitions, total, error=_text(record, "error"))
+        if not partitions:
+            raise Refused("it names no partition")
         version = number(record, "version", int, -1, _VERSIONS)
         dataset = _text(record, "dataset-commit") if "dataset-commit" in record else ""
         stamp = _text(record, "stamp")
-        return cls(partition, partitions, _text(record, "model"), version, stamp, dataset=dataset)
+        return cls(partitions, total, _text(record, "model"), version, stamp, dataset=dataset)
 
 
 @dataclass(frozen=True)
 class Instructions:
-    """What train and evaluate messages say beside the entries. ``method``: what the method adds for this round."""
+    """What train and evaluate messages say beside the entries.
+
+    ``method``: what the method adds for this round. ``partitions``: for which of a node's the message asks (none: for
+    the one that it holds).
+    """
 
     run: str
     version: int  # the reply must be made at this one
@@ -92,17 +97,19 @@ class Instructions:
     afresh: bool = False  # the node's files are not of this history: start without them
     round: int = 0  # of a train message
     method: Mapping[str, Any] = field(default_factory=dict)
+    partitions: tuple[int, ...] = ()
 
     def record(self) -> ConfigRecord:
         record = ConfigRecord({"run": self.run, "version": self.version, "stamp": self.stamp, "afresh": self.afresh})
         record.update({"round": self.round} if self.round else {})
+        record.update({"partitions": list(self.partitions)} if self.partitions else {})
         record.update(self.method)
         return record
 
     @classmethod
     def read(cls, content: RecordDict, kind: str) -> "Instructions":
         record = _config(content, kind)
-        known = ("run", "version", "stamp", "round", "afresh")
+        known = ("run", "version", "stamp", "round", "afresh", "partitions")
         return cls(
             _text(record, "run"),
             number(record, "version", int, 0, _VERSIONS),
@@ -110,6 +117,7 @@ class Instructions:
             bool(record.get("afresh")),
             number(record, "round", int, 1, _VERSIONS) if kind == TRAIN else 0,
             {key: value for key, value in record.items() if key not in known},
+            _partitions(record, 2**31) if "partitions" in record else (),
         )
 
 
@@ -161,6 +169,38 @@ def trained(status: Status, update: ArrayRecord, figures: Figures) -> RecordDict
     return RecordDict({"status": status.record(), UPDATE: update, "metrics": figures.record()})
 
 
+def failed(reason: str) -> RecordDict:
+    """The reply of a partition that could not be trained or judged while others of its node could."""
+    return RecordDict({"failed": ConfigRecord({"reason": reason})})
+
+
+def together(replies: Mapping[int, RecordDict]) -> RecordDict:
+    """The replies of a node's partitions (partition id -> reply) as one: of one alone, the reply itself."""
+    if len(replies) == 1:
+        return next(iter(replies.values()))
+    content = RecordDict()
+    for partition, reply in replies.items():
+        for name, record in reply.items():
+            content[name if name == "status" else f"{name}-{partition}"] = record
+    return content
+
+
+def apart(content: RecordDict, partitions: Sequence[int]) -> Iterator[tuple[int, RecordDict]]:
+    """The replies that :func:`together` made one, each as if its partition had answered alone."""
+    if len(partitions) == 1:
+        yield partitions[0], content
+        return
+    common = {"status": content["status"]} if "status" in content else {}
+    for partition in partitions:
+        own = {name: f"{name}-{partition}" for name in (UPDATE, "metrics", TALLY, "failed")}
+        yield partition, RecordDict(common | {name: content[key] for name, key in own.items() if key in content})
+
+
+def reason_of_failure(content: RecordDict) -> str | None:
+    """What :func:`failed` was told; None of any other reply."""
+    return _text(_config(content, "failed"), "reason") if "failed" in content else None
+
+
 def arrays(content: RecordDict, name: str) -> ArrayRecord:
     """The array record ``name``. Raises :class:`Refused` if it is missing."""
     record = content.get(name)
@@ -181,3 +221,12 @@ def _text(record: ConfigRecord, key: str) -> str:
     if not isinstance(value, str):
         raise Refused(f"{key} = {value!r} is not of type str")
     return value
+
+
+def _partitions(record: ConfigRecord, total: int) -> tuple[int, ...]:
+    """Partition ids below ``total``, each once."""
+    given = record.get("partitions")
+    ids = tuple(id for id in given if type(id) is int and 0 <= id < total) if isinstance(given, list) else ()
+    if not isinstance(given, list) or len(set(ids)) < len(given):
+        raise Refused(f"partitions = {given!r} is no list of partition ids below {total}, each once")
+    return ids

@@ -10,8 +10,9 @@ from fedkrso_app.core import quantize
 
 # update: adds to the model.  state: replaces what was there.  key: says what the others belong to (seeds, a bitmap).
 # server: stays on the server, beside the ledger.  personal: a part of the model that stays on the node, one copy for
-# each partition.  client: stays there too, and is no part of the model.
-Role = Literal["update", "state", "key", "server", "personal", "client"]
+# each partition.
+# memory: the same, but no part of the model: it is gone with the run.
+Role = Literal["update", "state", "key", "server", "personal", "memory"]
 
 SCALES = ".scales"  # suffix of the array that holds the scales of a quantised one
 
@@ -21,7 +22,8 @@ class Field:
     """One array. A letter in ``shape`` is one length, the same in every array of its schema.
 
     The dtypes float16, int8 and int4 are those of float32 arrays that travel quantised (:mod:`core.quantize`).
-    ``every``: in how many consecutive entries it occurs at least once (methods whose arrays take turns: 2).
+    ``every``: in how many consecutive entries it occurs at least once. Arrays that take turns (2) are ``optional`` and
+    come in their order in the schema.
     """
 
     dtype: str
@@ -63,6 +65,17 @@ class Schema:
         """``arrays``, and an empty one for each name that never reaches the server."""
         reaching = {*self.travelling.fields, *self.named("server")}
         return {name: np.zeros(0, np.float32) for name in self.fields if name not in reaching} | dict(arrays)
+
+    @property
+    def usual(self) -> list["Schema"]:
+        """What an entry after the first, or a reply, holds: one schema, or one for each array that takes turns."""
+        always = [name for name, f in self.fields.items() if not f.optional]
+        return [self.only([*always, name]) for name in self.in_turn] or [self.only(always)]
+
+    @property
+    def in_turn(self) -> list[str]:
+        """The names of the arrays that take turns."""
+        return [name for name, f in self.fields.items() if f.every > 1]
 
     @property
     def start(self) -> "Schema":
@@ -111,12 +124,12 @@ def superseded(entries: Iterable[Iterable[str]], schema: Schema) -> list[set[str
 
 
 def differences(arrays: Mapping[str, Any], start: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
-    """``arrays`` with every state as its difference to the one in ``start``."""
+    """``arrays`` with every state as its difference to the one in ``start`` (its first rows, if there are more)."""
     state = schema.named("state")
-    return {name: x - start[name] if name in state else x for name, x in arrays.items()}
+    return {name: x - start[name][: len(x)] if name in state else x for name, x in arrays.items()}
 
 
 def sums(differences: Mapping[str, Any], start: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
     """What :func:`differences` was given."""
     state = schema.named("state")
-    return {name: x + start[name] if name in state else x for name, x in differences.items()}
+    return {name: x + start[name][: len(x)] if name in state else x for name, x in differences.items()}

@@ -129,7 +129,8 @@ def _data(config: Config, task: Task) -> str:
 
 def _partition(config: Config) -> str:
     column = f" by column {config.partition_column}" if config.partition_column else ""
-    scheme = {"dirichlet": f"dirichlet, α = {config.dirichlet_alpha:g}"}.get(config.partition, config.partition)
+    alpha = f", α = {config.dirichlet_alpha:g}" if config.partition.startswith("dirichlet") else ""
+    scheme = config.partition + alpha
     return scheme + (column if config.partition != "iid" else "")
 
 

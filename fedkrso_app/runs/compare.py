@@ -1,13 +1,16 @@
-"""Methods × partitions × seeds on one task: one run each, kept, resumed or reported as failed; then the table.
+"""A study made: one run for each case, arm and draw, kept, resumed or reported as failed; then the tables.
 
 The status in a run's folder says how the run ended: ``flwr run`` also returns 0 when the run has crashed.
 """
 
 import csv
 import json
-import tomllib
-from collections.abc import Generator, Mapping, Sequence
+import re
+import shutil
+import time
+from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,197 +21,247 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.text import Text
 
 from fedkrso_app import data
-from fedkrso_app.config import ConfigError, flatten, resolved_path
-from fedkrso_app.runs import engines
-from fedkrso_app.runs.engines import APP, Engine
+from fedkrso_app.config import ConfigError
+from fedkrso_app.runs import engines, journal, paired, pins
+from fedkrso_app.runs.engines import Engine
 from fedkrso_app.runs.folder import ASIDE, Run
-from fedkrso_app.runs.results import mean_sd, measures
+from fedkrso_app.runs.journal import Journal
+from fedkrso_app.runs.results import mean_sd
+from fedkrso_app.runs.study import Settings, Study, grid, rate_of, settings
 from fedkrso_app.runs.summary import line
 from fedkrso_app.strategies import STRATEGIES, parse
 from fedkrso_app.training import metrics
 
-Settings = dict[str, Any]  # a flat run config with every key
-
-HOLDOUT, FACTOR, LAST = 0.2, 2.0, 3  # of a sweep: share of the training rows, step of the grid, rounds in the score
+HOLDOUT = 0.2  # share of the training rows that a sweep judges by
 
 
-def settings(file: Path | None, assignments: Sequence[str]) -> Settings:
-    """pyproject.toml's defaults, changed by the TOML ``file`` and then by ``key=value``; not checked yet.
+class OutOfTime(Exception):
+    """The minutes are over; what is missing can be made later."""
 
-    Raises ConfigError where something cannot be read.
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison, with the config that makes it."""
+
+    case: str
+    arm: str
+    draw: int
+    config: Settings
+    sweep: bool = False
+
+    @property
+    def run(self) -> Run:
+        return _run(self.config)
+
+
+class Comparison:
+    """A study made in the folder ``output``; its finished runs are lines of ``results``.
+
+    Without ``results`` they are in ``output``/results.jsonl, and every run keeps its folder; else the folder of a run
+    is deleted once its line is written. Raises ConfigError where that cannot be, before anything is written.
     """
-    try:
-        project = tomllib.loads((APP / "pyproject.toml").read_text())
-        flat = flatten(project["tool"]["flwr"]["app"]["config"])
-        flat |= flatten(tomllib.loads(file.expanduser().read_text())) if file else {}
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"the settings cannot be read: {error}.") from None
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {assignment!r} is not key=value.")
-        try:
-            flat[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            flat[key] = value  # a string without quotes
-    for key in ("model", "data-dir"):  # Flower's engine runs in a folder of its own
-        if flat[key] and Path(str(flat[key])).expanduser().exists():
-            flat[key] = str(resolved_path(str(flat[key])))
-    return flat
 
-
-class Plan:
-    """All methods × partitions × seeds, in the folder ``output``. Raises ConfigError where that cannot be."""
-
-    def __init__(
-        self,
-        base: Settings,
-        strategies: list[str],
-        partitions: list[str],
-        seeds: list[int],
-        output: Path,
-        clients: int,
-        engine: Engine = "flower",
-    ) -> None:
-        if not (strategies and partitions and seeds) or base["evaluate"] == "off":
-            raise ConfigError(
-                "a comparison needs a method, a partition and a seed at least, and evaluate = 'server' or 'clients'."
-            )
+    def __init__(self, study: Study, output: Path, engine: Engine = "flower", results: Path | None = None) -> None:
         engines.check(engine)
-        self.base, self.seeds, self.output = base, seeds, output.expanduser().resolve()
-        self.clients, self.engine = clients, engine
-        pairs = [{"partition": partition, "strategy": strategy} for partition in partitions for strategy in strategies]
-        self.pairs = [parse(base | pair).to_dict() for pair in pairs]
-        self.runs = [self._job(pair, f"seed{seed}", seed=seed) for pair in self.pairs for seed in seeds]
-        self.metric = data.task(base["task"]).metric
+        self.study, self.engine, self.keeps = study, engine, results is None
+        self.output = output.expanduser().resolve()
+        self.configs = {pair: study.settings(*pair) for pair in study.pairs()}
+        for config in self.configs.values():
+            config |= pins.hold(parse(config), self.output / "commits.json")
+        self.metrics = {pair: data.metric(config) for pair, config in self.configs.items()}
+        jobs = [self._job(*pair, draw) for pair in study.pairs() for draw in study.draws]
+        if len({job.config["run-name"] for job in jobs}) < len(jobs):
+            raise ConfigError("two arms or cases have the same name but for spaces and signs; give one another name.")
+        self.journal = Journal(results or self.output / "results.jsonl")
         file = self.output / "clients"
-        now = f"{clients}" + (f" --engine {engine}" if engine != "flower" else "")  # times and memory differ
+        now = f"{study.clients}" + (f" --engine {engine}" if engine != "flower" else "")  # times and memory differ
         before = file.read_text().strip() if file.is_file() else now
         if before != now:
             raise ConfigError(f"{output} was made with --clients {before}, not {now}; choose another --output.")
+        defaults = settings(None, [])
+        self.journal.expect((*pair, self._defining(config), defaults) for pair, config in self.configs.items())
         self.output.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{now}\n")
+        self.journal.lock()
 
-    def sweep(self, count: int, console: Console) -> list[dict[str, Any]]:
-        """Try ``count`` learning rates for every pair; returns what :func:`choose` does, and writes sweep.json."""
-        if self.base["holdout"]:
-            raise ConfigError("a sweep holds training rows back by itself: leave out holdout, or --sweep.")
-        tried = [
-            self._job(pair, f"rate{rate:g}", "sweep", rate, seed=0, holdout=HOLDOUT)
-            for pair in self.pairs
-            for rate in grid(rate_of(pair), count)
-        ]
-        make(tried, self.clients, self.engine, console)
-        choices = choose(tried)
-        (self.output / "sweep" / "sweep.json").write_text(json.dumps(choices, indent=2) + "\n")
-        return choices
+    def close(self) -> None:
+        self.journal.close()
 
-    def run(self, choices: Sequence[Mapping[str, Any]], console: Console) -> dict[str, str]:
-        """Make all runs, at the rates of ``choices`` if there are any; returns why those that failed did, by name."""
-        rates = {(choice["strategy"], choice["partition"]): choice["best"] for choice in choices}
-        failures = {f"{s}-{p}": "every learning rate failed" for (s, p), best in rates.items() if best is None}
-        self.pairs = [pair for pair in self.pairs if f"{pair['strategy']}-{pair['partition']}" not in failures]
-        self.runs = [
-            self._job(pair, f"seed{seed}", "", rates.get((pair["strategy"], pair["partition"])), seed=seed)
-            for pair in self.pairs
-            for seed in self.seeds
-        ]
-        return failures | make(self.runs, self.clients, self.engine, console)
+    def make(self, console: Console, minutes: float | None = None) -> dict[str, str]:
+        """Make all runs, case by case, after a sweep if the study asks for one; returns why those that failed did.
+
+        Draws come one after another, each with every arm, so that what is there can be compared at any time. Raises
+        OutOfTime after ``minutes``; the run that was being made can be resumed.
+        """
+        deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        failures: dict[str, str] = {}
+        for case in self.study.cases:
+            failures |= self._make(self._tried(case), deadline, console)
+            rates = {arm: self.rate(case, arm) for arm in self.study.arms}
+            failures |= {f"{arm}-{case}": "every learning rate failed" for arm, rate in rates.items() if rate is None}
+            jobs = [
+                self._job(case, arm, draw, rate)
+                for draw in self.study.draws
+                for arm, rate in rates.items()
+                if rate is not None
+            ]
+            failures |= self._make(jobs, deadline, console)
+        return failures
+
+    def rate(self, case: str, arm: str) -> float | None:
+        """The learning rate of an arm in a case: that of its settings, or what the sweep chose. None if all failed."""
+        config = self.configs[case, arm]
+        return self.choice(case, arm)["best"] if self.study.rates else rate_of(config)
+
+    def choice(self, case: str, arm: str) -> dict[str, Any]:
+        """What a sweep found: the rate with the best score, the mean over the sweep's draws.
+
+        ``best`` is None where no rate has completed every draw; ``edge`` says that a better one may lie outside the
+        grid.
+        """
+        config, every = self.configs[case, arm], self._tried(case)
+        rates = grid(rate_of(config), self.study.rates)
+        scores: list[float | None] = []
+        for rate in rates:
+            lines = [self._line(job) for job in every if job.arm == arm and rate_of(job.config) == rate]
+            whole = [paired.score(line["rounds"]) for line in lines if line]
+            scores.append(fmean(whole) if len(whole) == len(lines) else None)
+        ranked = [(score, rate) for score, rate in zip(scores, rates, strict=True) if score is not None]
+        top = metrics.best(self.metrics[case, arm], (score for score, _ in ranked)) if ranked else None
+        best = max((rate for score, rate in ranked if score == top), default=None)
+        found = {"case": case, "arm": arm, "strategy": config["strategy"], "partition": config["partition"]}
+        return found | {"rates": rates, "scores": scores, "best": best, "edge": best in (rates[0], rates[-1])}
+
+    def lines(self, case: str, arm: str) -> dict[int, dict[str, Any]]:
+        """The finished runs of an arm in a case, at its learning rate: draw -> line of the journal."""
+        rate = self.rate(case, arm)
+        jobs = [self._job(case, arm, draw, rate) for draw in self.study.draws] if rate is not None else []
+        return {job.draw: line for job in jobs if (line := self._line(job))}
 
     def save(self, command: str) -> dict[str, Any]:
-        """Write results.csv and results.json; returns what the latter holds."""
-        table = rows(self.runs)
+        """Write results.csv, results.json and, of a sweep, sweep.json; returns what results.json holds."""
+        for case, arm in self.study.pairs():
+            made = [line for line in self.journal.find(case, arm) if not line["sweep"]]
+            if others := sum(line["rate"] != self.rate(case, arm) for line in made):
+                told = f"{others} runs of arm {arm!r} in case {case!r} had another learning rate and are not counted."
+                self.journal.notes.append(f"{self.journal.file}: {told}")
+        table = [self._row(*pair) for pair in self.study.pairs()]
         with open(self.output / "results.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]) if table else [])
+            writer = csv.DictWriter(file, list(table[0]))
             writer.writeheader()
             writer.writerows(table)
-        runs = [(config["seed"], _run(config)) for config in self.runs if _run(config).path.exists()]
+        pairs = []
+        for case in self.study.cases:
+            arms = {arm: self.lines(case, arm) for arm in self.study.arms}
+            curves = {arm: {draw: line["rounds"] for draw, line in lines.items()} for arm, lines in arms.items()}
+            pairs += [{"case": case, **row} for row in paired.differences(curves)]
         facts = {
             "command": command,
-            "task": self.base["task"],
-            "metric": self.metric,
-            "head": self.base["head"],
-            "clients": self.clients,
+            "task": ", ".join(dict.fromkeys(config["task"] for config in self.configs.values())),
+            "metric": ", ".join(dict.fromkeys(self.metrics.values())),
+            "head": ", ".join(dict.fromkeys(config["head"] for config in self.configs.values())),
+            "clients": self.study.clients,
             "engine": self.engine,
             "rows": table,
-            "runs": [{"run": run.path.name, "seed": seed, "status": run.status, **measures(run)} for seed, run in runs],
+            "pairs": pairs,
+            "results": str(self.journal.file),
         }
         (self.output / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
+        if self.study.rates:
+            (self.output / "sweep").mkdir(exist_ok=True)
+            choices = [self.choice(*pair) for pair in self.study.pairs()]
+            (self.output / "sweep" / "sweep.json").write_text(json.dumps(choices, indent=2) + "\n")
         return facts
 
-    def _job(self, pair: Settings, what: str, inside: str = "", rate: float | None = None, **changes: Any) -> Settings:
-        name = f"{pair['strategy']}-{pair['partition']}-{what}"
-        places = {"output-dir": str(self.output / inside), "run-name": name, "resume": ""}
-        key = STRATEGIES[pair["strategy"]].learning_rate_key
-        return parse(pair | changes | places | {key: rate or pair[key]}).to_dict()
-
-
-def rate_of(config: Settings) -> float:
-    """The learning rate of the config's own method."""
-    return config[STRATEGIES[config["strategy"]].learning_rate_key]
-
-
-def grid(rate: float, count: int) -> list[float]:
-    """``count`` rates, each twice the one before, ``rate`` in their middle or just below it."""
-    return [float(f"{rate * FACTOR ** (i - (count - 1) // 2):.6g}") for i in range(count)]
-
-
-def choose(tried: Sequence[Settings]) -> list[dict[str, Any]]:
-    """Per strategy and partition the rate with the best score: the mean metric of a completed run's last rounds.
-
-    ``best`` is None where no run has completed; ``edge`` says that a better one may lie outside the grid.
-    """
-    choices = []
-    for (strategy, partition), group in _by_pair(tried).items():
-        rates, scores = [rate_of(config) for config in group], [_score(_run(config)) for config in group]
-        ranked = [(score, rate) for score, rate in zip(scores, rates, strict=True) if score is not None]
-        metric = data.task(group[0]["task"]).metric
-        top = metrics.best(metric, (score for score, _ in ranked)) if ranked else None
-        best = max((rate for score, rate in ranked if score == top), default=None)
-        choice = {"strategy": strategy, "partition": partition, "rates": rates, "scores": scores, "best": best}
-        choices.append(choice | {"edge": best in (rates[0], rates[-1])})
-    return choices
-
-
-def make(wanted: Sequence[Settings], clients: int, engine: Engine, console: Console) -> dict[str, str]:
-    """Make the runs that are not complete yet; returns why those that failed did, by run-name.
-
-    Raises ConfigError, before anything starts, if a folder holds a run with other settings.
-    """
-    todo = [config for config in wanted if not _complete(config)]
-    failures: dict[str, str] = {}
-    bar = Progress(
-        "rounds", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), speed_estimate_period=7200, console=console
-    )
-    before = [_rounds(config) for config in todo]
-    missing = [config["num-server-rounds"] - made for config, made in zip(todo, before, strict=True)]
-    task = bar.add_task("", total=sum(missing))
-    with Live(console=console, transient=True) as live:
-        for i, config in enumerate(todo):
-            title = f"{len(wanted) - len(todo) + i + 1} of {len(wanted)}  {config['run-name']}"
-            with closing(_play(config, clients, engine)) as playing:
-                for _ in playing:
-                    live.update(Group(Text(f"{title}\n{_last(config)}"), bar))
-                    bar.update(task, completed=sum(missing[:i]) + _rounds(config) - before[i])
-            if _run(config).status != "completed":
-                failures[config["run-name"]] = _why(config)
-            told = failures.get(config["run-name"], _last(config))
-            console.print(f"{title}  {told}", markup=False, highlight=False, soft_wrap=True)
-    return failures
-
-
-def rows(made: Sequence[Settings]) -> list[dict[str, Any]]:
-    """One row per strategy and partition over its completed runs: mean and sample sd of the last metric, mean costs."""
-    table = []
-    for (strategy, partition), group in _by_pair(made).items():
-        figures = [measures(_run(config)) for config in group if _run(config).status == "completed"]
-        mean, sd = mean_sd([f["metric"] for f in figures])
-        row = {"strategy": strategy, "partition": partition, "learning_rate": rate_of(group[0]), "seeds": len(figures)}
-        row |= {"metric": mean, "metric_sd": sd}
+    def _row(self, case: str, arm: str) -> dict[str, Any]:
+        """An arm in a case over its finished runs: means, and sample sds of the last metric and of the score."""
+        config, lines = self.configs[case, arm], list(self.lines(case, arm).values())
+        row: dict[str, Any] = {"case": case, "arm": arm, "strategy": config["strategy"]}
+        row |= {"partition": config["partition"], "learning_rate": self.rate(case, arm), "draws": len(lines)}
+        row["metric"], row["metric_sd"] = mean_sd([line["rounds"][-1][1] for line in lines])
+        row["score"], row["score_sd"] = mean_sd([paired.score(line["rounds"]) for line in lines])
         for key in ("uplink_mb", "downlink_mb", "paper_mb", "client_peak_mb", "step_ms", "seconds_per_round", "lost"):
-            row[key] = mean_sd([f[key] for f in figures])[0]
-        table.append(row)
-    return table
+            row[key] = mean_sd([line["figures"][key] for line in lines])[0]
+        return row
+
+    def _make(self, wanted: Sequence[Job], deadline: float | None, console: Console) -> dict[str, str]:
+        """Make the runs that are not finished yet, those that failed before last; returns why those that failed did.
+
+        Raises ConfigError, before anything starts, if a folder holds a run with other settings.
+        """
+        todo = [job for job in wanted if not self._finished(job)]
+        todo.sort(key=lambda job: job.run.status.startswith("failed"))
+        failures: dict[str, str] = {}
+        bar = Progress(
+            "rounds",
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            speed_estimate_period=7200,
+            console=console,
+        )
+        before = [_rounds(job.config) for job in todo]
+        missing = [job.config["num-server-rounds"] - made for job, made in zip(todo, before, strict=True)]
+        task = bar.add_task("", total=sum(missing))
+        with Live(console=console, transient=True) as live:
+            for i, job in enumerate(todo):
+                title = f"{len(wanted) - len(todo) + i + 1} of {len(wanted)}  {job.config['run-name']}"
+                with closing(_play(job.config, self.study.clients, self.engine)) as playing:
+                    for _ in playing:
+                        if deadline is not None and time.monotonic() > deadline:
+                            raise OutOfTime
+                        live.update(Group(Text(f"{title}\n{_last(job.config)}"), bar))
+                        bar.update(task, completed=sum(missing[:i]) + _rounds(job.config) - before[i])
+                told = _last(job.config)
+                if not self._finished(job):
+                    told = failures[job.config["run-name"]] = _why(job.config)
+                console.print(f"{title}  {told}", markup=False, highlight=False, soft_wrap=True)
+        return failures
+
+    def _finished(self, job: Job) -> bool:
+        """Whether the journal has the run's line; a completed run without one gets it."""
+        if self._line(job):
+            return True
+        if not _complete(job.config):
+            return False
+        config = job.config
+        about = {"case": job.case, "arm": job.arm, "task": config["task"], "metric": self.metrics[job.case, job.arm]}
+        about |= {"config": self._defining(self.configs[job.case, job.arm])}
+        self.journal.add(about, journal.line_of(job.run, job.draw, rate_of(config), job.sweep))
+        if not self.keeps:
+            shutil.rmtree(job.run.path)
+            for ending in (".log", ".toml"):
+                _beside(config, ending).unlink(missing_ok=True)
+        return True
+
+    def _line(self, job: Job) -> dict[str, Any] | None:
+        wanted = {"draw": job.draw, "rate": rate_of(job.config), "sweep": job.sweep}
+        found = (line for line in self.journal.find(job.case, job.arm) if wanted.items() <= line.items())
+        return next(found, None)
+
+    def _tried(self, case: str) -> list[Job]:
+        """The runs of a sweep in a case, the same learning rates and draws for every arm."""
+        return [
+            self._job(case, arm, draw, rate, sweep=True)
+            for arm in self.study.arms
+            for draw in self.study.sweep_draws
+            for rate in grid(rate_of(self.configs[case, arm]), self.study.rates)
+        ]
+
+    def _job(self, case: str, arm: str, draw: int, rate: float | None = None, sweep: bool = False) -> Job:
+        config, vary = self.configs[case, arm], self.study.vary
+        drawn = f"{'seed' if vary == 'seed' else 'draw'}{draw}"
+        parts = [arm, case, drawn]
+        if sweep:
+            parts = [arm, case, f"rate{rate:g}", *([drawn] if len(self.study.sweep_draws) > 1 else [])]
+        name = re.sub(r"[^\w.=-]+", "-", "-".join(parts))
+        places = {"output-dir": str(self.output / ("sweep" if sweep else "")), "run-name": name, "resume": ""}
+        key = STRATEGIES[config["strategy"]].learning_rate_key
+        changes = {vary: draw, key: rate or config[key]} | ({"holdout": HOLDOUT} if sweep else {})
+        return Job(case, arm, draw, parse(config | changes | places).to_dict(), sweep)
+
+    def _defining(self, config: Settings) -> dict[str, Any]:
+        return journal.defining(config, self.study.clients, self.study.vary)
 
 
 def _play(config: Settings, clients: int, engine: Engine) -> Generator[None]:
@@ -220,7 +273,7 @@ def _play(config: Settings, clients: int, engine: Engine) -> Generator[None]:
         run.set_status("running")  # so that an old failure is not taken for a new one
         config = config | {"resume": str(run.path)}
     file.write_text("".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items()))
-    yield from engines.play(engine, file, clients, log)
+    yield from engines.play(engine, file, clients, int(config["clients-per-node"]), log)
 
 
 def _why(config: Settings) -> str:
@@ -259,17 +312,4 @@ def _rounds(config: Settings) -> int:
 def _last(config: Settings) -> str:
     """The newest round of a run in one line."""
     figures = _run(config).metrics()[-1:]
-    return line(figures[0], parse(config), data.task(config["task"]).metric) if figures else "starting"
-
-
-def _score(run: Run) -> float | None:
-    """What a sweep goes by; None for a run that did not complete."""
-    metrics = [figures["metric"] for figures in run.metrics() if figures["round"]]
-    return fmean(metrics[-LAST:]) if run.status == "completed" else None
-
-
-def _by_pair(made: Sequence[Settings]) -> dict[tuple[str, str], list[Settings]]:
-    groups: dict[tuple[str, str], list[Settings]] = {}
-    for config in made:
-        groups.setdefault((config["strategy"], config["partition"]), []).append(config)
-    return groups
+    return line(figures[0], parse(config), data.metric(config)) if figures else "starting"

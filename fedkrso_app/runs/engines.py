@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedkrso_app.config import ConfigError
+from fedkrso_app.federation.local import nodes_of
 
 Engine = Literal["flower", "process"]
 
@@ -23,14 +24,15 @@ def check(engine: Engine) -> None:
         raise ConfigError(f"Flower's command {FLWR} is missing: pip install -r requirements.txt.")
 
 
-def play(engine: Engine, settings: Path, clients: int, log: Path) -> Generator[None]:
-    """Make or resume the run that the file ``settings`` describes; yields now and then until it has ended.
+def play(engine: Engine, settings: Path, clients: int, each: int, log: Path) -> Generator[None]:
+    """Make or resume the run that the file ``settings`` describes, with ``each`` clients at a node; yields now and then
+    until it has ended.
 
     A generator that is closed before stops the run, which can be resumed.
     """
     command: list[str | Path] = [sys.executable, "-m", "fedkrso_app.local_app", settings, str(clients)]
     if engine == "flower":
-        federation = f"num-supernodes={clients} client-resources-num-cpus=1"
+        federation = f"num-supernodes={nodes_of(clients, each)} client-resources-num-cpus=1"
         command = [FLWR, "run", APP, "--stream", "--federation-config", federation, "--run-config", settings]
     with open(log, "w") as output:
         # A session of its own, so that Ctrl-C reaches us alone and the run can be stopped in order.

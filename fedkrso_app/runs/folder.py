@@ -16,7 +16,7 @@ from fedkrso_app.data import hub
 from fedkrso_app.strategies import parse
 
 _LIBRARIES = ("flwr", "torch", "transformers", "datasets", "flwr-datasets", "peft", "numpy", "safetensors")
-# Settings that touch only where a run is kept and what is told of it.
+# Settings that touch only where a run is kept and what is shown of it.
 ASIDE = ("resume", "run-name", "output-dir", "tracker", "client-metrics")
 # What a resumed run may set anew; everything else must be what the run began with.
 _FREE = (*ASIDE, "num-server-rounds", "min-replies", "round-timeout")

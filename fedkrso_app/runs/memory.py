@@ -40,6 +40,7 @@ class Memory:
     aside: int = 0  # W^t, kept to give the model back unchanged
     standing: int = 0  # all that is there when the second step begins
     stepping: int = 0  # most at any moment of that step's optimizers
+    grown: int = 0  # what these hold beyond ``optimizer``, which is after the first step
     trained: int = 0  # how many numbers get a gradient
     steps: int = 0
 
@@ -104,7 +105,7 @@ def measured(module: nn.Module) -> Iterator[Memory]:
     def forward(module: nn.Module, args: Any) -> None:
         nonlocal start
         if not memory.weights:
-            # W of a target is no parameter of the module while a SubspaceLinear stands in its place.
+            # W of a target is no parameter of the module while a SubspaceLinear replaces its layer.
             inside = (part.W for part in module.modules() if isinstance(part, SubspaceLinear))
             memory.weights = total([*module.parameters(), *inside])
             storage.peak = start = storage.live
@@ -113,6 +114,10 @@ def measured(module: nn.Module) -> Iterator[Memory]:
 
     def backward(gradient: Tensor) -> None:  # by now nothing but the graph holds what the forward pass made
         memory.activations = memory.activations or storage.live - start
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if output.loss.requires_grad:  # not in a closure of a zeroth-order step
+            output.loss.register_hook(backward)
 
     def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         memory.peak = memory.peak or storage.peak - start
@@ -126,13 +131,15 @@ def measured(module: nn.Module) -> Iterator[Memory]:
         memory.steps = max(stepped.values())
         if memory.steps == 1:
             memory.optimizer += total(_state(optimizer))
+            memory.grown -= total(_state(optimizer))
         else:
+            memory.grown += total(_state(optimizer))
             memory.stepping = max(memory.stepping, before + storage.peak)
 
     with ExitStack() as stack:
         for handle in (
             module.register_forward_pre_hook(forward),
-            module.register_forward_hook(lambda module, args, output: output.loss.register_hook(backward) and None),
+            module.register_forward_hook(after),
             register_optimizer_step_pre_hook(before_step),
             register_optimizer_step_post_hook(after_step),
         ):
@@ -154,8 +161,8 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 class Storage(TorchDispatchMode):
     """Bytes of the tensors made inside: ``live`` now and at the ``peak``. Works on the meta device too.
 
-    There a model that looks into its masks (are they all ones? which labels are given?) is told that all holds, and who
-    reports a loss that it is 1. Other operations that want values raise a RuntimeError, with a note that names them.
+    There, a model that asks whether a mask is all ones, or which labels are given, gets yes, and a loss that is read is
+    1. Other operations that want values raise a RuntimeError, with a note that names them.
     """
 
     def __init__(self) -> None:

@@ -3,17 +3,16 @@
 import base64
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-from fedkrso_app import data
 from fedkrso_app.config import ConfigError
 from fedkrso_app.runs.results import Line
 from fedkrso_app.training.metrics import LOWER_IS_BETTER
@@ -26,10 +25,20 @@ _MARKERS, _DASHES = "osD^vPX", ["-", "--", "-.", (0, (1, 1.2)), (0, (6, 1, 1, 1,
 Picture = tuple[str, str, str]  # title, note, an SVG file as a data URL
 
 
+class Curves(Protocol):
+    """What a line of a picture is drawn from: a method's runs, or an arm's."""
+
+    label: str
+    style: int
+
+    def curves(self) -> tuple[list[int], list[float], list[list[float]]]:
+        """Rounds, megabytes of one client up to each, and in each the metrics of the repeats."""
+
+
 def of(here: list[Line], metric: str) -> list[Picture]:
     """The pictures of one setting: the metric over megabytes and over rounds, bytes, time and memory, replies."""
     drawn, counted = [h for h in here if len(h.curves()[0]) > 1], [h for h in here if any(h.of("rounds"))]
-    pictures = [_metric(drawn, metric, by_bytes) for by_bytes in (True, False)] if drawn else []
+    pictures = [curves(drawn, metric, by_bytes) for by_bytes in (True, False)] if drawn else []
     return pictures + ([_bytes(counted), _costs(counted), _replies(counted)] if counted else [])
 
 
@@ -47,7 +56,8 @@ def save(found: Sequence[Line], file: Path) -> None:
     figure = Figure(figsize=(9, 3.8 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, setting in zip(panels, settings, strict=False):
-        _curves(axes, [line for line in found if line.setting == setting], data.task(setting[0]).metric, True)
+        here = [line for line in found if line.setting == setting]
+        _curves(axes, here, here[0].metric, True)
         axes.set_title(_plain(", ".join(setting)), fontsize=11)
     for axes in panels[len(settings) :]:
         axes.remove()
@@ -58,7 +68,8 @@ def save(found: Sequence[Line], file: Path) -> None:
     Image.open(buffer).convert("RGB").quantize(64).save(file, format="png", optimize=True)  # a third of the bytes
 
 
-def _metric(here: list[Line], metric: str, by_bytes: bool) -> Picture:
+def curves(here: Sequence[Curves], metric: str, by_bytes: bool) -> Picture:
+    """The metric against megabytes or over the rounds."""
     figure = Figure(figsize=(4.9, 3.8), layout="constrained")
     _curves(figure.subplots(), here, metric, by_bytes)
     _legend(figure)
@@ -67,7 +78,29 @@ def _metric(here: list[Line], metric: str, by_bytes: bool) -> Picture:
     return _picture(figure, title, f"{better} and to the left is better." if by_bytes else "")
 
 
-def _curves(axes: Axes, here: list[Line], metric: str, by_bytes: bool) -> None:
+def forest(rows: Sequence[Mapping[str, Any]], metric: str) -> Picture:
+    """The rows of :func:`paired.differences`: each mean with its interval, at equal steps and at equal bytes."""
+    pairs = list(dict.fromkeys((row["a"], row["b"]) for row in rows))
+    figure = Figure(figsize=(4.9, 2 * (0.75 + 0.27 * len(pairs))), layout="constrained")
+    panels = dict(zip(("steps", "bytes"), figure.subplots(2, 1), strict=True))
+    for view, axes in panels.items():
+        axes.axvline(0, color="#1a1a1a", linewidth=1)
+        for row in rows:
+            if row["view"] == view:
+                place, mean = pairs.index((row["a"], row["b"])), row["mean"]
+                low, high = (mean, mean) if row["low"] is None else (row["low"], row["high"])
+                clear = low > 0 or high < 0
+                axes.plot([low, high], [place, place], color=_COLOURS[0], linewidth=2)
+                axes.plot([mean], [place], "o", color=_COLOURS[0], markerfacecolor=_COLOURS[0] if clear else "white")
+        axes.set_xlabel(f"difference in {metric}, at equal {view}")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_yticks(range(len(pairs)), [_plain(f"{a} − {b}") for a, b in pairs])
+        axes.set_ylim(len(pairs) - 0.45, -0.55)
+    note = "Means and 95 % intervals, paired over the draws. A full dot has an interval without 0."
+    return _picture(figure, "Paired differences", note)
+
+
+def _curves(axes: Axes, here: Sequence[Curves], metric: str, by_bytes: bool) -> None:
     """Means over the seeds, and bands from the lowest to the highest."""
     for line in here:
         rounds, spent, metrics = line.curves()

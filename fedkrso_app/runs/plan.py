@@ -21,7 +21,7 @@ from fedkrso_app.federation.nodes import sampled
 from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Figures, Instructions, Status
 from fedkrso_app.records.schema import Schema
-from fedkrso_app.runs.memory import client_memory
+from fedkrso_app.runs.memory import Memory, client_memory
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Method, Shapes
 from fedkrso_app.training import metrics, model
@@ -30,7 +30,7 @@ from fedkrso_app.training import metrics, model
 def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -> dict[str, Any]:
     """What ``fedkrso plan`` prints, one row per method: numbers, bytes, and memory by ``activation-memory``.
 
-    A setting whose memory cannot be counted stands in the row's ``refused``, with the reason. ``settings`` is a flat
+    A setting whose memory cannot be counted is in the row's ``refused``, with the reason. ``settings`` is a flat
     run config, ``clients`` the size of the federation. Raises ConfigError where the settings are wrong, or where the
     task's number of labels cannot be known.
     """
@@ -62,12 +62,13 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
         local = method.local(loaded)
         inputs = batch(loaded, task, config)
     if method.half not in halves:
-        halves[method.half] = client_memory(local, inputs, method.instructions(1))
+        halves[method.half] = heaviest([client_memory(local, inputs, turn) for turn in method.turns()])
     memories, refused = halves[method.half]
     more = method.client_bytes(lengths)
     kinds = ("weights", "gradients", "optimizer", "aside", "activations", "peak", "total")
     table = {
-        setting: {kind: getattr(memory, kind) + more * (kind in ("optimizer", "total")) for kind in kinds}
+        setting: {kind: getattr(memory, kind) for kind in kinds}
+        | {"optimizer": memory.optimizer + more, "total": memory.total + max(0, more - memory.grown)}
         for setting, memory in memories.items()
     }
     trained = next((memory.trained for memory in memories.values()), None)
@@ -81,6 +82,15 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
         "memory": table,
         "refused": refused,
     }
+
+
+def heaviest(turns: Sequence[tuple[dict[str, Memory], dict[str, str]]]) -> tuple[dict[str, Memory], dict[str, str]]:
+    """Of rounds of several kinds, by setting, the memory of that which takes most."""
+    memories, refused = turns[0]
+    return {
+        setting: max((memories[setting] for memories, _ in turns), key=lambda memory: memory.total)
+        for setting in memories
+    }, refused
 
 
 def batch(loaded: model.LoadedModel, task: data.Task, config: Config) -> dict[str, Tensor]:
@@ -120,13 +130,12 @@ def traffic(method: Method, clients: int, tally: int) -> tuple[dict[str, float],
 
     answer = protocol.trained(Status(1), wire.pack({}), Figures(1000, 0.5, 1.0, 2**30))  # numbers of the usual size
     answer.pop(protocol.UPDATE)
-    costs = {**costs, "up": wire.measured_bytes(answer) + record_bytes(method.reply.travelling, up)}
+    costs = {**costs, "up": wire.measured_bytes(answer) + usual_bytes(method.reply.travelling, up)}
 
     instructions = Instructions("0" * 16, 0, "0" * 64, round=1, method=method.instructions(1))
     question = wire.measured_bytes(RecordDict({TRAIN: instructions.record()}))
     entry = method.entry.travelling
-    entry, first = entry.only([name for name, f in entry.fields.items() if not f.optional]), entry.start
-    newest = record_bytes(entry, down)
+    first, newest = entry.start, usual_bytes(entry, down)
     if config.evaluate != "server":
         first = first.only([])  # a server without a model leaves the start to the seed
     judged = config.evaluate == "clients"
@@ -137,15 +146,26 @@ def traffic(method: Method, clients: int, tally: int) -> tuple[dict[str, float],
     # Whoever has judged a round has its entry when it trains next.
     later = newest * (1 - share) if judged else newest
     entries = share * (record_bytes(first, down) + (rounds - 1) * later + rounds * judged * newest)
+    for missed in range(1, entry.span or 1):
+        # Who was not asked in the rounds before lacks what the newest entry does not replace.
+        alone = [record_bytes(entry.only([name]), down) for name in entry.in_turn]
+        entries += share * (rounds - 1) * (1 - share) ** (missed + judged) * sum(alone) / len(alone)
     if entry.span is None:
         # Of several entries only the newest has its states.
-        older, oldest = entry.only(entry.named("update", "key")), first.only(set(first.fields) - set(entry.fields))
+        (steady,) = entry.usual
+        older, oldest = steady.only(entry.named("update", "key")), first.only(set(first.fields) - set(steady.fields))
         updates, latest = entries_received(share, rounds + judged), share * (rounds + judged - 1)
         late = (1 - share) * (1 - (1 - share) ** (rounds - 1))  # first asked after round 1
         entries = share * record_bytes(first, down) + latest * newest
         entries += (updates - latest) * record_bytes(older, down) + late * record_bytes(oldest, down)
     costs["down"] = question + entries / (share * rounds)
     return {**costs, "run": rounds * asked * (costs["up"] + costs["down"])}, up
+
+
+def usual_bytes(schema: Schema, lengths: Mapping[str, float]) -> float:
+    """:func:`record_bytes` of an entry after the first, or of a reply; of arrays that take turns, the mean."""
+    kinds = schema.usual
+    return sum(record_bytes(kind, lengths) for kind in kinds) / len(kinds)
 
 
 def record_bytes(schema: Schema, lengths: Mapping[str, float]) -> float:

@@ -16,7 +16,7 @@ from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.federation.replica import NeedSync, Replica, first_needed
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.records import wire
-from fedkrso_app.records.ledger import Entry, Ledger, LedgerError
+from fedkrso_app.records.ledger import Ledger, LedgerError
 from fedkrso_app.records.schema import Schema
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.strategies import make
@@ -63,7 +63,7 @@ def replayed(
     run: Run, entries: Ledger, to: int, own: Arrays | None = None
 ) -> tuple[model.LoadedModel, Mapping[str, Any]]:
     """The loaded model, and its plain state at version ``to`` with the personal arrays ``own``."""
-    loaded, steps = _steps(run, entries, range(first_needed(-1, to, method_of(run.config).entry.span), to + 1))
+    loaded, steps = walked(run, entries, range(first_needed(-1, to, method_of(run.config).entry.span), to + 1))
     *_, (_, local) = steps
     local.adopt(own or {})
     return loaded, local.plain_state()
@@ -75,7 +75,7 @@ def method_of(config: Config) -> Method:
     return make(config, Shapes.of(model.outline(config.model, data.resolve(config).num_labels, config.head)))
 
 
-def _steps(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.LoadedModel, Iterator[tuple[int, Local]]]:
+def walked(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.LoadedModel, Iterator[tuple[int, Local]]]:
     """The loaded model, and each of ``versions`` with the half that has brought the model there."""
     config = run.config
     threads.hold(config.torch_threads)
@@ -101,7 +101,10 @@ def _steps(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.Lo
 
 def moved(run: Run, entries: Ledger) -> dict[int, dict[str, float]]:
     """Of every entry whose predecessor is there: target layer, or ``head`` -> Frobenius norm of what it moved."""
-    loaded, steps = _steps(run, entries, entries.versions())
+    span, versions = method_of(run.config).entry.span, entries.versions()
+    if span:  # the oldest on disk may need others that the ledger has dropped
+        versions = [v for v in versions if first_needed(-1, v, span) >= versions[0]]
+    loaded, steps = walked(run, entries, versions)
     parts = {name: [f"{name}.weight"] for name in loaded.targets} | ({"head": list(loaded.head)} if loaded.head else {})
     lengths: dict[int, dict[str, float]] = {}
     last, before = -1, dict[str, Any]()
@@ -117,27 +120,29 @@ def moved(run: Run, entries: Ledger) -> dict[int, dict[str, float]]:
 
 def described(run: Run, entries: Ledger) -> Iterator[dict[str, Any]]:
     """What every entry on disk says, as JSON would have it."""
-    schema, before = method_of(run.config).entry, None
+    schema, states, last = method_of(run.config).entry, dict[str, np.ndarray](), -1
     for version in entries.versions():
         entry = entries.read(version)
         entry = replace(entry, arrays=wire.decode(entry.arrays))
+        if version != last + 1:
+            states = {}
         yield {
             "version": version,
             **{key: value for key, value in entry.record.items() if key != "version"},
             "arrays": {name: list(value.shape) for name, value in entry.arrays.items()},
             "disk_bytes": (entries.folder / f"{version:06d}.safetensors").stat().st_size,
-            "norms": _norms(entry, before, schema),
+            "norms": _norms(entry.arrays, states, schema),
         }
-        before = entry
+        states |= {name: entry.arrays[name] for name in schema.named("state") if name in entry.arrays}
+        last = version
 
 
-def _norms(entry: Entry, before: Entry | None, schema: Schema) -> dict[str, float]:
-    """L2 norms of an entry's updates, and of the changes of its states since the entry ``before``."""
+def _norms(arrays: Arrays, before: Arrays, schema: Schema) -> dict[str, float]:
+    """L2 norms of an entry's updates, and of the changes of its states since those ``before``."""
     norms = {}
-    earlier = before.arrays if before is not None and before.version == entry.version - 1 else {}
-    for name, value in entry.arrays.items():
+    for name, value in arrays.items():
         if schema.fields[name].role == "update":
             norms[name] = float(np.linalg.norm(value.astype(np.float64)))
-        elif schema.fields[name].role == "state" and name in earlier:
-            norms[name] = float(np.linalg.norm(value.astype(np.float64) - earlier[name]))
+        elif schema.fields[name].role == "state" and name in before:
+            norms[name] = float(np.linalg.norm(value.astype(np.float64) - before[name]))
     return norms

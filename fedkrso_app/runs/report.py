@@ -1,12 +1,11 @@
 """Runs as one HTML page that needs nothing else: what was learned, sent and spent, and with which settings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Template
 
-from fedkrso_app import data
 from fedkrso_app.runs import pictures
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.results import Line, lines, mean_sd, plus_minus, text
@@ -20,6 +19,13 @@ _MEANS = {
     "ms per step": ("step_ms", 0),
     "client MB": ("client_peak_mb", 0),
 }
+_FOOTER = (
+    "The tables show the metric after the last round, ± the sample standard deviation over the seeds. Curves are means "
+    "over the seeds; bands reach from the lowest to the highest. MB are 10^6 bytes per client and round, measured on "
+    "the wire; MB, paper: both ways by the paper's formula. What a client has sent and received is that of one asked "
+    "in every round. Seconds are medians over the rounds. A client's memory is the peak of its process, or of its GPU "
+    "if it has one. Incomplete runs count only where a line has no complete one."
+)
 _SUMS = {"replies": "clients", "refused": "refused", "failed": "failed"}
 
 
@@ -27,19 +33,30 @@ def write(runs: Sequence[Run], file: Path) -> None:
     """Write the page about ``runs`` to ``file``."""
     found = lines(runs)
     settings = dict.fromkeys(line.setting for line in found)
-    page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"), autoescape=True).render(
-        tasks=", ".join(dict.fromkeys(line.config["task"] for line in found)),
-        methods=", ".join(dict.fromkeys(line.config["strategy"] for line in found)),
-        runs=len(runs),
-        cut="; ".join(f"{run.path.name} ({run.status})" for run in runs if run.status != "completed"),
-        sections=[_section(setting, [line for line in found if line.setting == setting]) for setting in settings],
-        **_settings(runs),
+    cut = "; ".join(f"{run.path.name} ({run.status})" for run in runs if run.status != "completed")
+    flat = [run.info["config"] | run.info["libraries"] | {"status": run.status} for run in runs]
+    render(
+        file,
+        f"Federated fine-tuning on {', '.join(dict.fromkeys(line.config['task'] for line in found))}",
+        f"{len(runs)} run(s) of {', '.join(dict.fromkeys(line.config['strategy'] for line in found))}.",
+        [_section(setting, [line for line in found if line.setting == setting]) for setting in settings],
+        settings_of({run.path.name: config for run, config in zip(runs, flat, strict=True)}, "run"),
+        _FOOTER,
+        f"Not complete: {cut}." if cut else "",
     )
+
+
+def render(
+    file: Path, title: str, intro: str, sections: list[dict[str, Any]], settings: dict[str, Any], footer: str, note: str
+) -> None:
+    """Write the page: of every section its title, pictures, and tables as (head, rows); then the settings."""
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"), autoescape=True)
+    page = template.render(title=title, intro=intro, sections=sections, footer=footer, note=note, **settings)
     file.write_text(page, encoding="utf-8")
 
 
 def _section(setting: tuple[str, str], here: list[Line]) -> dict[str, Any]:
-    metric = data.task(setting[0]).metric
+    metric = here[0].metric
     rows = [
         [
             line.label,
@@ -53,20 +70,15 @@ def _section(setting: tuple[str, str], here: list[Line]) -> dict[str, Any]:
     ]
     head = ["method", "rate", "seeds", metric, *_MEANS, *_SUMS]
     heads = dict.fromkeys(line.config.get("head", "dense") for line in here)
-    return {
-        "title": ", ".join([*setting, f"head {' and '.join(heads)}"]),
-        "pictures": pictures.of(here, metric),
-        "head": head,
-        "rows": rows,
-    }
+    title = ", ".join([*setting, f"head {' and '.join(heads)}"])
+    return {"title": title, "pictures": pictures.of(here, metric), "tables": [(head, rows)]}
 
 
-def _settings(runs: Sequence[Run]) -> dict[str, Any]:
-    """What all runs share, once; what differs, run by run."""
-    flat = [run.info["config"] | run.info["libraries"] | {"status": run.status} for run in runs]
+def settings_of(named: Mapping[str, Mapping[str, Any]], what: str) -> dict[str, Any]:
+    """What all settings share, once; what differs, by name. ``what`` the names are heads their column."""
+    flat = list(named.values())
     keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key not in ("run-name", "resume")]
     differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
     shared = {key: text(flat[0][key]) for key in keys if key not in differing}
-    pairs = zip(runs, flat, strict=True)
-    rows = [[run.path.name, *(text(values.get(key, "")) for key in differing)] for run, values in pairs]
-    return {"shared": shared, "differing": differing, "rows": rows}
+    rows = [[name, *(text(values.get(key, "")) for key in differing)] for name, values in named.items()]
+    return {"shared": shared, "differing": [what, *differing] if differing else [], "rows": rows}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkrso_app.config import ConfigError
+from fedkrso_app.data.tasks import metric
 from fedkrso_app.runs.folder import ASIDE, Run
 from fedkrso_app.strategies import STRATEGIES
 
@@ -76,10 +77,16 @@ class Line:
 
     @property
     def setting(self) -> tuple[str, str]:
-        """The task, and how its rows are shared out: what one picture is about."""
+        """The task with its metric, and how its rows are split among clients: what one picture is about."""
         c = self.config
-        alpha = f", α = {c['dirichlet-alpha']:g}" if c["partition"] == "dirichlet" else ""
-        return c["task"], {"iid": "IID", "dirichlet": "Dirichlet"}.get(c["partition"], c["partition"]) + alpha
+        alpha = f", α = {c['dirichlet-alpha']:g}" if c["partition"].startswith("dirichlet") else ""
+        schemes = {"iid": "IID", "dirichlet": "Dirichlet", "dirichlet-equal": "Dirichlet of equal size"}
+        task = c["task"] + (f" ({self.metric})" if c.get("metric") else "")
+        return task, schemes.get(c["partition"], c["partition"]) + alpha
+
+    @property
+    def metric(self) -> str:
+        return metric(self.config)
 
     @property
     def rate(self) -> float:

@@ -26,7 +26,7 @@ def check(trackers: str) -> None:
 
 @contextmanager
 def started(config: Config, run: Run, metric: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """The trackers of ``config``, which are told of its settings; yields what hands them a round's figures.
+    """The trackers of ``config``, which get its settings; yields what hands them a round's figures.
 
     Their files, of those that ask where to put them, lie in ``<run>/tracking``. Raises ConfigError where one cannot be
     started. What fails after that costs a warning for each tracker, never the run.

@@ -6,25 +6,53 @@ from typing import Any
 from fedkrso_app import config as common
 from fedkrso_app.config import Config, ConfigError, Settings, choice
 from fedkrso_app.strategies import options
-from fedkrso_app.strategies.base import Method, Shapes
+from fedkrso_app.strategies.base import Lora, Method, Shapes
+from fedkrso_app.strategies.decomfl import DeComFL
+from fedkrso_app.strategies.fed_dare import FedDARE
+from fedkrso_app.strategies.fedblock import FedBlock
+from fedkrso_app.strategies.fedex_lora import FedExLoRA
 from fedkrso_app.strategies.fedfft import FedFFT
 from fedkrso_app.strategies.fedit import FedIT
 from fedkrso_app.strategies.fedkrso import FedKRSO
+from fedkrso_app.strategies.fedkseed import FedKSeed, FedKSeedPro
+from fedkrso_app.strategies.fedmezo import FedMeZO
 from fedkrso_app.strategies.fedsa_lora import FedSALora
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
+from fedkrso_app.strategies.fedsvd import FedSVD
 from fedkrso_app.strategies.ffa_lora import FFALora
+from fedkrso_app.strategies.flexlora import FlexLoRA
+from fedkrso_app.strategies.flora import FLoRA
 from fedkrso_app.strategies.fr_lora import FeDeRA, FRLora
+from fedkrso_app.strategies.hetlora import HetLoRA
+from fedkrso_app.strategies.lora_fair import LoRAFAIR
+from fedkrso_app.strategies.rolora import RoLoRA
+from fedkrso_app.strategies.sketch import Ferret, Separate
 
 STRATEGIES: dict[str, type[Method]] = {
     "fedkrso": FedKRSO,
     "fedfft": FedFFT,
     "fedit": FedIT,
     "ffa-lora": FFALora,
+    "rolora": RoLoRA,
+    "fedsvd": FedSVD,
+    "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
+    "flora": FLoRA,
+    "fedex-lora": FedExLoRA,
+    "lora-fair": LoRAFAIR,
+    "fed-dare": FedDARE,
     "fedsa-lora": FedSALora,
     "fr-lora": FRLora,
     "federa": FeDeRA,
     "fedsrd": FedSRD,
     "fedsrd-e": FedSRDe,
+    "decomfl": DeComFL,
+    "fedkseed": FedKSeed,
+    "fedkseed-pro": FedKSeedPro,
+    "fedmezo": FedMeZO,
+    "fedblock": FedBlock,
+    "ferret": Ferret,
+    "separate": Separate,
 }
 
 
@@ -42,6 +70,11 @@ def parse(run_config: Mapping[str, Any]) -> Config:
             "set it to 'mean'."
         )
     options.check(method, config)
+    if Lora in method.settings and config.of(Lora).ranks and not method.ranked:
+        raise ConfigError(
+            f"lora.ranks = {config.of(Lora).ranks!r} does not go with {config.strategy}, whose clients share one rank: "
+            f"leave it empty, or take {', '.join(name for name, other in STRATEGIES.items() if other.ranked)}."
+        )
     method.check_settings(config)
     return config
 
@@ -55,11 +88,13 @@ def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
             f"evaluate = 'server' does not go with {config.strategy}, which leaves a part of the model at each client: "
             "set evaluate = 'clients'."
         )
-    unknown = set(method.reply.travelling.named("state")) - method.known_start().keys()
-    if judged and config.evaluate != "server" and config.wire_dtype != "float32" and unknown:
-        names = ", ".join(sorted(unknown))
-        raise ConfigError(
-            f"wire-dtype = {config.wire_dtype!r} needs evaluate = 'server': {names} would be rounded as differences to "
-            "a start that only a server with the model knows."
-        )
+    if judged and config.evaluate != "server" and config.wire_dtype != "float32":
+        entry = method.entry.travelling
+        every = {name for name in entry.named("state") if not entry.fields[name].optional}
+        unknown = (every | set(method.reply.travelling.named("state"))) - method.known_start().keys()
+        if unknown:
+            raise ConfigError(
+                f"wire-dtype = {config.wire_dtype!r} needs evaluate = 'server': {', '.join(sorted(unknown))} would be "
+                "rounded as differences to a start that only a server with the model knows."
+            )
     return method

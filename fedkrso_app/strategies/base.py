@@ -2,10 +2,10 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from fedkrso_app.config import Config, ConfigError, Settings, need, need_positive
 from fedkrso_app.core import lora
 from fedkrso_app.core.flat import unflatten
+from fedkrso_app.core.stacked import Group, Stack, StackedLora, Unstackable, replaced, stacked_linears
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Schema
-from fedkrso_app.training.loop import Session
-from fedkrso_app.training.model import LoadedModel
+from fedkrso_app.training.loop import Session, head_optimizer
+from fedkrso_app.training.model import LoadedModel, find_blocks
 
 Arrays = Mapping[str, np.ndarray]
+L = TypeVar("L", bound="Local")
 
 # ``wire-dtype`` -> the dtype of a head, and that of other states in a ledger entry, which every round rounds anew.
 _HEAD = {"float32": "float32", "float16": "float16", "int8": "int8", "int4": "int8"}
@@ -34,13 +36,15 @@ class Shapes:
     head: int  # what is trained of it
     parameters: int  # all
     frozen: int = 0  # what is left of the head
+    blocks: tuple[int, ...] = ()  # each transformer block
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> "Shapes":
         sizes = {name: (matrix(layer).shape[0], matrix(layer).shape[1]) for name, layer in loaded.targets.items()}
         head = sum(parameter.numel() for parameter in loaded.head.values())
         every = {name: parameter.numel() for name, parameter in loaded.module.named_parameters()}
-        return cls(sizes, head, sum(every.values()), sum(every[name] for name in loaded.frozen))
+        blocks = tuple(sum(parameter.numel() for parameter in block.values()) for block in find_blocks(loaded).values())
+        return cls(sizes, head, sum(every.values()), sum(every[name] for name in loaded.frozen), blocks)
 
     def outputs(self, rank: int) -> int:
         """Q = Σ m·r, the size of all B factors."""
@@ -104,13 +108,24 @@ class Local(ABC):
         return {}
 
     def adopt(self, own: Arrays) -> None:
-        """Take over a partition's arrays of role "personal", as its last session left them (empty: those at rest)."""
+        """Take over a partition's arrays of role "personal", as its last session left them (empty: those at rest), and
+        those of role "memory"."""
         for name, tensors in self.personal().items() if own else ():
             unflatten(own[name], tensors)
 
     def trained(self) -> list[Tensor]:
         """The tensors that a session changes."""
         return self.shared() + [tensor for tensors in self.personal().values() for tensor in tensors]
+
+    @contextmanager
+    def stacked(self, group: Group) -> Iterator[tuple[list["Local"], list[Stack]]]:
+        """Inside, the module computes the rows of a whole ``group`` of clients in one pass. Yields a half for each
+        client, whose session trains slices of the stacks that come with them.
+
+        Raises :class:`Unstackable` where clients have nothing in common that could be computed once, as here.
+        """
+        raise Unstackable("each of its clients trains the whole model")
+        yield
 
     def in_bfloat16(self, device: torch.device) -> "Local":
         """A copy to compute with on ``device``: bfloat16, but float32 where an optimizer works."""
@@ -133,13 +148,29 @@ class Lora(Settings):
 
     table = "lora"
     rank: int
+    ranks: str  # partition i trains at the i-th, counting on from the first after the last; "": all at ``rank``
     alpha: float
     learning_rate: float  # FedIT's
 
     def __post_init__(self) -> None:
         need(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        if self.ranks and not all(part.strip().isdecimal() and int(part) for part in self.ranks.split(",")):
+            raise ConfigError(f"lora.ranks = {self.ranks!r} is not a list of ranks; write for instance '8,4,4'.")
         need_positive("lora.alpha", self.alpha)
         need_positive("lora.learning-rate", self.learning_rate)
+
+    @property
+    def each(self) -> list[int]:
+        """The ranks that partitions take in turn."""
+        return [int(part) for part in self.ranks.split(",")] if self.ranks else [self.rank]
+
+    @property
+    def most(self) -> int:
+        """R, the rank of the factors that all have: a smaller one uses the first components."""
+        return max(self.each)
+
+    def of(self, partition: int) -> int:
+        return self.each[partition % len(self.each)]
 
 
 class LoraLocal(Local):
@@ -150,17 +181,60 @@ class LoraLocal(Local):
     def __init__(self, loaded: LoadedModel, config: Config) -> None:
         super().__init__(loaded, config)
         settings = config.of(Lora)
-        self.layers = lora.attach(self.module, list(self.targets), settings.rank, settings.alpha, config.seed)
+        # alpha / rank is the scale at every rank
+        alpha = settings.alpha * settings.most / settings.rank if settings.ranks else settings.alpha
+        self.layers = lora.attach(self.module, list(self.targets), settings.most, alpha, config.seed)
         self.module.requires_grad_(False)  # the new factors too: training turns on those that it trains
-        pairs = [lora.factors(layer) for layer in self.layers.values()]
-        tensors = {"A": [A for A, _ in pairs], "B": [B for _, B in pairs], "head": list(self.head.values())}
+        self.pairs = [lora.factors(layer) for layer in self.layers.values()]
+        tensors = {"A": [A for A, _ in self.pairs], "B": [B for _, B in self.pairs], "head": list(self.head.values())}
         self.tensors: dict[str, list[nn.Parameter]] = {name: tensors[name] for name in (*self.factors, "head")}
 
     def optimized(self) -> list[nn.Parameter]:
-        return [parameter for parameters in self.tensors.values() for parameter in parameters]
+        return [parameter for name in (*self.factors, "head") for parameter in self.tensors[name]]
+
+    def shared(self) -> list[Tensor]:
+        return [parameter.detach() for parameters in self.tensors.values() for parameter in parameters]
+
+    def trained(self) -> list[Tensor]:
+        own = [tensor for tensors in self.personal().values() for tensor in tensors]
+        return [parameter.detach() for parameter in self.optimized()] + own
+
+    def optimizers(self, factors: Sequence[str], learning_rate: float) -> list[torch.optim.Optimizer]:
+        """AdamW on the named ``factors`` (without decay) and on the head."""
+        parameters = [parameter for name in factors for parameter in self.tensors[name]]
+        adamw = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        return [adamw, head_optimizer(self.head, learning_rate)]
 
     def plain_state(self) -> dict[str, Tensor]:
         return lora.merged_state(self.module, self.layers)
+
+    @contextmanager
+    def stacked(self, group: Group) -> Iterator[tuple[list[Local], list[Stack]]]:
+        layers, heads = stacked_linears(self.module, list(self.head), group)
+        stacks = {id(self.head[name]): stack for name, stack in heads.items()}
+        for name, layer in self.layers.items():
+            A, B = lora.factors(layer)
+            stacks |= {id(factor): Stack(factor, group.clients) for factor in (A, B)}
+            both = stacks[id(A)].whole, stacks[id(B)].whole
+            layers[name] = StackedLora(layer.get_base_layer(), *both, lora.scaling(layer), group)
+        with replaced(self.module, layers):
+            yield [sliced(self, stacks, client) for client in range(group.clients)], list(stacks.values())
+
+
+def sliced(local: L, stacks: Mapping[int, Stack], client: int) -> L:
+    """``local`` for one client of a pass: the same, with slices in the place of the parameters that ``stacks`` (by the
+    id of the parameter) were made of."""
+
+    def swapped(value: Any) -> Any:
+        if isinstance(value, nn.Parameter) and id(value) in stacks:
+            return stacks[id(value)].slices[client]
+        if isinstance(value, dict):
+            return {key: swapped(item) for key, item in value.items()}
+        return type(value)(map(swapped, value)) if type(value) in (list, tuple) else value
+
+    own = copy.copy(local)
+    vars(own).update({name: swapped(value) for name, value in vars(local).items()})
+    return own
 
 
 class Method(ABC):
@@ -177,12 +251,15 @@ class Method(ABC):
     learning_rate_key: ClassVar[str]  # the key of the run config that holds its learning rate
     rank_key: ClassVar[str] = ""  # and its rank, if it has one
     linear: ClassVar[bool] = True  # the entry needs no more of the replies than the means of their summands
+    from_values: ClassVar[bool] = False  # and is no linear function of the states in them: they must be values
     local_head: ClassVar[bool] = False  # each client keeps a head of its own, unless client.head says otherwise
     zeroth_order: ClassVar[bool] = False  # its sessions take losses and no gradients
+    ranked: ClassVar[bool] = False  # clients may train at ranks of their own
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         self.config, self.shapes = config, shapes
         self.kept: dict[str, np.ndarray] = {}  # the newest arrays of role "server"; the round saves and restores them
+        self.replies = 0  # how many are in the newest entry
         rank, width = config.to_dict().get(self.rank_key, 0), min(min(size) for size in shapes.targets.values())
         if rank >= width:
             raise ConfigError(
@@ -212,6 +289,10 @@ class Method(ABC):
     def reply(self) -> Schema:
         """What a client's session ends with; its "personal" arrays stay at the node."""
 
+    def reply_of(self, partition: int) -> Schema:
+        """What the session of this partition's client ends with."""
+        return self.reply
+
     @property
     def entry(self) -> Schema:
         """What :meth:`conclude` ends with; the arrays of role "server" stay there. Must hold every state."""
@@ -224,7 +305,7 @@ class Method(ABC):
 
     @abstractmethod
     def paper_bytes(self) -> int:
-        """Bytes per client and round, both ways, by the paper's formula."""
+        """Bytes per client and round, both ways, by the paper's formula; it may count on ``replies``."""
 
     def expected(self, clients: int) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, float]]:
         """Expected lengths of the letters in ``reply`` and in ``entry`` where ``clients`` are asked in a round; and
@@ -232,7 +313,7 @@ class Method(ABC):
         return {}, {}, {}
 
     def client_bytes(self, lengths: Mapping[str, float]) -> int:
-        """Bytes that a client holds at the end of a round beyond those of its first two steps; ``lengths`` as those
+        """Bytes that a client holds at the end of a round beyond those after its first step; ``lengths`` as those
         expected in a reply."""
         return 0
 
@@ -246,6 +327,10 @@ class Method(ABC):
         """What the clients must know for this round beside the model."""
         return {}
 
+    def turns(self) -> Sequence[Mapping[str, Any]]:
+        """The instructions of one round of each kind: what clients train, and so their memory, may differ."""
+        return [self.instructions(1)]
+
     def check(self, arrays: Arrays, round: int) -> None:  # noqa: B027
         """Raise :class:`wire.Refused` where a reply fits its schema and is wrong all the same."""
 
@@ -255,7 +340,7 @@ class Method(ABC):
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         """The arrays of the next ledger entry."""
-        return {name: means.mean(name) for name in self.reply.travelling.fields}
+        return {name: means.mean(name) for name in self.reply.travelling.fields if name in means}
 
     def observe(self, version: int, arrays: Arrays) -> None:  # noqa: B027
         """See a ledger entry: each one once, in order, those before a resume included (the last ``span`` of them)."""

@@ -3,19 +3,21 @@
 The mean of B times the mean of A is not the mean of the products: FedIT's average is biased, which is its known price.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedkrso_app.config import Settings
 from fedkrso_app.core import lora
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies.base import Arrays, Lora, LoraLocal, Method
-from fedkrso_app.training.loop import Session, head_optimizer
+from fedkrso_app.training.loop import Session
 
 
 class FedITLocal(LoraLocal):
@@ -29,16 +31,12 @@ class FedITLocal(LoraLocal):
         return {name: flatten(tensors) for name, tensors in self.tensors.items()}
 
     def apply(self, arrays: Arrays) -> None:
-        for name, tensors in self.tensors.items():
-            unflatten(arrays[name], tensors)
+        for name, values in arrays.items():
+            unflatten(values, self.tensors[name])
 
     @contextmanager
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
-        rate = self.learning_rate()
-        factors = [tensor for name in self.factors for tensor in self.tensors[name]]
-        yield Session(
-            [torch.optim.AdamW(factors, lr=rate, weight_decay=0.0), head_optimizer(self.head, rate)], self.update
-        )
+        yield Session(self.optimizers(self.factors, self.learning_rate()), self.update)
 
     def learning_rate(self) -> float:
         return self.config.of(Lora).learning_rate
@@ -72,6 +70,13 @@ class FedIT(Method):
         A = [lora.initial_A(self.config.seed, name, rank, n) for name, (_, n) in targets]
         start = {"A": flatten(A), "B": np.zeros(self.shapes.outputs(rank), np.float32)}
         return {name: start[name] for name in self.half.factors}
+
+    def matrices(self, name: str, values: np.ndarray) -> list[Tensor]:
+        """The factor ``name`` of each layer (A: r × n, B: m × r) in an array of the wire, float64."""
+        rank = self.config.of(Lora).rank
+        shapes = [(rank, n) if name == "A" else (m, rank) for m, n in self.shapes.targets.values()]
+        parts = torch.from_numpy(values.astype(np.float64)).split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def paper_bytes(self) -> int:
         return 8 * sum(f.shape[0] for f in self.reply.travelling.fields.values())  # type: ignore[misc]

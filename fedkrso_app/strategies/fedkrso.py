@@ -10,8 +10,9 @@ B already contains -η; eq. 13 of the paper multiplies by η once more.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from fedkrso_app.config import Config, Settings, choice, need, need_positive
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import projections, stream
 from fedkrso_app.core.rso import RSO
+from fedkrso_app.core.stacked import Group, Stack, StackedSubspace, SubspaceSlice, replaced, stacked_linears
 from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear, attached, fold, matrix
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
-from fedkrso_app.strategies.base import Arrays, Local, Means, Method
+from fedkrso_app.strategies.base import Arrays, Local, Means, Method, sliced
 from fedkrso_app.training.loop import Session, head_optimizer
 
 
@@ -86,8 +88,7 @@ class FedKRSOLocal(Local):
         settings = self.config.of(FedKRSOSettings)
         # Not from rng itself: the batches must be those that any other method sees.
         choices = np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]
-        form = AdapterLinear if self.config.compute_dtype == "bfloat16" else SubspaceLinear
-        with attached(self.module, self.targets, settings.rank, form) as layers:
+        with self._subspaces() as layers:
             rso = RSO(layers, settings.learning_rate, settings.projection)
 
             def before_step(j: int) -> None:
@@ -103,6 +104,27 @@ class FedKRSOLocal(Local):
                 }
 
             yield Session([rso, head_optimizer(self.head, settings.learning_rate)], update, before_step)
+
+    def _subspaces(self) -> AbstractContextManager[Mapping[str, Any]]:
+        """The target layers as :class:`RSO` trains them."""
+        form = AdapterLinear if self.config.compute_dtype == "bfloat16" else SubspaceLinear
+        return attached(self.module, self.targets, self.config.of(FedKRSOSettings).rank, form)
+
+    @contextmanager
+    def stacked(self, group: Group) -> Iterator[tuple[list[Local], list[Stack]]]:
+        """The pool is common to all clients: each layer computes x Pᵀ once, along every seed that one of them drew."""
+        layers, heads = stacked_linears(self.module, list(self.head), group)
+        rank = self.config.of(FedKRSOSettings).rank
+        inside = {name: StackedSubspace(layer, rank, group) for name, layer in self.targets.items()}
+        stacks = {id(self.head[name]): stack for name, stack in heads.items()}
+        halves: list[Local] = []
+        for client in range(group.clients):
+            half = sliced(self, stacks, client)
+            slices = {name: SubspaceSlice(layer, client) for name, layer in inside.items()}
+            half._subspaces = partial(nullcontext, slices)  # type: ignore[method-assign, assignment]
+            halves.append(half)
+        with replaced(self.module, layers | inside):
+            yield halves, [*stacks.values(), *(layer.B for layer in inside.values())]
 
     def optimized(self) -> list[nn.Parameter]:
         return list(self.head.values())

@@ -29,12 +29,12 @@ from fedkrso_app.core.srd import Term
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Lora, LoraLocal, Means, Method, Shapes
+from fedkrso_app.strategies.factors import bounded
 from fedkrso_app.training.loop import Session, head_optimizer
 
 logger = logging.getLogger("flwr")
 
 FACTORS = ("B", "A")  # the order in which they take turns
-_LARGEST = 1e6  # of an update's values; sound ones are far below 1
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,7 @@ class FedSRD(Method):
             raise Refused(f"array 'bits': {error}") from None
         if mask.sum() != len(arrays["values"]):
             raise Refused(f"{len(arrays['values'])} values for {mask.sum()} bits")
-        largest = float(np.abs(arrays["values"]).max(initial=0.0))
-        if largest > _LARGEST:
-            raise Refused(f"values up to {largest:g} are too large: products of factors must stay finite")
+        bounded(arrays["values"])
 
     def summands(self, arrays: Arrays) -> Mapping[Any, np.ndarray]:
         return {"head": arrays["head"]} if "head" in arrays else {}

@@ -252,7 +252,7 @@ class ScaffoldLocal(Local):
         return {**super().state(), "drift": flatten(self.drift)}  # type: ignore[safe-super]
 
     def apply(self, arrays: Arrays) -> None:
-        super().apply(arrays)  # type: ignore[safe-super]
+        super().apply({name: value for name, value in arrays.items() if name != "drift"})  # type: ignore[safe-super]
         if "drift" in arrays:
             unflatten(arrays["drift"], self.drift)
 
@@ -303,7 +303,7 @@ class Scaffold(_Moving):
     @property
     def reply(self) -> Schema:
         reply = super().reply  # type: ignore[safe-super]
-        return replace(reply, fields={**reply.fields, "own-drift": Field("float32", (self.size,), "client")})
+        return replace(reply, fields={**reply.fields, "own-drift": Field("float32", (self.size,), "memory")})
 
     @property
     def entry(self) -> Schema:

@@ -54,6 +54,12 @@ def reset_peak(device: torch.device) -> None:
         module.reset_peak_memory_stats()
 
 
+def release(device: torch.device) -> None:
+    """Give back what torch keeps of an accelerator's memory for later."""
+    if hasattr(module := module_of(device), "empty_cache"):
+        module.empty_cache()
+
+
 def peak_bytes(device: torch.device) -> int:
     """Peak memory in bytes: of the accelerator since :func:`reset_peak`, else of this process since it began.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
+from transformers import get_constant_schedule, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from fedkrso_app.config import Config
 from fedkrso_app.training.activations import TrainingError, activation_memory
@@ -59,8 +59,9 @@ def deterministic(device: torch.device) -> Iterator[None]:
 class Session:
     """One client's round, for whoever drives it: optimizers, what happens before a step, and the update at the end.
 
-    ``update`` gives the arrays of the reply. With ``from_losses`` a step takes no gradients: ``optimizer.step`` gets a
-    closure that evaluates the step's loss at the parameters as they are, without dropout.
+    ``update`` gives the arrays of the reply. With ``from_losses`` there is no dropout, and ``optimizer.step`` gets a
+    closure that evaluates the step's loss at the parameters as they are. An optimizer that moves by that alone gives a
+    parameter outside the module; those that are in it have their gradients as ever.
     """
 
     optimizers: Sequence[torch.optim.Optimizer]
@@ -96,39 +97,25 @@ def train(
     in a random subspace, E‖∇W Pᵀ‖² = ‖∇W‖².
 
     The session's parameters are trained (``requires_grad`` is set here and taken back). Unless its rate is constant,
-    the learning rate rises over the first ``warmup`` share of the steps and falls as a cosine to 0. Dropout is drawn
+    the learning rate rises over the first ``warmup`` share of the steps and then falls as a cosine to 0, or stays
+    (``schedule``). Dropout is drawn
     from ``rng`` and leaves torch's global generators as they were. Raises :class:`TrainingError` when the loss is no
     longer finite.
     """
     parameters, steps = session.parameters, config.local_steps
-    rising = int(config.warmup * steps + 1e-9)  # .29 × 100 is 28.999…
-    schedules = [
-        get_constant_schedule(optimizer)
-        if session.constant_rate
-        else get_cosine_schedule_with_warmup(optimizer, rising, steps)
-        for optimizer in session.optimizers
-    ]
+    rates = schedules(session.optimizers, session.constant_rate, config)
     device = parameters[0].device
     losses = torch.zeros(steps, device=device)
-    shown = started = time.monotonic()
-    was_training = module.training
-    module.train(not session.from_losses)
-    kind = "cuda" if device.type == "cpu" else device.type
-    devices = [] if device.type in ("cpu", "mps") else [device]  # fork_rng does not know the one generator of mps
+    shown = began = time.monotonic()
 
     def loss_of(batch: Mapping[str, Tensor], share: float) -> Tensor:
         with precision(config.compute_dtype, device):
             return module(**{name: value.to(device) for name, value in batch.items()}).loss * share
 
-    with (
-        torch.random.fork_rng(devices=devices, device_type=kind),
-        deterministic(device),
-        activation_memory(module, config.activation_memory),
-    ):
-        torch.manual_seed(int(rng.integers(2**63)))
+    with at_work(module, int(rng.integers(2**63)), device, config, dropout=not session.from_losses):
         try:
             for parameter in parameters:
-                parameter.requires_grad_(not session.from_losses)
+                parameter.requires_grad_(True)
             for j in range(steps):
                 session.before_step(j)
                 held = [next(batches) for _ in range(config.gradient_accumulation)]
@@ -139,26 +126,73 @@ def train(
                     closure = torch.no_grad()(
                         lambda of_step=of_step: torch.stack([loss_of(*part) for part in of_step]).sum()
                     )
-                    losses[j] = closure()
-                for batch, share in () if session.from_losses else of_step:
+                for batch, share in of_step:
                     loss = loss_of(batch, share)
-                    loss.backward()
+                    if loss.requires_grad:
+                        loss.backward()
                     losses[j] += loss.detach()
-                if config.max_grad_norm and not session.from_losses:
+                if config.max_grad_norm:
                     nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                for optimizer, schedule in zip(session.optimizers, schedules, strict=True):
+                for optimizer, rate in zip(session.optimizers, rates, strict=True):
                     optimizer.step(closure)  # type: ignore[arg-type]
                     optimizer.zero_grad()
-                    schedule.step()
-                if j + 1 < steps and time.monotonic() - shown > _PROGRESS_SECONDS:
-                    shown = time.monotonic()
-                    left = (shown - started) / (j + 1) * (steps - j - 1)
-                    logger.info("step %d/%d, loss %.4f, about %.0f s left", j + 1, steps, losses[j].item(), left)
+                    rate.step()
+                shown = show_progress(j, steps, losses[j], began, shown)
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
+    return mean_loss(losses, config)
+
+
+def schedules(
+    optimizers: Sequence[torch.optim.Optimizer], constant: bool, config: Config
+) -> list[torch.optim.lr_scheduler.LambdaLR]:
+    """The learning-rate schedule of each optimizer."""
+    steps = config.local_steps
+    rising = int(config.warmup * steps + 1e-9)  # .29 × 100 is 28.999…
+    return [
+        get_constant_schedule(optimizer)
+        if constant
+        else get_constant_schedule_with_warmup(optimizer, rising)
+        if config.schedule == "constant"
+        else get_cosine_schedule_with_warmup(optimizer, rising, steps)
+        for optimizer in optimizers
+    ]
+
+
+@contextmanager
+def at_work(module: nn.Module, seed: int, device: torch.device, config: Config, dropout: bool = True) -> Iterator[None]:
+    """``module`` as it trains: dropout drawn from ``seed``, torch's generators as they were afterwards, the same bits
+    each time, and for backward what ``activation-memory`` says."""
+    was_training = module.training
+    kind = "cuda" if device.type == "cpu" else device.type
+    devices = [] if device.type in ("cpu", "mps") else [device]  # fork_rng does not know the one generator of mps
+    with (
+        torch.random.fork_rng(devices=devices, device_type=kind),
+        deterministic(device),
+        activation_memory(module, config.activation_memory),
+    ):
+        module.train(dropout)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
             module.train(was_training)
+
+
+def show_progress(j: int, steps: int, loss: Tensor, began: float, shown: float) -> float:
+    """Log how far step ``j`` is, now and then; when that was last done (monotonic seconds)."""
+    now = time.monotonic()
+    if j + 1 == steps or now - shown < _PROGRESS_SECONDS:
+        return shown
+    left = (now - began) / (j + 1) * (steps - j - 1)
+    logger.info("step %d/%d, loss %.4f, about %.0f s left", j + 1, steps, loss.item(), left)
+    return now
+
+
+def mean_loss(losses: Tensor, config: Config) -> float:
+    """The mean of a client's losses, (steps,). Raises :class:`TrainingError` where one is not finite."""
     if not torch.isfinite(losses).all():
         bad = int((~torch.isfinite(losses)).nonzero()[0])
         raise TrainingError(

@@ -1,8 +1,8 @@
 """A task's metric and the evaluation of a model by it.
 
-Classifiers: accuracy, Matthews or Pearson correlation. Language models: perplexity, e to the mean loss of a token; and
-exact match, the share of rows in which every label is the model's first choice, each given the true tokens before it
-(teacher-forced: nothing is generated).
+Classifiers: accuracy, F1 or Matthews correlation; regressions: Pearson correlation. Language models: perplexity, e to
+the mean loss of a token; and exact match, the share of rows in which every label is the model's first choice, each
+given the true tokens before it (teacher-forced: nothing is generated).
 """
 
 import math
@@ -23,10 +23,10 @@ def best(metric: str, scores: Iterable[float]) -> float:
 def moments(metric: str, predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:
     """What ``metric`` must know of (n,) predictions and labels, float64; over disjoint examples it simply adds up.
 
-    "accuracy" and "exact-match": how many are right, n. "matthews": of each of ``num_labels`` classes how often it was
-    predicted rightly, predicted, and true; 3 · num_labels numbers. "pearson": n, Σp, Σl, Σp², Σl², Σpl. "perplexity":
-    nothing. Raises ValueError for an unknown metric, for shapes that are not both (n,), and for numbers that are not
-    finite.
+    "accuracy" and "exact-match": how many are right, n. "f1" and "matthews": of each of ``num_labels`` classes how
+    often it was predicted rightly, predicted, and true; 3 · num_labels numbers. "pearson": n, Σp, Σl, Σp², Σl², Σpl.
+    "perplexity": nothing. Raises ValueError for an unknown metric, for shapes that are not both (n,), and for numbers
+    that are not finite.
     """
     if predictions.shape != labels.shape or predictions.ndim != 1:
         raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} are not both (n,)")
@@ -39,11 +39,11 @@ def moments(metric: str, predictions: np.ndarray, labels: np.ndarray, num_labels
         return np.array([len(p), p.sum(), l.sum(), p @ p, l @ l, p @ l])
     if metric in ("accuracy", "exact-match"):
         return np.array([(p == l).sum(), len(p)], np.float64)
-    if metric == "matthews":
+    if metric in ("f1", "matthews"):
         counted = [np.bincount(of.astype(np.int64), minlength=num_labels) for of in (p[p == l], p, l)]
         return np.concatenate(counted).astype(np.float64)
     raise ValueError(
-        f"unknown metric {metric!r}: it must be one of accuracy, exact-match, matthews, pearson, perplexity"
+        f"unknown metric {metric!r}: it must be one of accuracy, exact-match, f1, matthews, pearson, perplexity"
     )
 
 
@@ -54,9 +54,11 @@ def tally_size(metric: str, num_labels: int) -> int:
 
 
 def score(metric: str, of: np.ndarray) -> float:
-    """The ``metric`` ("accuracy", "matthews", "pearson", "exact-match") from :func:`moments`.
+    """The ``metric`` ("accuracy", "f1", "matthews", "pearson", "exact-match") from :func:`moments`.
 
-    A correlation with something constant counts as 0.0. Raises ValueError for an unknown name and without examples.
+    F1 of two classes is that of class 1, as in GLUE; of more, the unweighted mean over the classes that occur among
+    labels or predictions (scikit-learn's "macro"). A class that is never predicted rightly has F1 0.0, as has a
+    correlation with something constant. Raises ValueError for an unknown name and without examples.
     """
     if metric == "pearson":
         n, p, l, pp, ll, pl = of  # noqa: E741
@@ -66,11 +68,16 @@ def score(metric: str, of: np.ndarray) -> float:
         if variances[0] <= 1e-12 * n * pp or variances[1] <= 1e-12 * n * ll:
             return 0.0
         return float((n * pl - p * l) / math.sqrt(variances[0] * variances[1]))
-    if metric == "matthews":  # Gorodkin 2004, eq. 8, of the sums over the confusion matrix
+    if metric in ("f1", "matthews"):
         hits, predicted, true = of.reshape(3, -1)
         n = true.sum()
         if n < 1:
             raise ValueError("there are no examples")
+        if metric == "f1":
+            both = predicted + true
+            each = 2 * hits / np.maximum(both, 1)
+            return float(each[1] if len(each) == 2 else each[both > 0].mean())
+        # Gorodkin 2004, eq. 8, of the sums over the confusion matrix
         variances = n * n - predicted @ predicted, n * n - true @ true
         if min(variances) <= 0:
             return 0.0
@@ -132,7 +139,7 @@ def check(tally: np.ndarray, metric: str, num_labels: int) -> None:
     examples, hits = {tally[1]}, False
     if metric == "pearson":
         examples.add(of[0])
-    elif metric == "matthews":
+    elif metric in ("f1", "matthews"):
         right, predicted, true = of.reshape(3, num_labels)
         examples |= {predicted.sum(), true.sum()}
         hits = bool((right > np.minimum(predicted, true)).any())

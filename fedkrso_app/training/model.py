@@ -255,6 +255,21 @@ def find_targets(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def find_blocks(loaded: LoadedModel) -> dict[str, dict[str, nn.Parameter]]:
+    """The blocks of the model, in its own order: every part of an outermost stack that holds a target layer, with all
+    of its parameters by name (norms and biases too) but those that are used elsewhere as well."""
+    module = loaded.module
+    stacks = [name + "." for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
+    outer = [stack for stack in stacks if not any(stack != other and stack.startswith(other) for other in stacks)]
+    uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+    blocks: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        stack = next((stack for stack in outer if name.startswith(stack)), None)
+        if stack is not None and uses[id(parameter)] == 1:
+            blocks.setdefault(stack + name[len(stack) :].split(".")[0], {})[name] = parameter
+    return {name: block for name, block in blocks.items() if any(t.startswith(name + ".") for t in loaded.targets)}
+
+
 def state_digest(state: Mapping[str, Tensor], without: set[str] | frozenset[str] = frozenset()) -> str:
     """SHA-256 (hex) of a state's names, shapes and float bits."""
     sha = hashlib.sha256()

@@ -25,7 +25,7 @@ _NOUNS = {
     "T": "tool hammer/mallet shovel/spade lamp/lantern bucket/pail ladder",
     "B": "building shop/store castle/fortress prison/jail barn school",
 }
-# Kinds of agents > kinds of patients: verbs; "~" stands between opposites.
+# Kinds of agents > kinds of patients: verbs; "~" separates opposites.
 _VERBS = """
 PA > PA: chase/pursue help/assist~hinder/obstruct attack/assault~protect/defend scare/frighten
 PA > PAVFTB: watch/observe love/adore~hate/despise
@@ -94,7 +94,7 @@ class Lexicon:
 
 @dataclass(frozen=True)
 class Clause:
-    """What a sentence means, but for its choice among synonyms. A quantifier is the, some, every or no."""
+    """What a sentence means, except for its choice among synonyms. A quantifier is the, some, every or no."""
 
     quantifier: str
     adjective: Words | None
