@@ -90,4 +90,13 @@ def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
             f"evaluate = 'server' does not go with {config.strategy}, which leaves a part of the model at each client: "
             "set evaluate = 'clients'."
         )
+    if judged and config.evaluate != "server" and config.wire_dtype != "float32":
+        entry = method.entry.travelling
+        every = {name for name in entry.named("state") if not entry.fields[name].optional}
+        unknown = (every | set(method.reply.travelling.named("state"))) - method.known_start().keys()
+        if unknown:
+            raise ConfigError(
+                f"wire-dtype = {config.wire_dtype!r} needs evaluate = 'server': {', '.join(sorted(unknown))} would be "
+                "rounded as differences to a start that only a server with the model knows."
+            )
     return method

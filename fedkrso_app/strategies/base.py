@@ -320,6 +320,10 @@ class Method(ABC):
         expected in a reply."""
         return 0
 
+    def known_start(self) -> Arrays:
+        """The arrays of role "state" at W^0 that the run's seed alone gives, to a server without a model too."""
+        return {}
+
     # A round
 
     def instructions(self, round: int) -> dict[str, Any]:
