@@ -183,7 +183,8 @@ class Workplace:
         reset_peak(used)
         start = self.replica.local.state() if self.transforms else {}
         updates: list[dict[str, np.ndarray] | Exception] = []
-        with self.replica.lend() as local, local.stacked(group) as (halves, stacks), ExitStack() as sessions:
+        local = self.replica.computing()  # as it is: a pass trains stacks beside it
+        with local.stacked(group) as (halves, stacks), ExitStack() as sessions:
             of_each = []
             for partition, half, rng in zip(partitions, halves, rngs, strict=True):
                 half.adopt(self._own(partition, instructions.round))
