@@ -169,7 +169,8 @@ def call(*arguments):
 
 
 def tiny(folder, *more):
-    keys = (f"model={folder}", "batch-size=2", "max-length=8", "lora.rank=2", "fedkrso.rank=2", *more)
+    ranks = [f"{table}.rank=2" for table in ("lora", "fedkrso", "separate")]
+    keys = (f"model={folder}", "batch-size=2", "max-length=8", *ranks, *more)
     return [part for key in keys for part in ("--set", key)]
 
 
@@ -184,6 +185,8 @@ def test_the_command_prints_every_method_and_the_numbers_that_are_trained(model_
     assert rows["ffa-lora"]["trained"] == rows["ffa-lora"]["moved"] == 2 * outputs + head
     assert rows["fedit"]["trained"] == rows["fedsrd"]["trained"] == 2 * (outputs + inputs) + head
     assert rows["fedfft"]["trained"] == rows["fedfft"]["parameters"]
+    assert {rows[name]["trained"] for name in ("decomfl", "fedkseed", "fedmezo", "fwdllm")} == {head}  # with gradients
+    assert rows["ferret"]["trained"] == rows["decomfl"]["moved"] == weights + head
     table = call(*tiny(model_folder), "--strategies", "fedit,fedkrso")
     assert table.exit_code == 0 and "fedit" in table.stdout and "expected figures: a client draws" in table.stdout
 
