@@ -422,6 +422,8 @@ def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
                 f"{row['strategy']}: expected figures: a client draws {row['drawn']:.1f} different seeds per round "
                 f"(sent up){used}."
             )
+        if row["evaluate"] != facts["evaluate"]:
+            yield f"{row['strategy']}: counted with evaluate = {row['evaluate']!r}, which it needs."
         for setting, reason in row["refused"].items():
             yield f"{row['strategy']}: memory with {setting!r} is not counted: {reason}"
     yield (

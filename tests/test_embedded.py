@@ -17,7 +17,7 @@ from fedkrso_app.config import ConfigError
 from fedkrso_app.data.embedded import grammar
 from fedkrso_app.data.embedded import pretraining as embedded
 
-PAIRS = ("paraphrase", "entailment", "similarity")
+PAIRS = ("entailment", "similarity")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_every_word_of_the_corpus_is_in_the_vocabulary() -> None:
 
 
 def test_an_unknown_task_is_refused_with_the_known_names() -> None:
-    with pytest.raises(ConfigError, match="acceptability, sentiment, paraphrase, entailment, similarity"):
+    with pytest.raises(ConfigError, match="acceptability, entailment, similarity"):
         embedded.load_task("entailmemt")
 
 

@@ -251,6 +251,18 @@ def test_a_damaged_earlier_entry_is_refused_by_name(run_config):
     assert run.status == "completed" and [line["round"] for line in run.metrics()] == [0, 1, 2, 3, 4]
 
 
+def test_a_resumed_run_reads_each_entry_once(run_config, monkeypatch):
+    run, seen, read = play(run_config), [], Ledger.read
+
+    def counted(self, version):
+        seen.extend([version] * (self.folder == run.ledger))
+        return read(self, version)
+
+    monkeypatch.setattr(Ledger, "read", counted)
+    play(run_config | {"resume": str(run.path)}, run_id=2)  # no round is left
+    assert [seen.count(version) for version in (0, 1, 2)] == [1, 1, 1] and digest(run) == replayed(run)
+
+
 def test_a_full_disk_stops_the_run_with_the_ledger_intact(run_config, monkeypatch):
     whole = play(run_config | {"run-name": "whole"})
     with monkeypatch.context() as patch:

@@ -59,8 +59,28 @@ def test_the_limit_is_of_a_value_times_its_weight_on_either_side_of_zero():
     quarter = np.array([0.25 * LARGEST, 1.0], np.float32)
     for x in (quarter, -quarter):
         np.testing.assert_array_equal(mean([x], [3]), x)
-        with pytest.raises(OverflowError, match="with weight 4 are too large"):
-            mean([x], [4])
+        for weight in (4, 5):
+            with pytest.raises(OverflowError, match=f"with weight {weight} are too large"):
+                mean([x], [weight])
+
+
+def test_half_a_million_is_a_value_and_two_to_the_19th_is_none():
+    assert mean([np.full(1, 5e5, np.float32)], [1])[0] == 5e5
+    with pytest.raises(OverflowError):
+        mean([np.full(1, 2.0**19, np.float32)], [1])
+
+
+def test_a_mean_can_be_asked_for_twice_and_added_to_in_between():
+    means, x = FixedPointMeans(), some(1)[0]
+    means.add({"x": x}, 1)
+    first = means.mean("x", 1)
+    np.testing.assert_array_equal(means.mean("x", 1), first)
+    means.add({"x": x}, 1)
+    np.testing.assert_array_equal(means.mean("x", 2), first)
+
+
+def test_values_are_kept_to_the_36th_binary_digit():
+    np.testing.assert_array_equal(mean([np.array([2.0**-36, 3 * 2.0**-36], np.float32)], [1]), [2.0**-36, 3 * 2.0**-36])
 
 
 def test_heavy_additions_never_wrap_around_either():

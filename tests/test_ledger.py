@@ -67,7 +67,7 @@ def test_a_damaged_last_entry_is_set_aside_and_the_one_before_is_the_newest(tmp_
     path.write_bytes({"cut": data[:-5], "flipped": data, "empty": b""}[damage])
     ledger = Ledger(tmp_path)
     assert ledger.version == 2  # opening to read changes nothing
-    ledger.recover()
+    assert [found.version for found in ledger.recovered()] == [0, 1]
     assert ledger.version == 1
     assert "set aside as 000002.damaged" in caplog.text
     ledger.append(entry(2))

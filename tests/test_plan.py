@@ -105,6 +105,7 @@ def predicted(run_config, clients):
 CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one, nothing dropped on the way down
     "fedkrso.num-seeds": 1,
     "fedkseed.slots": 1,
+    "fwdllm.candidates": 1,
     "ferret.directions": 2,  # the least: no layer can have fewer
     "fedsrd.alpha": 0.9,
     "fedsrd.max-sparsity": 0.9,
@@ -113,11 +114,12 @@ CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one,
 }
 
 
-MORE = [{}, {"wire-dtype": "int8"}, {"wire-dtype": "int4"}, {"fedsrd.sparsify-head": True}, {"evaluate": "clients"}]
+MORE = [{}, {"wire-dtype": "int8"}, {"wire-dtype": "int4"}, {"evaluate": "clients"}]
+CASES = [(strategy, more) for strategy in ON_SERVER for more in MORE]
+CASES += [(strategy, {"fedsrd.sparsify-head": True}) for strategy in ("fedsrd", "fedsrd-e")]
 
 
-@pytest.mark.parametrize("more", MORE)
-@pytest.mark.parametrize("strategy", ON_SERVER)
+@pytest.mark.parametrize(("strategy", "more"), CASES)
 def test_the_bytes_planned_are_those_of_a_run(strategy, more, run_config):
     settings = run_config | CERTAIN | {"strategy": strategy} | more
     rounds = [line for line in play(settings, nodes=2).metrics() if line["round"]]

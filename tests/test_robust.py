@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fedkrso_app.core.fixed_point import LARGEST
 from fedkrso_app.core.robust import RobustMeans
 
 
@@ -11,6 +12,16 @@ def mean(kind, rows, total=None):
     for row in rows:
         means.add({"x": row}, 1)
     return means.mean("x", total or len(rows))
+
+
+@pytest.mark.parametrize("x", [LARGEST, 2 * LARGEST, -LARGEST])
+def test_values_from_the_exact_means_limit_on_are_refused_and_nothing_is_kept(x):
+    means, most = RobustMeans("median"), np.nextafter(np.float32(LARGEST), np.float32(0))
+    with pytest.raises(OverflowError, match="too large to be averaged"):
+        means.add({"x": np.ones(1, np.float32), "y": np.full(1, x, np.float32)}, 1)
+    assert "x" not in means
+    means.add({"x": np.full(1, -most), "y": np.full(1, most)}, 1)
+    assert (means.mean("x", 1), means.mean("y", 1)) == (-most, most)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 10])

@@ -62,8 +62,6 @@ _ONE, _TWO = ("sentence",), ("sentence1", "sentence2")
 _NLI = ("entailment", "neutral", "contradiction")
 _ALL = [
     Task("embedded/acceptability", _ONE, 2, "accuracy"),
-    Task("embedded/sentiment", _ONE, 2, "accuracy"),
-    Task("embedded/paraphrase", _TWO, 2, "accuracy"),
     Task("embedded/entailment", _TWO, 3, "accuracy"),
     Task("embedded/similarity", _TWO, 1, "pearson"),
     Task("glue/cola", _ONE, 2, "matthews", classes=("unacceptable", "acceptable")),

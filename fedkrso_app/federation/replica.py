@@ -10,7 +10,7 @@ from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger, LedgerError
-from fedkrso_app.strategies.base import Local
+from fedkrso_app.strategies.base import Arrays, Local
 from fedkrso_app.training.device import device, exact_products
 
 
@@ -77,9 +77,13 @@ class Replica:
                 self.restore(version, values)
         for version in range(first_needed(self.version, to, self.span), to + 1):
             self._applying = version
-            if arrays := self.entries.read(version).arrays:
-                self.local.apply({**self.local.absent, **wire.decode(arrays)})
-            self.version = version
+            self.follow(version, wire.decode(self.entries.read(version).arrays))
+
+    def follow(self, version: int, arrays: Arrays) -> None:
+        """Take over the decoded entry of ``version``, the next one that is needed."""
+        if arrays:
+            self.local.apply({**self.local.absent, **arrays})
+        self.version = version
 
     def computing(self) -> Local:
         """The model to compute with: this one; or, in bfloat16, a copy of it on the device, brought up to date."""

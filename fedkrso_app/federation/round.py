@@ -48,7 +48,8 @@ class Round(Strategy):
     """A Flower strategy: sample, send each node the entries it lacks, aggregate what fits, append one entry.
 
     Flower's ``start`` drives it. W itself is never an argument or a result of Flower's hooks: the ledger is the state,
-    and whoever wants W (evaluation, export) replays it. ``kept`` holds the method's arrays of role "server".
+    and whoever wants W (evaluation, export) replays it. ``kept`` holds the method's arrays of role "server"; the method
+    has seen all entries that there are.
     """
 
     def __init__(
@@ -58,8 +59,6 @@ class Round(Strategy):
         self.config, self.nodes, self.host = method.config, nodes, host
         self.first_round = 1 + int(ledger.read(ledger.version).record["round"])  # later than 1 in a resumed run
         self.span = method.entry.span
-        for version in ledger.versions():
-            method.observe(version, method.entry.filled(wire.decode(ledger.read(version).arrays)))
         method.replies = int(ledger.read(ledger.version).record["clients"])
         if ledger.version > 0 and method.entry.named("server"):
             method.kept = dict(kept.read(ledger.version).arrays)
@@ -202,13 +201,16 @@ class Round(Strategy):
         return content
 
     def _newest_state(self) -> dict[str, np.ndarray]:
-        """The arrays of role "state" at the newest version; none where the server began without a model."""
+        """The arrays of role "state" at the newest version; where the server began without a model, those that the
+        seed gives."""
         state: dict[str, np.ndarray] = {}
         names = self.method.entry.named("state")
         every = max((self.method.entry.fields[name].every for name in names), default=0)
         for version in self.ledger.versions()[-every:] if every else ():
             arrays = wire.decode(self.ledger.read(version).arrays)
             state |= {name: arrays[name] for name in names if name in arrays}
+        if missing := self.method.entry.start.travelling.fields.keys() - state.keys():
+            state |= {name: array for name, array in self.method.known_start().items() if name in missing}
         return self.method.entry.filled(state)
 
     # What comes back

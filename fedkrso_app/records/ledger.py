@@ -123,21 +123,23 @@ class Ledger:
         """Remove entry ``version`` if it is there: on a node, whose entries can be sent again."""
         self._path(version).unlink(missing_ok=True)
 
-    def recover(self) -> None:
-        """Read all entries again. The newest is set aside, with a warning, if it is damaged: the run continues from the
-        one before it. Raises LedgerError if an earlier one is damaged or missing."""
+    def recovered(self) -> Iterator[Entry]:
+        """All entries, oldest first, each read once. The newest is set aside, with a warning, if it is damaged: the run
+        continues from the one before it. Raises LedgerError if an earlier one is damaged or missing."""
         versions = self.versions()
         for version, expected in zip(versions, itertools.count(versions[0] if versions else 0), strict=False):
             try:
                 if version != expected:
                     raise LedgerError(f"entry {expected} is missing: {self._path(expected)} does not exist")
-                self.read(version)
+                entry = self.read(version)
             except LedgerError as error:
                 if version != versions[-1] or version != expected:
                     raise LedgerError(f"{error}; the later ones lead nowhere without it: restore the file") from None
                 path = self._path(version)
                 path.rename(path.with_suffix(".damaged"))
                 logger.warning("%s; set aside as %s.damaged, continuing from the entry before it", error, path.stem)
+                return
+            yield entry
 
     def _path(self, version: int) -> Path:
         return self.folder / f"{version:06d}.safetensors"

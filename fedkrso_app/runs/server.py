@@ -51,18 +51,28 @@ class Server:
         self.track = track
         span = method.entry.span
         self.ledger = Ledger(folder.ledger, keep=span and span + 1)
-        self.ledger.recover()
         size = metrics.tally_size(task.metric, task.num_labels)
         self.tally_schema = Schema({"tally": Field("float64", (size,), "update")})
         self.replica = None
         if config.evaluate == "server":
             self.replica = Replica(method.local(loaded), self.ledger, span)
+        for entry in self.ledger.recovered():
+            self._follow(entry)
         if self.ledger.version < 0:
             start = self.replica.local.state() if self.replica else {}
             rounding = stream(config.seed, "broadcast", 0)
-            self.ledger.append(Entry(0, wire.encode(start, method.entry.start, rounding), no_figures()))
+            entry = Entry(0, wire.encode(start, method.entry.start, rounding), no_figures())
+            self.ledger.append(entry)
+            self._follow(entry)
         info, commits = folder.info, hub.commits(config)
         self.nodes = Nodes(info["model_digest"], info["id"], config.round_timeout, self.ledger, commits)
+
+    def _follow(self, entry: Entry) -> None:
+        """Show an entry of before the first round of this process to whoever keeps up with them."""
+        arrays = wire.decode(entry.arrays)
+        self.method.observe(entry.version, self.method.entry.filled(arrays))
+        if self.replica:
+            self.replica.follow(entry.version, arrays)
 
     def weights(self) -> np.ndarray | None:
         if not self.replica:

@@ -35,13 +35,13 @@ _MODEL: dict[str, Any] = {
 def load_task(name: str) -> datasets.DatasetDict:
     """The rows of task ``name``, the same on every machine.
 
-    "train" has 6000 rows and "validation" 1000 others; columns "sentence" (acceptability, sentiment) or "sentence1" and
+    "train" has 6000 rows and "validation" 1000 others; columns "sentence" (acceptability) or "sentence1" and
     "sentence2", and "label": int64, or float32 between 0 and 5 (similarity). Raises :class:`ConfigError` for a name
     that is not in ``TASKS``.
     """
     if name not in TASKS:
         raise ConfigError(f"task 'embedded/{name}' is unknown; the embedded tasks are {', '.join(TASKS)}.")
-    writer = grammar.Writer(seed=TASKS.index(name), skew=1.5)
+    writer = grammar.Writer(seed=TASKS[name], skew=1.5)
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     while len(rows) < sum(_ROWS.values()):
         row = getattr(writer, name)()
@@ -103,7 +103,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 def _pretrained(tokenizer: PreTrainedTokenizerFast, steps: int) -> RobertaForMaskedLM:
     """Masked language modelling on the corpus; PyTorch's global state is left as it was."""
-    writer = grammar.Writer(seed=len(TASKS))
+    writer = grammar.Writer(seed=grammar.CORPUS_SEED)
     documents = [writer.document() for _ in range(min(_DOCUMENTS, steps * _BATCH))]
     ids = sorted((tokenizer(*document)["input_ids"] for document in documents), key=len)  # neighbours: little padding
     threads = torch.get_num_threads()
