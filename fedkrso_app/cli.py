@@ -47,7 +47,7 @@ def explained() -> Iterator[None]:
 @app.command()
 def compare(
     study: Annotated[
-        Path | None, typer.Argument(metavar="[STUDY.toml]", help="A file with settings, cases, arms and draws.")
+        Path | None, typer.Argument(metavar="STUDY.toml", help="A file with settings, cases, arms and draws.")
     ] = None,
     strategies: Annotated[
         str | None, typer.Option(help="Methods, separated by commas; default: fedkrso,fedit,ffa-lora,fedfft.")
@@ -163,6 +163,8 @@ def compare(
         out.print(tables.results(facts))
         if facts["pairs"]:
             out.print(tables.pairs(facts))
+        if facts["shares"]:
+            out.print(tables.shares(facts))
         drawn = results or comparison.output
         out.print(f"Made by: {command}\nDraw it: fedkrso report {shlex.quote(str(drawn))}", **_PLAIN)
     if failures:
@@ -420,6 +422,8 @@ def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
                 f"{row['strategy']}: expected figures: a client draws {row['drawn']:.1f} different seeds per round "
                 f"(sent up){used}."
             )
+        if row["evaluate"] != facts["evaluate"]:
+            yield f"{row['strategy']}: counted with evaluate = {row['evaluate']!r}, which it needs."
         for setting, reason in row["refused"].items():
             yield f"{row['strategy']}: memory with {setting!r} is not counted: {reason}"
     yield (

@@ -253,11 +253,6 @@ def _check(c: Config) -> None:
     choice("compute-dtype", c.compute_dtype, ["float32", "bfloat16"])
     need(0 <= c.max_grad_norm < float("inf"), "max-grad-norm", c.max_grad_norm, "0 (no bound) or above")
     choice("evaluate", c.evaluate, ["server", "clients", "off"])
-    if c.evaluate != "server" and c.wire_dtype != "float32":
-        raise ConfigError(
-            f"wire-dtype = {c.wire_dtype!r} needs evaluate = 'server': numbers are rounded as differences to a start "
-            "that only a server with the model knows."
-        )
     values = c.to_dict()
     counts = ("num-server-rounds", "min-replies", "local-steps", "batch-size", "gradient-accumulation")
     for key in (*counts, "clients-per-node"):

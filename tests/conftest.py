@@ -120,6 +120,7 @@ def run_config(model_folder, data_folder, tmp_path) -> dict:
         "fedkseed.learning-rate": 1e-4,
         "fedkseed.slots": 64,
         "fedmezo.learning-rate": 1e-3,
+        "fwdllm.learning-rate": 1e-4,
         "fedblock.learning-rate": 0.01,
         "ferret.learning-rate": 0.01,
         "ferret.directions": 5,

@@ -262,6 +262,46 @@ def test_a_comparison_on_clients_rows_has_both_with_local_heads(run_config, tmp_
     assert rows["fedsa-lora"]["uplink_mb"] < rows["fedit"]["uplink_mb"] and rows["fedit"]["metric"] is not None
 
 
+@pytest.mark.parametrize("strategy", ["fedsa-lora", "fedkrso", "fr-lora"])
+def test_small_numbers_travel_where_the_seed_gives_the_start(run_config, strategy):
+    """A server without a model: nothing that travels has a start of the model's own. Fresh processes agree."""
+    small = run_config | CLIENTS | {"strategy": strategy, "client.head": "local", "wire-dtype": "int8"}
+    run, other = play(small), play(small | {"run-name": "other"}, run_id=2, devices=True)
+    exact = play(small | {"wire-dtype": "float32", "run-name": "exact"}, run_id=3)
+    assert Ledger(run.ledger).stamp(3) == Ledger(other.ledger).stamp(3)
+    a, b = (flatten(replica(each).shared()) for each in (run, exact))
+    start = flatten(replica(exact, 0).shared()) if strategy != "fedsa-lora" else start_of(small)
+    assert 0 < np.linalg.norm(a - b) < 0.3 * np.linalg.norm(b - start)
+    less = exact.metrics()[-1]["uplink_bytes"] - run.metrics()[-1]["uplink_bytes"]
+    assert less > 4 * 416  # four clients, at least one byte less for each value of A
+
+
+def start_of(settings):
+    config = parse(settings)
+    loaded = model.load(config.model, 2, 0)
+    return flatten(make(config, Shapes.of(loaded)).local(loaded).shared())
+
+
+@pytest.mark.parametrize("head", ["shared", "local"])
+def test_the_start_of_the_factors_is_that_of_the_model(run_config, head):
+    config = parse(run_config | {"strategy": "fedit", "client.head": head, "evaluate": "clients"})
+    loaded = model.load(config.model, 2, 0)
+    method = make(config, Shapes.of(loaded))
+    state = method.local(loaded).state()
+    assert {name: state[name].tobytes() for name in "AB"} == {k: v.tobytes() for k, v in method.known_start().items()}
+
+
+def test_small_numbers_are_refused_where_the_server_knows_no_start(run_config):
+    with pytest.raises(ConfigError, match="needs evaluate = 'server': head would be rounded"):
+        play(run_config | CLIENTS | {"strategy": "fedit", "wire-dtype": "int8"})
+
+
+def test_in_bfloat16_fresh_processes_give_the_bits_of_warm_ones(settings):
+    half = settings | {"compute-dtype": "bfloat16", "fraction-train": 0.5}
+    run, other = play(half), play(half | {"run-name": "other"}, run_id=2, devices=True)
+    assert Ledger(run.ledger).stamp(3) == Ledger(other.ledger).stamp(3)
+
+
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_it_is_planned_to_the_byte(settings, fraction):
     settings = settings | {"fraction-train": fraction, "num-server-rounds": 6}

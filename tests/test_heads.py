@@ -64,9 +64,8 @@ def model_of(run_config, head):
 
 
 @pytest.mark.parametrize("strategy", ON_SERVER)
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_a_frozen_head_goes_with_every_number_format_and_missed_rounds(run_config, strategy, dtype):
-    settings = run_config | {"strategy": strategy, "head": "frozen", "wire-dtype": dtype, "fraction-train": 0.5}
+def test_a_frozen_head_goes_with_small_numbers_and_missed_rounds(run_config, strategy):
+    settings = run_config | {"strategy": strategy, "head": "frozen", "wire-dtype": "int8", "fraction-train": 0.5}
     run = play(settings | {"fedkrso.interval": 1})
     assert replayed(run) == digest(run) and [line["clients"] for line in run.metrics()[1:]] == [2, 2, 2]
 

@@ -22,7 +22,6 @@ from fedkrso_app.runs import plan
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import FedKRSOLocal
-from fedkrso_app.strategies.fedsrd import dare_rng
 from fedkrso_app.strategies.flora import FLoRALocal
 from fedkrso_app.strategies.rolora import RoLoRA
 from fedkrso_app.training import loop, model
@@ -495,7 +494,7 @@ def test_fed_dare_adds_the_mean_of_what_the_masks_left(run_config):
     before, after = (np.concatenate([entry["A"], entry["B"]]).astype(np.float64) for entry in entries)
     dense = np.zeros((4, before.size))
     for p, arrays in replies.at[1].items():
-        keep = srd.dare_mask((before.size,), 0.9, dare_rng(int(arrays["mask"][0])))
+        keep = srd.dare_mask((before.size,), 0.9, srd.dare_rng(int(arrays["mask"][0])))
         assert 0.05 < keep.mean() < 0.15
         dense[p, keep] = arrays["values"]
     np.testing.assert_allclose(after, before + dense.mean(0), rtol=0, atol=1e-6)

@@ -204,6 +204,7 @@ def test_options_that_are_off_leave_the_method_itself(run_config):
     assert all(options.applied(method, config) is method for method in STRATEGIES.values())
 
 
+SMALL = {"wire-dtype": "int8", "compute-dtype": "bfloat16"}
 ON = {
     "fedprox": {"client.proximal": 0.1},
     "fedavgm": {"server.optimizer": "fedavgm", "server.momentum": 0.5},
@@ -213,10 +214,9 @@ ON = {
 }
 
 
-@pytest.mark.parametrize("option", ON)
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_an_interrupted_run_ends_at_the_bits_of_one_that_was_not(run_config, option, dtype, tmp_path, monkeypatch):
-    settings = run_config | {"strategy": "fedit", "wire-dtype": dtype, "fraction-train": 0.5} | ON[option]
+@pytest.mark.parametrize(("option", "more"), [*((option, {}) for option in ON), ("all", SMALL)])
+def test_an_interrupted_run_ends_at_the_bits_of_one_that_was_not(run_config, option, more, tmp_path, monkeypatch):
+    settings = run_config | {"strategy": "fedit", "fraction-train": 0.5} | ON[option] | more
     whole = play(settings)
     assert replayed(whole) == digest(whole)
 

@@ -105,6 +105,7 @@ def predicted(run_config, clients):
 CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one, nothing dropped on the way down
     "fedkrso.num-seeds": 1,
     "fedkseed.slots": 1,
+    "fwdllm.candidates": 1,
     "ferret.directions": 2,  # the least: no layer can have fewer
     "fedsrd.alpha": 0.9,
     "fedsrd.max-sparsity": 0.9,

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import arrays_of, digest, play, replayed, replica
+from test_families import build, write_texts
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.directions import move, seeds_of
@@ -142,11 +143,25 @@ def test_dense_steps_beside_weights_of_few_bits_are_refused(decomfl):
         parse(decomfl | {"zeroth.directions": "dense", "compute-dtype": "bfloat16"})
 
 
-def test_a_language_model_has_no_head_to_send(model_folder, decomfl):
-    outline = Shapes({"a": (3, 4)}, head=0, parameters=12)
-    method = make(parse(decomfl | {"zeroth.head": "zeroth"}), outline)
-    assert method.weights_size == 12 and method.paper_bytes() == 2 * 4 * 4 + 8
-    assert model.outline(str(model_folder), 2).head
+@pytest.mark.parametrize("family", ["gpt2", "llama-tied"])
+def test_a_language_model_moves_by_scalars_alone(family, decomfl, model_folder, tmp_path):
+    """GPT-2 stores its weights the other way round; neither has a head of its own."""
+    data = {"task": "causal-lm", "data-dir": str(write_texts(tmp_path / "d"))}
+    run = play(decomfl | data | {"model": str(build(tmp_path / "m", model_folder, family, True))}, nodes=2)
+    assert replayed(run) == digest(run)
+    assert Ledger(run.ledger).read(2).arrays["head"].size == 0
+    start, end = replica(run, 0), replica(run)
+    assert not any(torch.equal(a, b) for a, b in zip(weights(start), weights(end), strict=True))
+    loss = [line["train_loss"] for line in run.metrics()[1:]]
+    assert np.isfinite(loss).all()
+    assert make(run.config, Shapes({"a": (3, 4)}, head=0, parameters=12)).paper_bytes() == 2 * 4 * 4 + 8
+
+
+@pytest.mark.parametrize("family", ["deberta", "distilbert", "modernbert"])
+def test_classifiers_of_other_families_move_by_losses_too(family, decomfl, model_folder, tmp_path):
+    folder = build(tmp_path, model_folder, family, False)
+    run = play(decomfl | {"model": str(folder), "zeroth.head": "zeroth", "num-server-rounds": 1}, nodes=2)
+    assert replayed(run) == digest(run) and run.metrics()[-1]["clients"] == 2
 
 
 # --- FedKSeed ---

@@ -25,10 +25,10 @@ draws = 3
 num-server-rounds = 2
 local-steps = 20
 [[cases]]
-task = ["glue/mrpc", "glue/sst2"]
+task = ["embedded/similarity", "embedded/acceptability"]
 partition = "iid"
 [[cases]]
-task = "glue/mrpc"
+task = "embedded/similarity"
 partition = ["dirichlet", "dirichlet-equal"]
 dirichlet-alpha = [0.5, 0.25]
 [arms.ten]
@@ -65,6 +65,29 @@ def test_differences_are_over_the_draws_that_both_arms_have_and_bytes_are_those_
     assert by_bytes["mean"] == pytest.approx(0.6 - 0.35) and by_bytes["mb"] == 12e-6
 
 
+def test_fiellers_interval_holds_the_ratio_and_is_that_of_the_mean_for_a_constant_distance():
+    rng = np.random.default_rng(0)
+    x = rng.normal(0.4, 0.1, 6)
+    _, low, high = paired.interval(list(x))
+    assert paired.fieller(x, np.full(6, 0.5)) == pytest.approx((low / 0.5, high / 0.5))
+    held = []
+    for _ in range(1000):
+        y = rng.normal(0.5, 0.1, 5)
+        low, high = paired.fieller(0.8 * y + rng.normal(0, 0.05, 5), y)
+        held.append(low is not None and low < 0.8 < high)
+    assert 0.93 < np.mean(held) < 0.97
+    assert paired.fieller(x, np.array([1, -1, 1, -1, 0.1, -0.2])) == (None, None)
+
+
+def test_the_share_of_the_distance_is_over_the_draws_of_all_three():
+    low, high = ([[n, metric + shift, up, down] for n, metric, up, down in CURVE] for shift in (0.0, 0.4))
+    mid = [[n, metric + 0.3, up, down] for n, metric, up, down in CURVE]
+    (row,) = paired.kept(
+        {"low": {0: low, 1: low}, "mid": {1: mid, 0: mid, 2: mid}, "high": {0: high, 1: high}}, "low", "high"
+    )
+    assert row == {"arm": "mid", "share": pytest.approx(0.75), "from": None, "to": None, "draws": 2}
+
+
 # --- the file of a study ---
 
 
@@ -77,14 +100,18 @@ def file(tmp_path) -> Path:
 def test_lists_are_multiplied_into_cases_with_names(file):
     found = study.load(file, ["batch-size=3"])
     assert list(found.cases) == [
-        "glue/mrpc iid",
-        "glue/sst2 iid",
-        *(f"glue/mrpc {scheme} {alpha}" for scheme in ("dirichlet", "dirichlet-equal") for alpha in (0.5, 0.25)),
+        "embedded/similarity iid",
+        "embedded/acceptability iid",
+        *(
+            f"embedded/similarity {scheme} {alpha}"
+            for scheme in ("dirichlet", "dirichlet-equal")
+            for alpha in (0.5, 0.25)
+        ),
     ]
     assert found.draws == (0, 1, 2) and found.clients == 4
-    config = found.settings("glue/mrpc dirichlet-equal 0.25", "one seed")
+    config = found.settings("embedded/similarity dirichlet-equal 0.25", "one seed")
     assert (config["dirichlet-alpha"], config["fedkrso.num-seeds"], config["batch-size"]) == (0.25, 1, 3)
-    assert found.settings("glue/sst2 iid", "ten")["fedkrso.num-seeds"] == 10
+    assert found.settings("embedded/acceptability iid", "ten")["fedkrso.num-seeds"] == 10
 
 
 @pytest.mark.parametrize(
@@ -92,6 +119,9 @@ def test_lists_are_multiplied_into_cases_with_names(file):
     [
         (("draws = 3", "drawz = 3"), "Did you mean 'draws'"),
         (("draws = 3", "draws = [0, 0.5]"), "neither a count nor a list"),
+        (("draws = 3", 'span = ["ten", "two"]'), "does not name two arms; they are ten, one seed"),
+        (("draws = 3", "energy = 1"), "energy = 1 is impossible"),
+        (("clients = 4", "clients = 2.5"), "clients = 2.5"),
         (("draws = 3", "draws = []"), "neither a count nor a list"),
         (("draws = 3", 'vary = "seeds"'), "vary = 'seeds'"),
         (("num-seeds = 1", "num-seed = 1"), "fedkrso.num-seeds"),
@@ -150,14 +180,14 @@ def test_two_arms_that_would_share_a_folder_are_refused(flwr, tmp_path):  # noqa
 
 def test_a_study_grows_in_slices_on_any_machine_and_makes_no_run_twice(flwr, file):  # noqa: F811
     """The second slice has no folder of the first one, only its journal; the third finds nothing to do."""
-    flwr(hang="ten-glue-mrpc-iid-seed1")
+    flwr(hang="ten-embedded-similarity-iid-seed1")
     slices = [["compare", str(file), "--output", str(file.parent / name), "--minutes", "0.05"] for name in "ab"]
     first = CliRunner().invoke(cli.app, slices[0])
     assert first.exit_code == 0 and "Out of time" in first.stderr
     assert flwr()[-1] == ["stop", "77"]
     before, lines = len(started(flwr)), (file.parent / "mine" / "results.jsonl").read_text().splitlines()
     assert len(lines) == 4  # two arms' settings, and of each one run
-    assert [path.name for path in (file.parent / "a").glob("*seed*/")] == ["ten-glue-mrpc-iid-seed1"]
+    assert [path.name for path in (file.parent / "a").glob("*seed*/")] == ["ten-embedded-similarity-iid-seed1"]
     flwr()
     shutil.rmtree(file.parent / "a")
     assert CliRunner().invoke(cli.app, [*slices[1][:-1], "9"]).exit_code == 0
@@ -277,7 +307,7 @@ def test_what_defines_a_run_is_its_method_and_neither_its_machine_nor_its_draw(r
         {"lora.rank": 9},
     ):
         assert journal.defining(run_config | change, 3, "seed") == base
-    for change in ({"fedkrso.rank": 9}, {"local-steps": 9}, {"partition-seed": 9}):
+    for change in ({"fedkrso.rank": 9}, {"local-steps": 9}, {"partition-seed": 9}, {"server.optimizer": "fedadam"}):
         assert journal.defining(run_config | change, 3, "seed") != base
     assert journal.defining(run_config, 4, "seed") != base != journal.defining(run_config, 3, "partition-seed")
 
@@ -285,7 +315,7 @@ def test_what_defines_a_run_is_its_method_and_neither_its_machine_nor_its_draw(r
 def test_a_real_run_leaves_its_digest_model_and_bytes(run_config, tmp_path):
     changes = {"num-server-rounds": 2, "output-dir": str(tmp_path)}
     made = compare.Comparison(
-        study.Study(run_config | changes, {"c": {}}, {"a": {"strategy": "fedkrso"}}, (0,), clients=3),
+        study.Study(run_config | changes, {"c": {}}, {"a": {"strategy": "fedkrso"}}, (0,), clients=3, energy=True),
         tmp_path / "out",
         "process",
     )
@@ -295,6 +325,7 @@ def test_a_real_run_leaves_its_digest_model_and_bytes(run_config, tmp_path):
     run = made._job("c", "a", 0).run
     assert line["digest"] and run.digest.startswith(line["digest"])
     assert [row[0] for row in line["rounds"]] == [0, 1, 2]
+    assert [row[0] for row in line["energy"]] == [1, 2] and all(0 < share < 1 for _, share, _ in line["energy"])
     total = sum(figures["uplink_bytes"] for figures in run.metrics()) / 3
     assert sum(row[2] for row in line["rounds"]) == pytest.approx(total, abs=2)
 
@@ -324,7 +355,8 @@ def test_the_page_of_a_journal_shows_every_arm_every_difference_and_no_run_of_a_
         for draw in range(3):
             rounds = [[n, metric + shift + draw * shift, up, down] for n, metric, up, down in CURVE]
             settings, run = entry(arm)
-            book.add(settings, run | about | {"draw": draw, "rounds": rounds})
+            energy = {"energy": [[1, 0.1, 4], [2, 0.2, 4]]} if arm == "third" else {}
+            book.add(settings, run | about | energy | {"draw": draw, "rounds": rounds})
         book.add(settings, run | about | {"draw": 9, "sweep": True, "rate": 77.0})
     book.close()
     assert CliRunner().invoke(cli.app, ["report", str(book.file)]).exit_code == 0
@@ -334,7 +366,7 @@ def test_the_page_of_a_journal_shows_every_arm_every_difference_and_no_run_of_a_
     assert len(cells) == 2 * 3 and "77" not in shown.texts  # pairs × views
     mean, low, high = paired.interval([0.1, 0.2, 0.3])  # second minus first, by hand: 0.1 · (1 + draw)
     assert f"{-mean:+.4f} [{-high:+.4f}, {-low:+.4f}]" in " ".join(cells)
-    assert len([tag for tag in shown.tags if tag == "img"]) == 3
+    assert len([tag for tag in shown.tags if tag == "img"]) == 4  # the last one is the third arm's energy
 
 
 def test_a_journal_with_sweeps_alone_has_no_page(tmp_path):

@@ -130,6 +130,7 @@ RATES = {  # all different, so that no method can take another's
     "decomfl.learning-rate": 1e-5,
     "fedkseed.learning-rate": 2e-5,
     "fedmezo.learning-rate": 3e-5,
+    "fwdllm.learning-rate": 4e-5,
     "fedblock.learning-rate": 7e-3,
     "ferret.learning-rate": 8e-3,
     "separate.learning-rate": 9e-3,
@@ -151,12 +152,13 @@ def opened(request, run_config, model_folder):
 
 
 def test_every_step_has_the_papers_learning_rate_and_every_method_its_own(opened):
-    """Linear over the first quarter, then half a cosine to 0; FedSRD's is constant."""
+    """Linear over the first quarter, then half a cosine to 0; FedSRD's and FwdLLM's are constant."""
     local, session = opened
     own = RATES[STRATEGIES[local.config.strategy].learning_rate_key]
     warm = np.arange(5) / 5
     cosine = (1 + np.cos(np.pi * np.arange(15) / 15)) / 2
-    expected = np.full(STEPS, own) if local.config.strategy.startswith("fedsrd") else own * np.append(warm, cosine)
+    constant = local.config.strategy.startswith(("fedsrd", "fwdllm"))
+    expected = np.full(STEPS, own) if constant else own * np.append(warm, cosine)
     seen = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
     batch = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "labels": torch.tensor([1])}

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedkrso_app.core.projection import layer_key, philox
+
 Term = tuple[float, Tensor, Tensor]
 """``(p_i, B_i, A_i)``, standing for the m×n matrix ``p_i · B_i · A_i``."""
 
@@ -141,6 +143,11 @@ def dare(delta: Tensor, p: float, rng: np.random.Generator) -> Tensor:
     """
     keep = _mask(dare_mask(delta.shape, p, rng), delta)
     return torch.where(keep, delta / (1 - p), torch.zeros_like(delta))
+
+
+def dare_rng(seed: int) -> np.random.Generator:
+    """The generator of a mask; its seed travels instead of a bitmap."""
+    return np.random.Generator(philox(seed, layer_key("dare")))
 
 
 def dare_mask(shape: Sequence[int], p: float, rng: np.random.Generator) -> NDArray[np.bool_]:

@@ -201,13 +201,16 @@ class Round(Strategy):
         return content
 
     def _newest_state(self) -> dict[str, np.ndarray]:
-        """The arrays of role "state" at the newest version; none where the server began without a model."""
+        """The arrays of role "state" at the newest version; where the server began without a model, those that the
+        seed gives."""
         state: dict[str, np.ndarray] = {}
         names = self.method.entry.named("state")
         every = max((self.method.entry.fields[name].every for name in names), default=0)
         for version in self.ledger.versions()[-every:] if every else ():
             arrays = wire.decode(self.ledger.read(version).arrays)
             state |= {name: arrays[name] for name in names if name in arrays}
+        if missing := self.method.entry.start.travelling.fields.keys() - state.keys():
+            state |= {name: array for name, array in self.method.known_start().items() if name in missing}
         return self.method.entry.filled(state)
 
     # What comes back

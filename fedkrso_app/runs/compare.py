@@ -22,7 +22,8 @@ from rich.text import Text
 
 from fedkrso_app import data
 from fedkrso_app.config import ConfigError
-from fedkrso_app.runs import engines, journal, paired, pins
+from fedkrso_app.runs import engines, journal, paired, pins, replay
+from fedkrso_app.runs.energy import captured
 from fedkrso_app.runs.engines import Engine
 from fedkrso_app.runs.folder import ASIDE, Run
 from fedkrso_app.runs.journal import Journal
@@ -150,11 +151,13 @@ class Comparison:
             writer = csv.DictWriter(file, list(table[0]))
             writer.writeheader()
             writer.writerows(table)
-        pairs = []
+        pairs, shares = list[dict[str, Any]](), list[dict[str, Any]]()
         for case in self.study.cases:
             arms = {arm: self.lines(case, arm) for arm in self.study.arms}
             curves = {arm: {draw: line["rounds"] for draw, line in lines.items()} for arm, lines in arms.items()}
             pairs += [{"case": case, **row} for row in paired.differences(curves)]
+            if self.study.span:
+                shares += [{"case": case, **row} for row in paired.kept(curves, *self.study.span)]
         facts = {
             "command": command,
             "task": ", ".join(dict.fromkeys(config["task"] for config in self.configs.values())),
@@ -164,6 +167,8 @@ class Comparison:
             "engine": self.engine,
             "rows": table,
             "pairs": pairs,
+            "span": list(self.study.span),
+            "shares": shares,
             "results": str(self.journal.file),
         }
         (self.output / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -227,7 +232,13 @@ class Comparison:
         config = job.config
         about = {"case": job.case, "arm": job.arm, "task": config["task"], "metric": self.metrics[job.case, job.arm]}
         about |= {"config": self._defining(self.configs[job.case, job.arm])}
-        self.journal.add(about, journal.line_of(job.run, job.draw, rate_of(config), job.sweep))
+        line = journal.line_of(job.run, job.draw, rate_of(config), job.sweep)
+        if self.study.energy and not job.sweep:
+            line["energy"] = [
+                [version, float(f"{shares['all'][0]:.4g}"), shares["all"][1]]
+                for version, shares in captured(*replay.opened(job.run.path)).items()
+            ]
+        self.journal.add(about, line)
         if not self.keeps:
             shutil.rmtree(job.run.path)
             for ending in (".log", ".toml"):

@@ -42,6 +42,20 @@ class Arm:
         return [int(n) for n in rounds], means, [[run[n][1] for run in runs] for n in rounds]
 
 
+@dataclass
+class Shares:
+    """Draw -> version -> share of the gradient's energy, of an arm whose runs tell it."""
+
+    label: str
+    style: int
+    draws: list[dict[int, float]]
+
+    def curves(self) -> tuple[list[int], list[float], list[list[float]]]:
+        """Versions that all draws have, nothing about megabytes, and in each the draws' shares."""
+        versions = sorted(set.intersection(*(set(draw) for draw in self.draws)))
+        return versions, [], [[draw[version] for draw in self.draws] for version in versions]
+
+
 def finished(journal: Journal, case: str) -> list[Arm]:
     """The arms of a case with a finished run. Runs of a sweep do not count, and of an arm with runs at several learning
     rates only those at the rate of the last line do."""
@@ -59,7 +73,7 @@ def write(journal: Journal, file: Path) -> None:
     """Write the page about the runs of ``journal`` to ``file``. Raises ConfigError where none is finished."""
     metrics = {facts["case"]: facts["metric"] for facts in journal.settings.values()}
     found = {case: arms for case in metrics if (arms := finished(journal, case))}
-    sections = [_section(case, arms, metrics[case]) for case, arms in found.items()]
+    sections = [_section(case, arms, metrics[case], shares(journal, case, arms)) for case, arms in found.items()]
     if not sections:
         raise ConfigError(f"{journal.file} has no finished run yet: continue the comparison.")
     made = {f"{run['device']} with torch {run['versions']['torch']}, commit {run['commit']}" for run in journal.runs}
@@ -75,7 +89,20 @@ def write(journal: Journal, file: Path) -> None:
     report.render(file, journal.file.parent.name, intro, sections, settings, _FOOTER, " ".join(journal.notes))
 
 
-def _section(case: str, arms: list[Arm], metric: str) -> dict[str, Any]:
+def shares(journal: Journal, case: str, arms: list[Arm]) -> list[Shares]:
+    """Those of ``arms`` whose runs tell the share of the gradient's energy, for two versions at least."""
+    found = []
+    for arm in arms:
+        runs = [
+            r for r in journal.find(case, arm.label) if not r["sweep"] and r["rate"] == arm.rate and r.get("energy")
+        ]
+        told = Shares(arm.label, arm.style, [{row[0]: row[1] for row in run["energy"]} for run in runs])
+        if runs and len(told.curves()[0]) > 1:
+            found.append(told)
+    return found
+
+
+def _section(case: str, arms: list[Arm], metric: str, told: list[Shares]) -> dict[str, Any]:
     apart = differences({arm.label: arm.draws for arm in arms})
     better = ", lower is better" if metric in LOWER_IS_BETTER else ""
     head = ["arm", "rate", "draws", f"{metric}{better}, last round", f"last {LAST}", "MB per client, all rounds"]
@@ -95,4 +122,5 @@ def _section(case: str, arms: list[Arm], metric: str) -> dict[str, Any]:
     tables += [(["difference", "compared", "draws", "mean [95 % interval]"], cells)] if apart else []
     drawn = [pictures.forest(apart, metric)] if apart else []
     drawn += [pictures.curves(arms, metric, by_bytes) for by_bytes in (True, False)]
+    drawn += [pictures.curves(told, "share of the gradient's energy", False)] if told else []
     return {"title": case, "pictures": drawn, "tables": tables}

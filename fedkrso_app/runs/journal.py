@@ -24,8 +24,10 @@ from fedkrso_app.runs.engines import APP
 from fedkrso_app.runs.folder import ASIDE, Run
 from fedkrso_app.runs.results import asked_in, measures, replied_in
 from fedkrso_app.strategies import STRATEGIES
+from fedkrso_app.strategies.options import ClientOptions, ServerOptions
 
-_FREE = (*ASIDE, "model", "data-dir", "device", "torch-threads", "round-timeout")  # as the machine at hand has them
+# As the machine at hand has them.
+_FREE = (*ASIDE, "model", "data-dir", "device", "torch-threads", "round-timeout", "clients-per-node", "batch-clients")
 _LIBRARIES = ("flwr", "torch", "transformers")
 
 
@@ -33,7 +35,7 @@ def defining(config: Mapping[str, Any], clients: int, vary: str) -> dict[str, An
     """What makes runs repeats of one another: the settings of the run's own method and of all methods, less those of
     the machine, of the draw and the learning rate, which have a place in each run's line."""
     method = STRATEGIES[config["strategy"]]
-    tables = {settings.table for settings in method.settings}
+    tables = {ClientOptions.table, ServerOptions.table} | {settings.table for settings in method.settings}
     own = {key: value for key, value in config.items() if "." not in key or key.split(".")[0] in tables}
     left_out = (*_FREE, vary, method.learning_rate_key)
     return {key: value for key, value in own.items() if key not in left_out} | {"clients": clients, "vary": vary}
@@ -163,6 +165,7 @@ def line_of(run: Run, draw: int, rate: float, sweep: bool) -> dict[str, Any]:
         "device": _device(info["config"]["device"]),
         "versions": {key: info["libraries"].get(key, "") for key in _LIBRARIES} | {"python": platform.python_version()},
         "commit": _commit(),
+        "read": info.get("commits", {}),  # what came from the hub, at which commits
     }
 
 
@@ -188,6 +191,11 @@ def _commit() -> str:
     """The repository's commit, with a + where files differ from it; "" where there is none."""
     told = []
     for words in (
+        [
+            "ls-files",
+            "--error-unmatch",
+            "fedkrso_app/__init__.py",
+        ],  # or it would be a repository around an installation
         ["rev-parse", "--short=12", "HEAD"],
         ["status", "--porcelain", "--untracked-files=no", "fedkrso_app"],
     ):
@@ -198,4 +206,4 @@ def _commit() -> str:
         if said.returncode:
             return ""
         told.append(said.stdout.strip())
-    return told[0] + ("+" if told[1] else "")
+    return told[1] + ("+" if told[2] else "")

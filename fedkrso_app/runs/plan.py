@@ -42,6 +42,7 @@ def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -
         "model": config.model,
         "task": config.task,
         "head": config.head,
+        "evaluate": config.evaluate,
         "clients": clients,
         "sampled": sampled(config.fraction_train, clients),
         "rounds": config.num_server_rounds,
@@ -53,10 +54,9 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
     task = data.resolve(config, look=bool(config.data_dir or config.dataset))
     loaded = model.outline(config.model, task.num_labels, config.head)
     shapes = Shapes.of(loaded)
-    method = make(config, shapes, judged=False)
-    if method.reply.named("personal") and config.evaluate == "server":
+    if make(config, shapes, judged=False).reply.named("personal") and config.evaluate == "server":
         config = replace(config, evaluate="clients")  # as it must be
-        method = make(config, shapes)
+    method = make(config, shapes)
     costs, lengths = traffic(method, clients, metrics.tally_size(task.metric, task.num_labels))
     with torch.device("meta"):
         local = method.local(loaded)
@@ -74,6 +74,7 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
     trained = next((memory.trained for memory in memories.values()), None)
     return {
         "strategy": config.strategy,
+        "evaluate": config.evaluate,
         "parameters": shapes.parameters,
         "trained": trained,
         "moved": sum(tensor.numel() for tensor in local.shared()),

@@ -99,12 +99,17 @@ def walked(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.Lo
     return loaded, steps()
 
 
-def moved(run: Run, entries: Ledger) -> dict[int, dict[str, float]]:
-    """Of every entry whose predecessor is there: target layer, or ``head`` -> Frobenius norm of what it moved."""
+def reached(run: Run, entries: Ledger) -> list[int]:
+    """The versions on disk that the entries on disk lead to."""
     span, versions = method_of(run.config).entry.span, entries.versions()
     if span:  # the oldest on disk may need others that the ledger has dropped
         versions = [v for v in versions if first_needed(-1, v, span) >= versions[0]]
-    loaded, steps = walked(run, entries, versions)
+    return versions
+
+
+def moved(run: Run, entries: Ledger) -> dict[int, dict[str, float]]:
+    """Of every entry whose predecessor is there: target layer, or ``head`` -> Frobenius norm of what it moved."""
+    loaded, steps = walked(run, entries, reached(run, entries))
     parts = {name: [f"{name}.weight"] for name in loaded.targets} | ({"head": list(loaded.head)} if loaded.head else {})
     lengths: dict[int, dict[str, float]] = {}
     last, before = -1, dict[str, Any]()

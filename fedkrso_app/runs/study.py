@@ -14,7 +14,7 @@ from fedkrso_app.strategies import STRATEGIES, parse
 Settings = dict[str, Any]  # a flat run config, or what one changes
 
 FACTOR = 2.0  # from one learning rate of a sweep to the next
-_KEYS = ("clients", "draws", "vary", "rates", "sweep-draws", "settings", "cases", "arms")
+_KEYS = ("clients", "draws", "vary", "rates", "sweep-draws", "energy", "span", "settings", "cases", "arms")
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,10 @@ class Study:
 
     Draw d sets the key ``vary`` to d: ``seed``, which draws everything, the partition too unless ``partition-seed`` is
     set; or ``partition-seed``, which draws the partition alone. ``rates`` above 0 asks for a sweep: as many learning
-    rates for every arm in every case, judged on ``sweep_draws``. Raises :class:`ConfigError` for settings that cannot
-    be.
+    rates for every arm in every case, judged on ``sweep_draws``. ``energy`` asks for the share of the gradient that
+    each round could move in, which takes a replay of each run. ``span`` names two arms: of the others is
+    reported which share of the distance from the first to the second they cover. Raises :class:`ConfigError` for
+    settings that cannot be.
     """
 
     base: Settings
@@ -35,6 +37,8 @@ class Study:
     clients: int = 10
     rates: int = 0
     sweep_draws: tuple[int, ...] = (0,)
+    energy: bool = False
+    span: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not (self.arms and self.cases and self.draws) or self.base["evaluate"] == "off":
@@ -42,7 +46,11 @@ class Study:
                 "a comparison needs a method, a partition and a seed at least, and evaluate = 'server' or 'clients'."
             )
         choice("vary", self.vary, ["seed", "partition-seed"])
-        need(self.clients >= 1, "clients", self.clients, "at least 1")
+        for key, value, least in (("clients", self.clients, 1), ("rates", self.rates, 0)):
+            need(type(value) is int and value >= least, key, value, f"a whole number of at least {least}")
+        need(isinstance(self.energy, bool), "energy", self.energy, "true or false")
+        if self.span and (len(self.span) != 2 or not {*self.span} <= self.arms.keys()):
+            raise ConfigError(f"span = {list(self.span)} does not name two arms; they are {', '.join(self.arms)}.")
         if self.rates and self.base["holdout"]:
             raise ConfigError("a sweep holds training rows back by itself: leave out holdout, or --sweep.")
         for case, arm in self.pairs():
@@ -80,9 +88,9 @@ def load(file: Path, assignments: Sequence[str]) -> Study:
     listed = named.items() if isinstance(named, dict) else [("", table) for table in named]
     cases = {name: changes for prefix, table in listed for name, changes in _cases(prefix, flatten(table), base)}
     arms = {name: flatten(table) for name, table in tables.get("arms", {}).items()}
-    more = {key.replace("-", "_"): tables[key] for key in ("vary", "clients", "rates") if key in tables}
+    more = {key.replace("-", "_"): tables[key] for key in ("vary", "clients", "rates", "energy") if key in tables}
     draws, tried = _numbers(file, tables, "draws", 10), _numbers(file, tables, "sweep-draws", [0])
-    return Study(base, cases, arms, draws, sweep_draws=tried, **more)
+    return Study(base, cases, arms, draws, sweep_draws=tried, span=tuple(tables.get("span", ())), **more)
 
 
 def arm(text: str) -> tuple[str, Settings]:

@@ -55,6 +55,20 @@ def pairs(facts: Mapping[str, Any]) -> Table:
     return table
 
 
+def shares(facts: Mapping[str, Any]) -> Table:
+    """Which share of the way between the study's two arms of ``span`` the others cover."""
+    low, high = facts["span"]
+    table = Table(title=f"Share of the distance from {low} to {high}, at equal steps", box=box.SIMPLE_HEAD)
+    table.caption = "[ ]: 95 % interval by Fieller's theorem; none where the distance itself may be 0."
+    for head in ("case", "arm", "draws", "share"):
+        table.add_column(head, justify="left" if head in ("case", "arm") else "right")
+    for row in facts["shares"]:
+        ends = "" if row["from"] is None else f" [{row['from']:.0%}, {row['to']:.0%}]"
+        share = "–" if row["share"] is None else f"{row['share']:.0%}{ends}"
+        table.add_row(row["case"], row["arm"], str(row["draws"]), share)
+    return table
+
+
 def difference(row: Mapping[str, Any]) -> str:
     """``+0.0123 [-0.0100, +0.0346]``, with a star where the interval does not hold 0."""
     if row["low"] is None:

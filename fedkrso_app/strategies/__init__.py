@@ -23,6 +23,7 @@ from fedkrso_app.strategies.ffa_lora import FFALora
 from fedkrso_app.strategies.flexlora import FlexLoRA
 from fedkrso_app.strategies.flora import FLoRA
 from fedkrso_app.strategies.fr_lora import FeDeRA, FRLora
+from fedkrso_app.strategies.fwdllm import FwdLLM
 from fedkrso_app.strategies.hetlora import HetLoRA
 from fedkrso_app.strategies.lora_fair import LoRAFAIR
 from fedkrso_app.strategies.rolora import RoLoRA
@@ -50,6 +51,7 @@ STRATEGIES: dict[str, type[Method]] = {
     "fedkseed": FedKSeed,
     "fedkseed-pro": FedKSeedPro,
     "fedmezo": FedMeZO,
+    "fwdllm": FwdLLM,
     "fedblock": FedBlock,
     "ferret": Ferret,
     "separate": Separate,
@@ -66,8 +68,8 @@ def parse(run_config: Mapping[str, Any]) -> Config:
     method = STRATEGIES[config.strategy]
     if config.aggregation != "mean" and not method.linear:
         raise ConfigError(
-            f"aggregation = {config.aggregation!r} does not go with {config.strategy}, which averages products: "
-            "set it to 'mean'."
+            f"aggregation = {config.aggregation!r} does not go with {config.strategy}, which needs every "
+            "reply itself: set it to 'mean'."
         )
     options.check(method, config)
     if Lora in method.settings and config.of(Lora).ranks and not method.ranked:
@@ -88,4 +90,13 @@ def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
             f"evaluate = 'server' does not go with {config.strategy}, which leaves a part of the model at each client: "
             "set evaluate = 'clients'."
         )
+    if judged and config.evaluate != "server" and config.wire_dtype != "float32":
+        entry = method.entry.travelling
+        every = {name for name in entry.named("state") if not entry.fields[name].optional}
+        unknown = (every | set(method.reply.travelling.named("state"))) - method.known_start().keys()
+        if unknown:
+            raise ConfigError(
+                f"wire-dtype = {config.wire_dtype!r} needs evaluate = 'server': {', '.join(sorted(unknown))} would be "
+                "rounded as differences to a start that only a server with the model knows."
+            )
     return method

@@ -4,7 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from fedkrso_app.core.stacked import Group, Stack, StackedLora, Unstackable, rep
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.training.loop import Session, head_optimizer
-from fedkrso_app.training.model import LoadedModel, find_blocks
+from fedkrso_app.training.model import LoadedModel, find_blocks, find_small
 
 Arrays = Mapping[str, np.ndarray]
 L = TypeVar("L", bound="Local")
@@ -37,6 +37,7 @@ class Shapes:
     parameters: int  # all
     frozen: int = 0  # what is left of the head
     blocks: tuple[int, ...] = ()  # each transformer block
+    small: Mapping[str, int] = field(default_factory=dict)  # norms and biases, by name
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> "Shapes":
@@ -44,7 +45,9 @@ class Shapes:
         head = sum(parameter.numel() for parameter in loaded.head.values())
         every = {name: parameter.numel() for name, parameter in loaded.module.named_parameters()}
         blocks = tuple(sum(parameter.numel() for parameter in block.values()) for block in find_blocks(loaded).values())
-        return cls(sizes, head, sum(every.values()), sum(every[name] for name in loaded.frozen), blocks)
+        small = {name: parameter.numel() for name, parameter in find_small(loaded).items()}
+        frozen = sum(every[name] for name in loaded.frozen)
+        return cls(sizes, head, sum(every.values()), frozen, blocks, small)
 
     def outputs(self, rank: int) -> int:
         """Q = Σ m·r, the size of all B factors."""
@@ -316,6 +319,10 @@ class Method(ABC):
         """Bytes that a client holds at the end of a round beyond those after its first step; ``lengths`` as those
         expected in a reply."""
         return 0
+
+    def known_start(self) -> Arrays:
+        """The arrays of role "state" at W^0 that the run's seed alone gives, to a server without a model too."""
+        return {}
 
     # A round
 

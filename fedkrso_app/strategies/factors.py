@@ -158,7 +158,7 @@ class Products(Method):
     def summands(self, arrays: Arrays) -> Mapping[Any, np.ndarray]:
         return {"head": arrays["head"]}
 
-    def by_layer(self, means: Means) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor], list[float]]]:
+    def layers(self, means: Means) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor], list[float]]]:
         """Of each layer every client's B and A, and the shares of the weight."""
         shares = [share for share, _ in means.replies]
         clients = [list(by_layer(arrays["A"], arrays["B"], self.sizes)) for _, arrays in means.replies]

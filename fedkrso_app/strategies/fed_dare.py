@@ -18,7 +18,6 @@ from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Lora, Means, Shapes
 from fedkrso_app.strategies.fedit import FedIT, FedITLocal
-from fedkrso_app.strategies.fedsrd import dare_rng
 from fedkrso_app.training.loop import Session
 
 
@@ -45,7 +44,7 @@ class FedDARELocal(FedITLocal):
 
         def update() -> dict[str, np.ndarray]:
             moved = flatten(factors) - flatten(before)
-            kept = srd.dare_mask(moved.shape, own.sparsity, dare_rng(int(seed)))
+            kept = srd.dare_mask(moved.shape, own.sparsity, srd.dare_rng(int(seed)))
             values = moved[kept] / np.float32(1 - own.sparsity)
             return {"mask": np.array([seed]), "values": values, "head": flatten(self.head.values())}
 
@@ -97,7 +96,7 @@ class FedDARE(FedIT):
         return {"v": (1 - self.own.sparsity) * self.size}, {}, {}
 
     def mask(self, arrays: Arrays) -> np.ndarray:
-        return srd.dare_mask((self.size,), self.own.sparsity, dare_rng(int(arrays["mask"][0])))
+        return srd.dare_mask((self.size,), self.own.sparsity, srd.dare_rng(int(arrays["mask"][0])))
 
     def check(self, arrays: Arrays, round: int) -> None:
         if (kept := int(self.mask(arrays).sum())) != len(arrays["values"]):

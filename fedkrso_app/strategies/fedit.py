@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedkrso_app.config import Settings
+from fedkrso_app.core import lora
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies.base import Arrays, Lora, LoraLocal, Method
@@ -63,6 +64,12 @@ class FedIT(Method):
         sizes = {"A": self.shapes.inputs(rank), "B": self.shapes.outputs(rank)}
         factors = {name: Field(dtype, (sizes[name],), "state") for name in self.half.factors}
         return Schema({**factors, "head": self.head_field()})
+
+    def known_start(self) -> Arrays:
+        rank, targets = self.config.of(Lora).rank, self.shapes.targets.items()
+        A = [lora.initial_A(self.config.seed, name, rank, n) for name, (_, n) in targets]
+        start = {"A": flatten(A), "B": np.zeros(self.shapes.outputs(rank), np.float32)}
+        return {name: start[name] for name in self.half.factors}
 
     def matrices(self, name: str, values: np.ndarray) -> list[Tensor]:
         """The factor ``name`` of each layer (A: r × n, B: m × r) in an array of the wire, float64."""

@@ -59,11 +59,6 @@ class FedSRDSettings(Settings):
         need(0 <= self.rcond < 1, "fedsrd.rcond", self.rcond, "at least 0 (torch's own) and below 1")
 
 
-def dare_rng(seed: int) -> np.random.Generator:
-    """The generator of a broadcast's mask; its seed travels instead of a bitmap."""
-    return np.random.Generator(philox(seed, layer_key("dare")))
-
-
 def add_broadcast(arrays: Arrays, pair: Mapping[str, Sequence[Tensor]], extra: Sequence[Tensor], p: float) -> None:
     """Add a ledger entry's sparse delta to one factor of ``pair`` and to ``extra`` (the head, where it is sparse too).
 
@@ -73,7 +68,7 @@ def add_broadcast(arrays: Arrays, pair: Mapping[str, Sequence[Tensor]], extra: S
         return
     moved = [*pair[FACTORS[int(arrays["mask"][1])]], *extra]
     delta = np.zeros(sum(tensor.numel() for tensor in moved), np.float32)
-    delta[srd.dare_mask(delta.shape, p, dare_rng(int(arrays["mask"][0])))] = arrays["values"]
+    delta[srd.dare_mask(delta.shape, p, srd.dare_rng(int(arrays["mask"][0])))] = arrays["values"]
     unflatten(flatten(moved) + delta, moved)
 
 
@@ -236,7 +231,7 @@ class FedSRD(Method):
             move = np.concatenate([move, head.float().numpy()])  # type: ignore[union-attr]
         seed = int(philox(self.config.seed, layer_key(f"dare/{version}")).random_raw(1)[0])
         p = self.own.download_sparsity
-        mask = srd.dare_mask(move.shape, p, dare_rng(seed))
+        mask = srd.dare_mask(move.shape, p, srd.dare_rng(seed))
         values = (move[mask] / (1 - p)).astype(np.float32)
         entry: dict[str, np.ndarray] = {"mask": np.array([seed, turn], np.uint64), "values": values}
         return entry if self.own.sparsify_head else {**entry, "head": means.mean("head")}

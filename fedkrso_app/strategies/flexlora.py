@@ -44,7 +44,7 @@ class FlexLoRA(Products):
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         R, seed = self.lora.most, self.config.seed
         spare = [lora.initial_A(seed, name, R, n) for name, (_, n) in self.shapes.targets.items()]
-        layers = zip(self.by_layer(means), spare, strict=True)
+        layers = zip(self.layers(means), spare, strict=True)
         pairs = [spectral(Bs, As, shares, R, rows)[::-1] for (Bs, As, shares), rows in layers]
         A, B = by_component(pairs, R)
         return {"A": A, "B": B, "head": means.mean("head")}

@@ -96,6 +96,9 @@ class FeDeRA(FedIT):
     arxiv = "2404.18848"
     learning_rate_key = "federa.learning-rate"
 
+    def known_start(self) -> Arrays:
+        return {}
+
 
 class FRLoraLocal(PrincipalLocal):
     """Client half of FR-LoRA: W moves, and at rest the factors are (A*, B*)."""
@@ -164,6 +167,9 @@ class FRLora(FedIT):
     settings = (Lora, FRLoraSettings)
     arxiv, openreview = "", "e0rQRMUhs7"
     learning_rate_key = "fr-lora.learning-rate"
+
+    def known_start(self) -> Arrays:
+        return {}
 
     @property
     def reply(self) -> Schema:

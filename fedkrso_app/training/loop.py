@@ -14,6 +14,7 @@ from transformers import get_constant_schedule, get_constant_schedule_with_warmu
 
 from fedkrso_app.config import Config
 from fedkrso_app.training.activations import TrainingError, activation_memory
+from fedkrso_app.training.vocabulary import without_logits
 
 logger = logging.getLogger("flwr")
 
@@ -162,21 +163,25 @@ def schedules(
 
 
 @contextmanager
-def at_work(module: nn.Module, seed: int, device: torch.device, config: Config, dropout: bool = True) -> Iterator[None]:
+def at_work(
+    module: nn.Module, seed: int, device: torch.device, config: Config, dropout: bool = True
+) -> Iterator[nn.Linear | None]:
     """``module`` as it trains: dropout drawn from ``seed``, torch's generators as they were afterwards, the same bits
-    each time, and for backward what ``activation-memory`` says."""
+    each time, for backward what ``activation-memory`` says, and no logits of a language model, whose output layer is
+    yielded then (:mod:`training.vocabulary`)."""
     was_training = module.training
     kind = "cuda" if device.type == "cpu" else device.type
     devices = [] if device.type in ("cpu", "mps") else [device]  # fork_rng does not know the one generator of mps
     with (
         torch.random.fork_rng(devices=devices, device_type=kind),
         deterministic(device),
+        without_logits(module) as output_layer,
         activation_memory(module, config.activation_memory),
     ):
         module.train(dropout)
         torch.manual_seed(seed)
         try:
-            yield
+            yield output_layer
         finally:
             module.train(was_training)
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from fedkrso_app.training.vocabulary import first_choices, without_logits
+
 _IGNORED = -100  # of a language model's labels: not asked for
 LOWER_IS_BETTER = frozenset({"perplexity"})
 
@@ -103,19 +105,25 @@ def tally(
     sums, batch, device = np.zeros(tally_size(metric, num_labels)), None, next(model.parameters()).device
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), without_logits(model) as output_layer:
             for batch in batches:
                 output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
-                logits, truth = output.logits.float().cpu(), batch["labels"].cpu()
-                if not logits.isfinite().all():  # argmax would make a class of a NaN
+                logits, truth = output.logits, batch["labels"].cpu()
+                if not (logits.isfinite().all() and output.loss.isfinite()):  # argmax would make a class of a NaN
                     raise ValueError("the model's outputs are not finite: the training has diverged")
                 count = len(truth)
                 if num_labels == 0:
                     truth = truth[:, 1:]  # what comes after each token
                     count = int((truth != _IGNORED).sum())
-                    predictions = ((logits[:, :-1].argmax(2) == truth) | (truth == _IGNORED)).all(1)
+                    predictions = torch.ones(len(truth))
+                    if metric == "exact-match":
+                        chosen = (
+                            first_choices(logits[:, :-1], output_layer) if output_layer else logits[:, :-1].argmax(2)
+                        )
+                        predictions = ((chosen.cpu() == truth) | (truth == _IGNORED)).all(1)
                     truth = torch.ones(len(truth))
                 else:
+                    logits = logits.float().cpu()
                     predictions = logits[:, 0] if num_labels == 1 else logits.argmax(1)
                 sums[:2] += float(output.loss) * count, count
                 sums[2:] += moments(metric, predictions.numpy(), truth.numpy(), num_labels)

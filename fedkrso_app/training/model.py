@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from fedkrso_app.config import ConfigError, is_local, resolved_path
 from fedkrso_app.data import pairs, repository
 from fedkrso_app.data.embedded import pretraining as embedded
-from fedkrso_app.training import checkpoint, heads
+from fedkrso_app.training import checkpoint, heads, vocabulary
 from fedkrso_app.training import tokenizer as tokenizers
 from fedkrso_app.training.device import device as choose
 
@@ -90,6 +90,7 @@ def load(
             raise ConfigError("it sees the words that it would have to predict: take a decoder, as GPT-2")
         if weights and num_labels:
             tokenizers.settle_padding(tokenizer, module)
+        vocabulary.can(module)  # before any layer is replaced
     if new:
         count = sum(parameter.numel() for key, parameter in module.named_parameters() if key in new)
         checkpoint.say("%s begins with a new %s (%d parameters)", name, ", ".join(sorted(new)), count)
@@ -116,6 +117,7 @@ def outline(name: str, num_labels: int, head: str = "dense") -> LoadedModel:
         if tokenizer is not None:
             tokenizers.fit(tokenizer, module, classifies=bool(num_labels))
         targets, on_top = _parts(module, num_labels)
+        vocabulary.can(module)
     trained = heads.trained(head, module, on_top, frozenset(), num_labels)
     frozen = frozenset(on_top.keys() - trained.keys())
     return LoadedModel(module, tokenizer, targets, trained, classes=(), new=frozenset(), frozen=frozen)
@@ -253,6 +255,12 @@ def find_targets(module: nn.Module) -> dict[str, nn.Module]:
         and any(name.startswith(stack) for stack in stacks)
         and uses[id(child.weight)] == 1
     }
+
+
+def find_small(loaded: LoadedModel) -> dict[str, nn.Parameter]:
+    """The parameters with one axis that are not the head's, by name: norms and biases."""
+    named = sorted(loaded.module.named_parameters())
+    return {name: parameter for name, parameter in named if parameter.ndim == 1 and name not in loaded.head}
 
 
 def find_blocks(loaded: LoadedModel) -> dict[str, dict[str, nn.Parameter]]:

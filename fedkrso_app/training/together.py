@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from fedkrso_app.config import Config
 from fedkrso_app.core.stacked import Group, Stack, Unstackable
+from fedkrso_app.training import vocabulary
 from fedkrso_app.training.loop import Session, at_work, precision, predicted, schedules, show_progress
 
 logger = logging.getLogger("flwr")
@@ -50,7 +51,7 @@ def train(
     device = live[0].whole.device
     losses = torch.zeros(len(sessions), steps, device=device)
     seed = np.random.SeedSequence([int(rng.integers(2**63)) for rng in rngs]).generate_state(1, np.uint64)[0] >> 1
-    with at_work(module, int(seed), device, config), ExitStack() as gradients:
+    with at_work(module, int(seed), device, config) as output_layer, ExitStack() as gradients:
         for stack in live:
             gradients.enter_context(stack.trained())
         for j in range(steps):
@@ -63,7 +64,11 @@ def train(
                 group.rows = len(labels) // group.clients
                 with precision(config.compute_dtype, device):
                     logits = module(**{name: value.to(device) for name, value in inputs.items()}).logits
-                own = client_losses(logits, labels.to(device), weights.to(device), group.clients)
+                    given = logits, labels.to(device), weights.to(device)
+                    if output_layer is None:
+                        own = client_losses(*given, group.clients)
+                    else:
+                        own = vocabulary.losses(given[0], output_layer, *given[1:], group.clients)
                 own.sum().backward()
                 losses[:, j] += own.detach().to(losses.dtype)
             if config.max_grad_norm:
