@@ -46,7 +46,7 @@ KINDS_OF_METHOD = kinds_of_method()
 PLAIN = {"local-steps": 3, "partition": "dirichlet"}
 PARTIAL = {"num-server-rounds": 4, "fraction-train": 0.5, "local-steps": 2}
 LONG = {"local-steps": 8, "fraction-train": 0.5, "max-grad-norm": 5.0}
-# At .05 it swings more than by bfloat16.
+# At .05 the loss swings by more than bfloat16 changes it.
 LONG |= dict.fromkeys(("lora.learning-rate", "ffa-lora.learning-rate", "zeroth.head-learning-rate"), 0.02)
 TIGHT = {"activation-memory": "recompute", "gradient-accumulation": 2, "batch-size": 4}
 

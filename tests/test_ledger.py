@@ -73,6 +73,28 @@ def test_a_damaged_last_entry_is_set_aside_and_the_one_before_is_the_newest(tmp_
     ledger.append(entry(2))
 
 
+def test_a_ledger_that_keeps_its_newest_entries_begins_with_the_oldest_of_these(tmp_path):
+    ledger = Ledger(tmp_path, keep=2)
+    for version in range(4):
+        ledger.append(entry(version))
+    assert [found.version for found in Ledger(tmp_path).recovered()] == [2, 3]
+    (tmp_path / "000002.safetensors").unlink()
+    ledger.append(entry(4))
+    assert [found.version for found in Ledger(tmp_path).recovered()] == [3, 4]
+
+
+@pytest.mark.parametrize("ask", [Ledger.read, Ledger.stamp, Ledger.names])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_whatever_is_asked_of_a_damaged_entry_the_answer_names_its_file(tmp_path, ask, damage):
+    filled(tmp_path, 2)
+    path = tmp_path / "000001.safetensors"
+    path.write_bytes(path.read_bytes()[:9] if damage == "cut" else b"")
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(LedgerError, match=r"entry 1 (is damaged|is missing|cannot be read): .*000001\.safetensors"):
+        ask(Ledger(tmp_path), 1)
+
+
 def test_a_damaged_earlier_entry_is_refused_by_name(tmp_path):
     filled(tmp_path, 3)
     path = tmp_path / "000001.safetensors"
