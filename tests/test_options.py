@@ -94,7 +94,7 @@ def federate(run_config):
                 with local.session({}, rng) as session:
                     loop.train(local.module, itertools.repeat(batch), session, config, rng)
                     arrays = session.update()
-                own[i] = {name: arrays.pop(name) for name in method.reply.named("client")}
+                own[i] = {name: arrays.pop(name) for name in method.reply.named("memory")}
                 replies.append(arrays)
                 for tensor, before in zip(local.trained(), start, strict=True):
                     tensor.data.copy_(before)
