@@ -21,7 +21,7 @@ from fedkrso_app.strategies.base import Local, Method
 from fedkrso_app.training import loop
 from fedkrso_app.training.loop import Session
 
-MEANS = ["fedfft", "fedit", "ffa-lora"]  # methods whose entries are the means of their replies
+MEANS = ["fedfft", "fedit", "ffa-lora", "rolora"]  # methods whose entries are the means of their replies
 STEPS, RATE, A, TARGETS = 5, 0.1, np.array([1.0, 3.0]), np.array([[1.0, -2.0], [3.0, 0.5]])
 
 
@@ -94,7 +94,7 @@ def federate(run_config):
                 with local.session({}, rng) as session:
                     loop.train(local.module, itertools.repeat(batch), session, config, rng)
                     arrays = session.update()
-                own[i] = {name: arrays.pop(name) for name in method.reply.named("client")}
+                own[i] = {name: arrays.pop(name) for name in method.reply.named("memory")}
                 replies.append(arrays)
                 for tensor, before in zip(local.trained(), start, strict=True):
                     tensor.data.copy_(before)
@@ -249,7 +249,7 @@ def test_a_proximal_term_keeps_clients_near_the_start(run_config, strategy):
         if strategy == "fedkrso":
             moved = [reply["accumulators"].ravel() for reply in sent]
         else:
-            moved = [np.concatenate([(x[n] - start[n]).ravel() for n in start]) for x in sent]
+            moved = [np.concatenate([(x[n] - start[n]).ravel() for n in x]) for x in sent]
         lengths[mu] = np.linalg.norm(np.concatenate(moved))
     assert 0 < lengths[1e3] < 0.9 * lengths[0.0]
 
@@ -291,6 +291,11 @@ def test_a_plan_counts_an_options_bytes_and_memory(run_config, option):
 def test_what_an_option_cannot_go_with_is_refused_before_anything_starts(run_config, settings, reason):
     with pytest.raises(ConfigError, match=reason):
         parse(run_config | settings)
+
+
+def test_scaffold_does_not_go_with_arrays_that_take_turns(run_config):
+    with pytest.raises(ConfigError, match="whose arrays take turns"):
+        play(run_config | {"strategy": "rolora"} | ON["scaffold"])
 
 
 def test_a_proximal_term_without_gradients_is_refused(run_config, monkeypatch):

@@ -294,6 +294,14 @@ class Scaffold(_Moving):
     """SCAFFOLD's server half: d ← (1 − s) d + s · the mean move, with the share s of clients that a round asks. It
     follows from what the method sends anyway, so nothing more goes up; down goes d."""
 
+    def __init__(self, config: Config, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        if any(f.optional for f in super().reply.travelling.fields.values()):  # type: ignore[safe-super]
+            raise ConfigError(
+                f"client.correction = 'scaffold' does not go with {config.strategy}, whose arrays take turns: set it "
+                "to 'none'."
+            )
+
     @property
     def size(self) -> int:
         """How many values clients send of what they moved."""
