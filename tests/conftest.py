@@ -136,14 +136,14 @@ def config(run_config) -> Config:
 
 @pytest.fixture
 def sites(run_config, data_folder, tmp_path) -> tuple[dict, list[Path]]:
-    """A run on one csv whose rows belong to three sites, a client each; and by client a folder with its rows alone.
+    """A run on one csv whose rows belong to five sites, a client each; and by client a folder with its rows alone.
 
     Texts, labels and sites are words, as a user writes them.
     """
     lines = {}
     for split in ("train", "validation"):
         rows = Dataset.from_parquet(str(data_folder / "sst2" / f"{split}.parquet"), cache_dir=str(tmp_path / "hf"))
-        named = [(row["sentence"], ("neg", "pos")[row["label"]], "abc"[i % 7 % 3]) for i, row in enumerate(rows)]
+        named = [(row["sentence"], ("neg", "pos")[row["label"]], "abcde"[i % 11 % 5]) for i, row in enumerate(rows)]
         lines[split] = [f"{text},{label},site {site}\n" for text, label, site in named]
 
     def write(folder: Path, holds: str = "") -> Path:
@@ -157,6 +157,6 @@ def sites(run_config, data_folder, tmp_path) -> tuple[dict, list[Path]]:
     settings = run_config | own | {"data-dir": str(write(tmp_path / "whole"))}
     task = data.resolve(parse(settings))
     train = data.load(task, settings["data-dir"], "train")
-    shares = data.partition(train, task, 3, "natural", 0.5, settings["seed"])
+    shares = data.partition(train, task, 5, "natural", 0.5, settings["seed"])
     of_client = [train["site"][int(rows[0])] for rows in shares]  # the seed decides who is whose
     return settings, [write(tmp_path / "device" / str(i), site) for i, site in enumerate(of_client)]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, expire
 
-NODES = 3
+NODES, CLIENTS = 3, 5  # the last node holds what the others leave
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 
 
@@ -128,8 +128,9 @@ def started(version: str, folder: Path) -> Iterator[Federation]:
             (folder / f"data-{i}").mkdir()
             (folder / f"cache-{i}").mkdir()
             options = ["--port", port, *(["--app-hash", pin] if i == 0 else [])]
+            options += ["--partitions", f"{i}-{CLIENTS - 1}"] if i == NODES - 1 else []
             own = {"FEDKRSO_CACHE": str(folder / f"cache-{i}")}
-            start("supernode", f"node{i}.log", keys, i, NODES, made.public, folder / f"data-{i}", *options, **own)
+            start("supernode", f"node{i}.log", keys, i, CLIENTS, made.public, folder / f"data-{i}", *options, **own)
         yield made
     finally:
         for process in reversed(running):

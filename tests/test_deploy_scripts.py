@@ -98,6 +98,14 @@ def test_a_supernode_says_what_it_does_not_limit(script, keys, tmp_path):
     assert f"guarded.py supernode {'a' * 64} --root-certificates" in pinned.stdout
 
 
+def test_a_supernode_with_several_partitions_has_a_folder_for_each(script, keys, tmp_path):
+    done = script("supernode", keys, 1, 9, "localhost:8000", tmp_path, "--partitions", "0-2,7")
+    assert f"--node-config partitions='0-2,7' num-partitions=9 data-dir=\"{tmp_path}/{{partition}}\"" in done.stdout
+    assert f"{tmp_path}/{{partition}} can be changed by this account" in done.stderr
+    for wrong in ("", "a", "1-", "0 1", "0-2'"):
+        assert script("supernode", keys, 1, 9, "localhost:8000", tmp_path, "--partitions", wrong).returncode == 2
+
+
 @pytest.mark.parametrize("hash", ["", "any", "A" * 64, "a" * 63])
 def test_an_app_hash_that_is_none_never_means_every_app(hash, script, keys, tmp_path):
     done = script("supernode", keys, 0, 2, "localhost:8000", tmp_path, "--app-hash", hash)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from federation import NODES, answers, started
+from federation import CLIENTS, NODES, answers, started
 from helpers import ROOT, digest, play
 
 from fedkrso_app.runs.folder import Run
@@ -73,24 +73,26 @@ def federation(request, tmp_path_factory):
         yield made
 
 
-def test_three_devices_with_a_file_each_give_the_bits_of_one_process_with_the_whole(federation, sites, tmp_path):
+def test_three_devices_with_a_file_or_three_give_the_bits_of_one_process_with_the_whole(federation, sites, tmp_path):
+    """The last device holds three partitions, with a folder for each."""
     settings, own_files = sites[0] | {"run-name": "devices"}, sites[1]
     for i, own in enumerate(own_files):
-        shutil.copytree(own, federation.folder / f"data-{i}", dirs_exist_ok=True)
+        folder = federation.folder / (f"data-{i}" if i < NODES - 1 else f"data-{NODES - 1}/{i}")
+        shutil.copytree(own, folder, dirs_exist_ok=True)
     file = tmp_path / "settings.toml"
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
     ended = federation.flwr("run", ROOT, "devices", "--stream", "--run-config", file, timeout=400)
     run = Run(Path(settings["output-dir"]) / "devices")
     said = ended.stdout[-3000:] + ended.stderr[-3000:] + (federation.folder / "superlink.log").read_text()[-2000:]
     assert run.path.is_dir() and run.status == "completed", said
-    assert [line["clients"] for line in run.metrics()[1:]] == [NODES, NODES]
+    assert [line["clients"] for line in run.metrics()[1:]] == [CLIENTS, CLIENTS]
     assert re.search(r"server\.pem is valid\s+until", ended.stdout), ended.stdout
     assert "server.pem is valid until" in (federation.folder / "superlink.log").read_text()
     assert not [path for i in range(NODES) for path in (federation.folder / f"cache-{i}").glob("nodes/*/*")]
     for own in own_files:
         longest = max((own / "train.csv").read_bytes().splitlines(), key=len)
         assert not files_with(longest.split(b",")[0], federation.folder)
-    assert digest(run) == digest(play(settings | {"run-name": "process"}, nodes=NODES))
+    assert digest(run) == digest(play(settings | {"run-name": "process"}, nodes=CLIENTS))
 
 
 def files_with(text: bytes, folder: Path) -> list[Path]:

@@ -40,11 +40,11 @@ def flower(tmp_path, monkeypatch):
 def test_flowers_engine_with_two_workers_gives_the_same_bits_as_one_process(sites, flower, tmp_path):
     """Both as ``fedkrso compare`` starts them, on the very run that tests/test_deployment.py gives to three devices."""
 
-    def made_by(engine) -> str:
+    def made_by(engine, each) -> str:
         file, log = tmp_path / f"{engine}.toml", tmp_path / f"{engine}.log"
-        settings = sites[0] | {"run-name": engine}
+        settings = sites[0] | {"run-name": engine, "clients-per-node": each}
         file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
-        for _ in zip(range(480), engines.play(engine, file, 3, log), strict=False):  # of half a second
+        for _ in zip(range(480), engines.play(engine, file, 5, each, log), strict=False):  # of half a second
             pass
         run, said = Run(Path(settings["output-dir"]) / engine), log.read_text()
         assert run.path.is_dir() and run.status == "completed", said[-3000:]
@@ -52,4 +52,4 @@ def test_flowers_engine_with_two_workers_gives_the_same_bits_as_one_process(site
         assert all(f"round {number}/2" in said for number in range(3))
         return digest(run)
 
-    assert made_by("flower") == made_by("process")
+    assert made_by("flower", each=1) == made_by("process", each=5)  # one node then, which holds all clients
