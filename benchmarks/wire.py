@@ -5,6 +5,8 @@
 Builds each method on RoBERTa-base and RoBERTa-large *shapes* (a model from its config on the meta device: no weights),
 fills its records with random numbers and counts the bytes that Flower would serialise, headers included. FedKRSO
 has two rows: with all K = 10 seeds both ways, as the paper counts it, and with those that ten clients draw on average.
+Llama-3.2-3B's records (a language model, without a head) are too large to be filled: headers are measured, and the rest
+follows from their schemas.
 """
 
 import argparse
@@ -20,11 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
+from benchmarks.gpu import llama
 from fedkrso_app.core import quantize
 from fedkrso_app.core.projection import stream
 from fedkrso_app.records import wire
 from fedkrso_app.records.protocol import Figures, Instructions, Status, trained
 from fedkrso_app.records.schema import Schema
+from fedkrso_app.runs import plan
 from fedkrso_app.runs.compare import settings
 from fedkrso_app.strategies import STRATEGIES, make, parse
 from fedkrso_app.strategies.base import Method, Shapes
@@ -44,7 +48,11 @@ NOTES = {
 
 
 def shapes(size: str) -> Shapes:
-    """RoBERTa-base or -large with a head for two labels, without its weights."""
+    """RoBERTa-base or -large with a head for two labels, or the language model Llama-3.2-3B, without its weights."""
+    if size == "Llama-3.2-3B":
+        with torch.device("meta"):
+            module = llama()
+        return Shapes.of(LoadedModel(module, None, find_targets(module), {}, (), frozenset()))
     large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     common = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
     with torch.device("meta"):
@@ -90,12 +98,21 @@ def measure(method: Method, up: Mapping[str, float], down: Mapping[str, float]) 
     }
 
 
-def rows(dtype: str = "float32", models: Sequence[str] = ("base", "large")) -> list[dict[str, Any]]:
+def counted(method: Method, up: Mapping[str, float], down: Mapping[str, float]) -> dict[str, int]:
+    """What :func:`measure` finds, without making the arrays."""
+    method.replies = CLIENTS
+    reply, entry = method.reply.travelling, method.entry.travelling
+    headers = wire.measured_bytes(trained(Status(1), wire.pack({}), Figures(1000, 0.5, 1.0, 2**30)))
+    sizes = {"up": headers + plan.usual_bytes(reply, up), "down": headers + plan.usual_bytes(entry, down)}
+    return {way: round(size) for way, size in sizes.items()} | {"formula": method.paper_bytes()}
+
+
+def rows(dtype: str = "float32", models: Sequence[str] = ("base", "large", "Llama-3.2-3B")) -> list[dict[str, Any]]:
     """One row per model size and method, with numbers in the format ``dtype``, at the mean lengths for ten clients.
     Where those are expected values of a draw, a row at the largest lengths too, as the papers count."""
     result = []
     for label in models:
-        size = shapes(label)
+        size, of = shapes(label), counted if label == "Llama-3.2-3B" else measure
         for name in STRATEGIES:
             method = make(
                 parse(settings(None, []) | {"local-steps": 100, "wire-dtype": dtype, "strategy": name}),
@@ -103,16 +120,14 @@ def rows(dtype: str = "float32", models: Sequence[str] = ("base", "large")) -> l
                 judged=False,
             )
             up, down, figures = method.expected(CLIENTS)
-            row = {"model": f"RoBERTa-{label}", "paper": "", "note": ""}
-            known = {"paper": TABLE_III[label].get(name, ""), "note": NOTES.get(name, "")}
+            row = {"model": label if of is counted else f"RoBERTa-{label}", "paper": "", "note": ""}
+            known = {} if of is counted else {"paper": TABLE_III[label].get(name, ""), "note": NOTES.get(name, "")}
             if figures:
-                result.append(
-                    {**row, **known, "method": name, **measure(method, method.reply.limits, method.entry.limits)}
-                )
+                result.append({**row, **known, "method": name, **of(method, method.reply.limits, method.entry.limits)})
                 expected = ", ".join(f"{value:.2f} {what}" for what, value in figures.items())
-                result.append({**row, "method": f"{name}, {expected}", **measure(method, up, down)})
+                result.append({**row, "method": f"{name}, {expected}", **of(method, up, down)})
             else:
-                result.append({**row, **known, "method": name, **measure(method, up, down)})
+                result.append({**row, **known, "method": name, **of(method, up, down)})
     return [{**row, "both": row["up"] + row["down"]} for row in result]
 
 
