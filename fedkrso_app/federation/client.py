@@ -151,6 +151,10 @@ class Workplace:
                 self.at_once = len(some) // 2
                 logger.warning("%d clients do not fit into memory: %d at once from now on", len(some), self.at_once)
                 release(device(self.config.device))
+            except Exception as error:  # of one of them, which alone must pay for it
+                logger.warning("A pass of %d clients failed (%s); they train one after another", len(some), error)
+                yield from _one_by_one(some, lambda partition: self._train(partition, instructions))
+                rest = rest[len(some) :]
             else:
                 yield from replies
                 rest = rest[len(some) :]
