@@ -12,7 +12,7 @@ from torch import nn
 
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.stacked import Group, Stack, StackedLinear, Unstackable
-from fedkrso_app.federation import client
+from fedkrso_app.federation.client import Workplace
 from fedkrso_app.strategies import STRATEGIES, make, parse
 from fedkrso_app.strategies.base import Local, Shapes
 from fedkrso_app.training import loop, model, together
@@ -225,14 +225,14 @@ def test_a_pass_that_does_not_fit_into_memory_is_halved(run_config, monkeypatch,
 
 
 def test_a_client_that_breaks_a_pass_fails_alone(run_config, monkeypatch, caplog):
-    own = client.Workplace._own
+    own = Workplace._own
 
     def broken(self, partition, round):
         if partition == 1:
             raise ValueError("its own part is damaged")
         return own(self, partition, round)
 
-    monkeypatch.setattr(client.Workplace, "_own", broken)
+    monkeypatch.setattr(Workplace, "_own", broken)
     run = play(run_config | IN_ONE | {"clients-per-node": 4, "num-server-rounds": 1})
     assert run.metrics()[-1]["partitions"] == [0, 2, 3] and "partition 1 failed: its own part is damaged" in caplog.text
 
