@@ -138,8 +138,8 @@ def _aggregate(method: FedKRSO, pool: list[Arrays], clients: int, beside: Callab
             asked.append(message)
         # What configure_train leaves behind once the messages are out.
         strategy.round, strategy._started, strategy._figures = 1, time.monotonic(), no_figures()
-        strategy._asked, strategy._training = [(message, node) for node, message in enumerate(asked)], True
-        strategy.nodes.partitions = {node: node for node in range(clients)}
+        strategy._asked, strategy._training = [(message, (node, [node])) for node, message in enumerate(asked)], True
+        strategy.nodes.partitions = {node: (node,) for node in range(clients)}
         start = time.process_time()
         strategy.aggregate_train(1, replies(asked))
         total = time.process_time() - start

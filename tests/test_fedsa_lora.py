@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import arrays_of, digest, play, replica
+from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from fedkrso_app.federation import client
 from fedkrso_app.federation.store import cache
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs import compare, plan
+from fedkrso_app.runs.study import Study
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import loop, model
@@ -254,10 +256,9 @@ def test_evaluation_of_one_model_does_not_depend_on_who_holds_which_rows(run_con
 def test_a_comparison_on_clients_rows_has_both_with_local_heads(run_config, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "_play", lambda config, clients, engine: (play(config, nodes=2) for _ in "1"))
     own = CLIENTS | {"client.head": "local", "num-server-rounds": 1}
-    made = compare.Plan(run_config | own, ["fedit", "fedsa-lora"], ["iid"], [0], tmp_path / "out", 2, "process")
-    from rich.console import Console
-
-    assert not made.run([], Console(quiet=True))
+    arms = {name: {"strategy": name} for name in ("fedit", "fedsa-lora")}
+    made = compare.Comparison(Study(run_config | own, {"iid": {}}, arms, (0,), clients=2), tmp_path / "out", "process")
+    assert not made.make(Console(quiet=True))
     rows = {row["strategy"]: row for row in made.save("test")["rows"]}
     assert rows["fedsa-lora"]["uplink_mb"] < rows["fedit"]["uplink_mb"] and rows["fedit"]["metric"] is not None
 

@@ -18,6 +18,7 @@ from fedkrso_app.data import files, repository
 from fedkrso_app.data import hub as reading
 from fedkrso_app.federation import client
 from fedkrso_app.runs import compare
+from fedkrso_app.runs.study import Study
 from fedkrso_app.strategies import parse
 from fedkrso_app.training import model
 
@@ -267,7 +268,10 @@ def test_a_comparison_reads_one_commit_in_all_its_runs_also_those_of_a_later_cal
     def plan(seeds, **keys):
         fresh()
         base = default_config() | {"model": "org/tiny", "task": "text-classification", "dataset": "org/news"} | keys
-        return compare.Plan(base, ["fedkrso", "fedit"], ["iid"], seeds, tmp_path / "out", 2, "process").runs
+        arms = {name: {"strategy": name} for name in ("fedkrso", "fedit")}
+        made = compare.Comparison(Study(base, {"iid": {}}, arms, tuple(seeds), clients=2), tmp_path / "out", "process")
+        made.close()
+        return list(made.configs.values())
 
     model, rows = hub.commit("models", "org/tiny"), hub.commit("datasets", "org/news")
     first = plan([0])

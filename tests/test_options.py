@@ -201,7 +201,7 @@ def test_a_server_at_rate_one_without_momentum_is_the_plain_mean_to_the_bit(run_
 
 def test_options_that_are_off_leave_the_method_itself(run_config):
     config = parse(run_config)
-    assert all(options.applied(method, config) is method for method in STRATEGIES.values())
+    assert all(options.applied(method, config) is method for method in STRATEGIES.values() if not method.local_head)
 
 
 SMALL = {"wire-dtype": "int8", "compute-dtype": "bfloat16"}

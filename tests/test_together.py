@@ -17,7 +17,7 @@ from fedkrso_app.strategies import STRATEGIES, make, parse
 from fedkrso_app.strategies.base import Local, Shapes
 from fedkrso_app.training import loop, model, together
 
-BATCHING = [name for name, method in STRATEGIES.items() if method.half.stacked is not Local.stacked]
+BATCHING = [n for n, m in STRATEGIES.items() if m.half.stacked is not Local.stacked and not m.zeroth_order]
 IN_ONE = {"batch-clients": "9"}
 CLIENTS, STEPS = 3, 5
 SIZES = [(4, 7), (2, 9), (4, 5)]  # rows and tokens of each client's batches
@@ -27,7 +27,7 @@ def exact(folder, labels: int, settings: dict):
     """A method's half beside a float64 model without dropout, and instructions for a round."""
     config = parse(settings)
     loaded = model.load(str(folder), labels, 0, head=config.head)
-    method = make(config, Shapes.of(loaded))
+    method = make(config, Shapes.of(loaded), judged=False)
     local = method.local(loaded)
     local.module.double()
     for part in local.module.modules():

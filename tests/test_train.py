@@ -134,9 +134,17 @@ RATES = {  # all different, so that no method can take another's
     "fedblock.learning-rate": 7e-3,
     "ferret.learning-rate": 8e-3,
     "separate.learning-rate": 9e-3,
-    "fedsa-lora.learning-rate": 6e-3,
-    "fr-lora.learning-rate": 7e-3,
-    "federa.learning-rate": 8e-3,
+    "fedsa-lora.learning-rate": 1.1e-3,
+    "fr-lora.learning-rate": 1.2e-3,
+    "federa.learning-rate": 1.3e-3,
+    "rolora.learning-rate": 2.1e-3,
+    "fedsvd.learning-rate": 2.2e-3,
+    "flexlora.learning-rate": 2.3e-3,
+    "hetlora.learning-rate": 2.4e-3,
+    "flora.learning-rate": 2.5e-3,
+    "fedex-lora.learning-rate": 2.6e-3,
+    "lora-fair.learning-rate": 2.7e-3,
+    "fed-dare.learning-rate": 2.8e-3,
 }
 
 

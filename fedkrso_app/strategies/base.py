@@ -193,7 +193,7 @@ class LoraLocal(Local):
         self.tensors: dict[str, list[nn.Parameter]] = {name: tensors[name] for name in (*self.factors, "head")}
 
     def optimized(self) -> list[nn.Parameter]:
-        return [parameter for name in (*self.factors, "head") for parameter in self.tensors[name]]
+        return [parameter for name in (*self.factors, "head") for parameter in self.tensors.get(name, [])]
 
     def shared(self) -> list[Tensor]:
         return [parameter.detach() for parameters in self.tensors.values() for parameter in parameters]

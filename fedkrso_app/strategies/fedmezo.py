@@ -59,6 +59,7 @@ class FedMeZO(FedIT):
     settings = (Lora, Zeroth, FedMeZOSettings)
     arxiv = "2402.05926"
     learning_rate_key = "fedmezo.learning-rate"
+    zeroth_order = True
 
     def _schema(self, dtype: str) -> Schema:
         whole = super()._schema(dtype)

@@ -258,9 +258,9 @@ def find_targets(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_small(loaded: LoadedModel) -> dict[str, nn.Parameter]:
-    """The parameters with one axis that are not the head's, by name: norms and biases."""
-    named = sorted(loaded.module.named_parameters())
-    return {name: parameter for name, parameter in named if parameter.ndim == 1 and name not in loaded.head}
+    """The parameters with one axis that are not the head's, nor frozen, by name: norms and biases."""
+    named, aside = sorted(loaded.module.named_parameters()), loaded.head.keys() | loaded.frozen
+    return {name: parameter for name, parameter in named if parameter.ndim == 1 and name not in aside}
 
 
 def find_blocks(loaded: LoadedModel) -> dict[str, dict[str, nn.Parameter]]:
