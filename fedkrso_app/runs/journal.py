@@ -149,10 +149,16 @@ class Journal:
 def line_of(run: Run, draw: int, rate: float, sweep: bool) -> dict[str, Any]:
     """What a completed run leaves in the journal. Bytes are those of one client that was asked in the round."""
     rounds: list[list[Any]] = []
-    for line in run.metrics():  # a round that published nothing leaves the model and its metric as they were
+    up = down = 0.0
+    for line in run.metrics():
+        up += line["uplink_bytes"] / max(1, replied_in(line))
+        down += line["downlink_bytes"] / max(1, asked_in(line))
+        if "metric" not in line and not rounds:  # clients judge from round 1 on
+            continue
+        # A round that published nothing leaves the model and its metric as they were.
         metric = _short(line["metric"]) if "metric" in line else rounds[-1][1]
-        up, down = line["uplink_bytes"] / max(1, replied_in(line)), line["downlink_bytes"] / max(1, asked_in(line))
         rounds.append([line["round"], metric, round(up), round(down)])
+        up = down = 0.0
     info = run.info
     return {
         "draw": draw,

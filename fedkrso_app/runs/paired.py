@@ -17,7 +17,7 @@ Rounds = Sequence[Sequence[float]]  # [round, metric, bytes up, bytes down] each
 def score(rounds: Rounds, within: float = math.inf) -> float:
     """The mean metric of the last :data:`LAST` rounds up to which a client has sent and received ``within`` bytes.
 
-    Where not one round fits, that of round 0, of the model before training.
+    Where not one round fits, that of the first round: of the model before training, if a server judges it.
     """
     total, reached = 0.0, list[float]()
     for number, metric, up, down in rounds:
