@@ -414,6 +414,8 @@ def _memory_table(facts: Mapping[str, Any]) -> Table:
 
 def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
     """What the figures mean and what moves them; each follows from a formula or from the count itself."""
+    for name, reason in facts["left_out"].items():
+        yield f"{name} is left out: {reason}"
     yield "trained: numbers with a gradient and moments; moved: weights that change, FedKRSO's along a few directions."
     for row in facts["rows"]:
         if "drawn" in row:

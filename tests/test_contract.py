@@ -156,9 +156,16 @@ def test_the_clients_model_equals_the_servers_and_is_given_back_unchanged(plain)
     assert len(plain.states) == 3
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_partial_participation_catches_up_to_the_same_model(made, settings, dtype):
-    seen = made(settings | PARTIAL | {"wire-dtype": dtype}, 4)
+def test_partial_participation_catches_up_to_the_same_model(made, settings):
+    catches_up(made(settings | PARTIAL | {"wire-dtype": "int8"}, 4))
+
+
+@pytest.mark.parametrize("settings", KINDS_OF_METHOD, indirect=True)
+def test_partial_participation_catches_up_in_int4_too(made, settings):
+    catches_up(made(settings | PARTIAL | {"wire-dtype": "int4"}, 4))
+
+
+def catches_up(seen: Watched) -> None:
     kept_versions_agree(seen)
     lines = seen.run.metrics()[1:]
     assert all(line["clients"] == 2 for line in lines) and len({tuple(line["partitions"]) for line in lines}) > 1
@@ -262,6 +269,7 @@ def test_in_bfloat16_the_host_keeps_float32_and_the_loss_falls_as_it_does_there(
     assert not torch.equal(moved, moved.bfloat16().float())
 
 
+@pytest.mark.parametrize("settings", KINDS_OF_METHOD, indirect=True)
 def test_in_bfloat16_fresh_processes_that_missed_rounds_give_the_bits_of_one_that_did_not(half, settings):
     fresh = watch(settings | LONG | {"compute-dtype": "bfloat16"}, 4, devices=True)
     assert same(fresh.entries, half.entries) and fresh.states == half.states

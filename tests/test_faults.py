@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from helpers import ON_SERVER, arrays_of, digest, play, replayed
-from test_contract import reply_target
+from helpers import arrays_of, digest, play, replayed
+from test_contract import KINDS_OF_METHOD, reply_target
 from typer.testing import CliRunner
 
 from fedkrso_app import cli
@@ -510,7 +510,7 @@ def test_aggregation_that_a_method_cannot_do_is_refused(run_config):
 # Servers without data
 
 
-@pytest.mark.parametrize("strategy", ON_SERVER)
+@pytest.mark.parametrize("strategy", KINDS_OF_METHOD)
 def test_clients_judge_as_the_server_would(run_config, strategy, monkeypatch):
     """Four nodes' validation rows together are all of them: the pooled metric is the server's, and so are the bits."""
     settings = run_config | {"strategy": strategy}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ON_SERVER, arrays_of, digest, play, replayed, replica
+from test_contract import KINDS_OF_METHOD
 from test_families import build
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
 from typer.testing import CliRunner
@@ -28,8 +29,10 @@ def heads(run, version=None):
     return {name: state[name].clone() for name in (*OUTPUT, *DENSE)}
 
 
-@pytest.mark.parametrize("head", SMALL)
-@pytest.mark.parametrize("strategy", ON_SERVER)
+@pytest.mark.parametrize(
+    ("strategy", "head"),
+    [(strategy, "frozen") for strategy in ON_SERVER] + [(kind, "linear") for kind in (*KINDS_OF_METHOD, "fwdllm")],
+)
 def test_what_is_frozen_is_neither_trained_nor_sent(run_config, strategy, head):
     sent = {}
 
@@ -63,7 +66,7 @@ def model_of(run_config, head):
     return model.load(run_config["model"], 2, 0, head=head)
 
 
-@pytest.mark.parametrize("strategy", ON_SERVER)
+@pytest.mark.parametrize("strategy", (*KINDS_OF_METHOD, "fedsrd", "decomfl"))
 def test_a_frozen_head_goes_with_small_numbers_and_missed_rounds(run_config, strategy):
     settings = run_config | {"strategy": strategy, "head": "frozen", "wire-dtype": "int8", "fraction-train": 0.5}
     run = play(settings | {"fedkrso.interval": 1})

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ON_SERVER, default_config, play
+from test_contract import KINDS_OF_METHOD
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AlbertConfig, RobertaConfig
 from typer.testing import CliRunner
@@ -114,8 +115,8 @@ CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one,
 }
 
 
-MORE = [{}, {"wire-dtype": "int8"}, {"wire-dtype": "int4"}, {"evaluate": "clients"}]
-CASES = [(strategy, more) for strategy in ON_SERVER for more in MORE]
+CASES = [(strategy, more) for strategy in ON_SERVER for more in ({}, {"wire-dtype": "int8"})]
+CASES += [(kind, more) for kind in KINDS_OF_METHOD for more in ({"wire-dtype": "int4"}, {"evaluate": "clients"})]
 CASES += [(strategy, {"fedsrd.sparsify-head": True}) for strategy in ("fedsrd", "fedsrd-e")]
 
 
@@ -224,3 +225,12 @@ def test_what_a_model_cannot_do_is_said_beside_what_it_can(tmp_path):
     answer = call(*tiny(tmp_path), "--strategies", "fedkrso")
     assert answer.exit_code == 0 and "keep" in answer.stdout
     assert "memory with 'recompute' is not counted: activation-memory = 'recompute' is not possible" in answer.stdout
+
+
+def test_a_method_that_does_not_go_with_the_model_is_left_out_with_its_reason(run_config):
+    narrow = run_config | {"separate.rank": 16}
+    facts = plan.plan(narrow, ["separate", "fedit"], clients=2)
+    assert [row["strategy"] for row in facts["rows"]] == ["fedit"]
+    assert facts["left_out"].keys() == {"separate"} and "below 16" in facts["left_out"]["separate"]
+    with pytest.raises(ConfigError, match="separate.rank = 16 is impossible"):
+        plan.plan(narrow, ["separate"], clients=2)

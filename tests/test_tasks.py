@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 from helpers import ON_SERVER, WORDS, Grid, default_config, play
+from test_contract import KINDS_OF_METHOD
 from test_families import assert_same, build, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -599,8 +600,10 @@ def test_a_text_far_beyond_what_the_model_can_read_is_cut(task, model_folder, ru
     assert play(run_config | keys, nodes=2).metrics()[-1]["clients"] == 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("strategy", ON_SERVER)
+@pytest.mark.parametrize(
+    ("strategy", "dtype"),
+    [(strategy, "float32") for strategy in ON_SERVER] + [(kind, "bfloat16") for kind in KINDS_OF_METHOD],
+)
 def test_every_method_trains_a_language_model_without_a_head(strategy, dtype, model_folder, run_config, tmp_path):
     folder = build(tmp_path / "m", model_folder, "gpt2", True)
     keys = {

@@ -16,7 +16,7 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from fedkrso_app import data
-from fedkrso_app.config import Config
+from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.federation.nodes import sampled
 from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Figures, Instructions, Status
@@ -30,14 +30,21 @@ from fedkrso_app.training import metrics, model
 def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -> dict[str, Any]:
     """What ``fedkrso plan`` prints, one row per method: numbers, bytes, and memory by ``activation-memory``.
 
-    A setting whose memory cannot be counted is in the row's ``refused``, with the reason. ``settings`` is a flat
-    run config, ``clients`` the size of the federation. Raises ConfigError where the settings are wrong, or where the
-    task's number of labels cannot be known.
+    A setting whose memory cannot be counted is in the row's ``refused``, with the reason; a method that does not go
+    with model or settings is in ``left_out``, if others do. ``settings`` is a flat run config, ``clients`` the size of
+    the federation. Raises ConfigError where the settings are wrong, or where the task's number of labels is unknown.
     """
     halves: dict[type, Any] = {}  # the client's half -> its memory: two methods may share it
+    rows, left_out = [], dict[str, str]()
     with model.quiet():
-        rows = [_row(parse({**settings, "strategy": name}), clients, halves) for name in strategies]
-    config = parse({**settings, "strategy": strategies[0]})
+        for name in strategies:
+            try:
+                rows.append(_row(parse({**settings, "strategy": name}), clients, halves))
+            except ConfigError as error:
+                left_out[name] = str(error)
+    if not rows:
+        raise ConfigError(next(iter(left_out.values())))
+    config = parse({**settings, "strategy": rows[0]["strategy"]})
     return {
         "model": config.model,
         "task": config.task,
@@ -47,6 +54,7 @@ def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -
         "sampled": sampled(config.fraction_train, clients),
         "rounds": config.num_server_rounds,
         "rows": rows,
+        "left_out": left_out,
     }
 
 
