@@ -232,5 +232,5 @@ def test_a_method_that_does_not_go_with_the_model_is_left_out_with_its_reason(ru
     facts = plan.plan(narrow, ["separate", "fedit"], clients=2)
     assert [row["strategy"] for row in facts["rows"]] == ["fedit"]
     assert facts["left_out"].keys() == {"separate"} and "below 16" in facts["left_out"]["separate"]
-    with pytest.raises(ConfigError, match="separate.rank = 16 is impossible"):
+    with pytest.raises(ConfigError, match=r"separate\.rank = 16 is impossible"):
         plan.plan(narrow, ["separate"], clients=2)
