@@ -126,7 +126,7 @@ def can(module: Any) -> bool:
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     if type(head) is not nn.Linear:
         return False
-    kind = f"{type(module).__name__} {module.config.to_json_string(use_diff=False)}"
+    kind = f"{type(module).__name__} on {head.weight.device.type} {module.config.to_json_string(use_diff=False)}"
     if kind not in _able:
         given: list[Tensor] = []
 
@@ -135,15 +135,16 @@ def can(module: Any) -> bool:
             return logits.sum()  # a loss has no shape
 
         ids = torch.ones(1, 2, dtype=torch.long, device=head.weight.device)
+        blind = False  # a plan's model has no values, which some models look at; nearly all are able
         with torch.no_grad(), _patched(module, head, look) as through:
             through.register_forward_hook(lambda _, args, output: given.append(output))
             try:
                 module.forward(input_ids=ids, labels=ids)  # no hooks of others
             except RuntimeError:
-                if not ids.is_meta:
+                blind = ids.is_meta
+                if not blind:
                     raise
-                return True  # a plan's model has no values, which some models look at; nearly all are able
-        _able[kind] = len(given) == 2 and given[0] is given[1]
+        _able[kind] = blind or (len(given) == 2 and given[0] is given[1])
         if not _able[kind]:
             logger.info("The loss of this model needs all its logits at once: it changes them after its output layer")
     return _able[kind]
