@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from fedkrso_app import cli
 from fedkrso_app.config import ConfigError
-from fedkrso_app.runs import compare, journal, paired, study
+from fedkrso_app.runs import compare, journal, paired, study, tables
 from fedkrso_app.runs.journal import Journal
 
 CURVE = [[0, 0.1, 0, 0], [1, 0.2, 1, 2], [2, 0.4, 1, 2], [3, 0.6, 1, 2], [4, 0.8, 1, 2]]  # 3 bytes per round
@@ -377,3 +378,14 @@ def test_a_journal_with_sweeps_alone_has_no_page(tmp_path):
     book.close()
     result = CliRunner().invoke(cli.app, ["report", str(book.file)])
     assert result.exit_code == 2 and "has no finished run yet" in result.stderr
+
+
+def test_of_many_arms_the_differences_to_the_first_are_shown():
+    def facts(count: int) -> dict:
+        arms = [f"arm{i}" for i in range(count)]
+        row = {"case": "c", "mean": 0.1, "low": None, "high": None, "draws": 1, "mb": 1.0}
+        pairs = [row | {"a": a, "b": b, "view": v} for a, b in combinations(arms, 2) for v in ("steps", "bytes")]
+        return {"rows": [{"arm": arm} for arm in arms], "pairs": pairs}
+
+    assert tables.pairs(facts(6)).row_count == 15
+    assert tables.pairs(facts(7)).row_count == 6 and "all are in results.json" in tables.pairs(facts(7)).caption

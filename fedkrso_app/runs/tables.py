@@ -9,6 +9,7 @@ from rich.table import Table
 from fedkrso_app.runs.paired import LAST
 from fedkrso_app.runs.results import plus_minus
 
+_FEW = 6  # arms of which every pair is shown
 _COSTS = {
     "uplink_mb": "MB up",
     "downlink_mb": "MB down",
@@ -37,7 +38,7 @@ def results(facts: Mapping[str, Any]) -> Table:
 
 
 def pairs(facts: Mapping[str, Any]) -> Table:
-    """The differences of every two arms, with their intervals."""
+    """The differences of every two arms, or of many arms to the first one, with their intervals."""
     table = Table(title=f"Differences of the last {LAST} rounds' mean, paired over the draws", box=box.SIMPLE_HEAD)
     table.caption = (
         "[ ]: 95 % interval by Student's t, for each difference by itself; * does not hold 0. At equal bytes both have "
@@ -48,6 +49,10 @@ def pairs(facts: Mapping[str, Any]) -> Table:
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in facts["pairs"]:
         rows.setdefault((row["case"], row["a"], row["b"]), {})[row["view"]] = row
+    first = facts["rows"][0]["arm"]
+    if len({row["arm"] for row in facts["rows"]}) > _FEW:
+        rows = {key: views for key, views in rows.items() if first in key[1:]}
+        table.caption += f" Those to {first} alone; all are in results.json."
     for (case, a, b), views in rows.items():
         steps, by_bytes = views["steps"], views["bytes"]
         cells = [str(steps["draws"]), difference(steps), difference(by_bytes), f"{by_bytes['mb']:.3g}"]
