@@ -37,9 +37,6 @@ from fedkrso_app.strategies.base import Method, Shapes
 from fedkrso_app.training import loop, together
 from fedkrso_app.training.device import device, peak_bytes, reset_peak
 
-models.SIZES["minilm"] = {
-    "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536,
-}  # fmt: skip
 PADDING = {"input_ids": 1}, False
 
 

@@ -45,15 +45,7 @@ def main(grid: Grid, context: Context) -> None:
         # What is wrong with data or model is found here, before any client starts.
         for split in ("train", "validation") if here else ():
             data.load(task, config.data_dir, split, config.holdout)
-        loaded = model.load(
-            config.model,
-            task.num_labels,
-            config.seed,
-            task.classes,
-            weights=here,
-            device=config.weights_device,
-            head=config.head,
-        )
+        loaded = model.of_run(config, task, weights=here)
         for split in ("train", "validation") if here else ():
             data.check(task, config.data_dir, split, config.holdout, loaded.tokenizer)
             evaluation.trial(loaded, data.load(task, config.data_dir, split, config.holdout), task, config, split)

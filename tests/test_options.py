@@ -177,16 +177,17 @@ def test_scaffold_finds_the_minimum_that_the_mean_of_drifting_clients_misses(fed
     assert np.abs(plain - best).max() > 0.05 and np.abs(corrected - best).max() < 1e-3
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("constant", [True, False])
-def test_the_shares_of_the_steps_are_those_of_the_learning_rates_in_training(config, constant):
+def test_the_shares_of_the_steps_are_those_of_the_learning_rates_in_training(config, constant, schedule):
     module, rates = Quadratic(), []
     optimizer = torch.optim.SGD([module.w], lr=0.3)
     optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
     batch = {"b": torch.zeros(2), "labels": torch.zeros(1)}
-    config = dataclasses.replace(config, local_steps=20, warmup=0.2)
+    config = dataclasses.replace(config, local_steps=20, warmup=0.2, schedule=schedule)
     session = Session([optimizer], dict, constant_rate=constant)
     loop.train(module, itertools.repeat(batch), session, config, np.random.default_rng(0))
-    np.testing.assert_allclose(options.shares(20, 0.2, constant), np.array(rates) / sum(rates), rtol=1e-12)
+    np.testing.assert_allclose(options.shares(config, constant), np.array(rates) / sum(rates), rtol=1e-12)
 
 
 OFF = {"client.proximal": 0.0, "server.optimizer": "fedavgm", "server.momentum": 0.0, "server.learning-rate": 1.0}

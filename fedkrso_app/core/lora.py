@@ -34,6 +34,11 @@ def principal(W: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     return (root[:, None] * Vt * signs.T).float(), (U * signs * root).float()
 
 
+def initial_As(seed: int, targets: Mapping[str, tuple[int, int]], rank: int) -> list[Tensor]:
+    """:func:`initial_A` of each target (name -> m, n)."""
+    return [initial_A(seed, name, rank, n) for name, (_, n) in targets.items()]
+
+
 def attach(module: nn.Module, names: list[str], rank: int, alpha: float, seed: int) -> dict[str, Any]:
     """Put a LoRA layer (no dropout, B = 0) around each named layer of ``module``; returns them by name."""
     settings = LoraConfig(

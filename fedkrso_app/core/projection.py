@@ -36,6 +36,12 @@ def stream(seed: int, *labels: str | int) -> np.random.Generator:
     return np.random.Generator(philox(seed, layer_key("/".join(str(label) for label in labels))))
 
 
+def beside(rng: np.random.Generator) -> np.random.Generator:
+    """A generator for a method's own draws in a round, far from ``rng``'s: not from that itself, or the batches would
+    not be those that every other method sees."""
+    return np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]
+
+
 def projections(seeds: Sequence[int], name: str, r: int, n: int, kind: str = "gaussian") -> np.ndarray:
     """P_k of one layer for every seed k, len(seeds) × r × n, float32, with E[P_kᵀP_k] = I_n (FedKRSO, Alg. 2 l. 4).
 

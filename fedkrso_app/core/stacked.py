@@ -4,7 +4,7 @@ Rows come client by client (the first client's b, then the next one's), so that 
 client's part of a result depends on its own rows and parameters alone, to the bit.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -156,19 +156,6 @@ class SubspaceSlice:
     def move(self, step: Tensor) -> None:
         """As :meth:`core.subspace.AdapterLinear.move`."""
         self.layer.Bs[self.client][:, self.columns] = self.B_k.to(self.layer.Bs.dtype)
-
-
-@contextmanager
-def replaced(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, ``layers`` (name -> layer) stand in ``module`` in the place of its own."""
-    originals = {name: module.get_submodule(name) for name in layers}
-    try:
-        for name, layer in layers.items():
-            module.set_submodule(name, layer)
-        yield
-    finally:
-        for name, original in originals.items():
-            module.set_submodule(name, original)
 
 
 def stacked_linears(

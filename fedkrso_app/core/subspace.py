@@ -7,7 +7,7 @@ Two forms, equal except for rounding: :class:`SubspaceLinear` moves W itself at 
 leaves W alone and adds Σ_k B_k P_k beside it, for a W of few bits (bfloat16), which would round most of a step away.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -126,6 +126,19 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 @contextmanager
+def replaced(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, ``layers`` (name -> layer) stand in ``module`` in the place of its own."""
+    originals = {name: module.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            module.set_submodule(name, layer)
+        yield
+    finally:
+        for name, original in originals.items():
+            module.set_submodule(name, original)
+
+
+@contextmanager
 def attached(
     module: nn.Module, targets: Mapping[str, nn.Module], rank: int, form: type[SubspaceLinear] = SubspaceLinear
 ):
@@ -134,13 +147,8 @@ def attached(
     On leaving, the original layers stand where they stood.
     """
     layers = {name: form(layer, rank) for name, layer in targets.items()}
-    try:
-        for name, layer in layers.items():
-            module.set_submodule(name, layer)
+    with replaced(module, layers):
         yield layers
-    finally:
-        for name, original in targets.items():
-            module.set_submodule(name, original)
 
 
 @torch.no_grad()

@@ -99,10 +99,7 @@ class Workplace:
             evaluation.trial(self.model, self.share(split, partition), self.task, self.config, split)
 
     def _load(self) -> model.LoadedModel:
-        c = self.config
-        return model.load(
-            c.model, self.task.num_labels, c.seed, self.task.classes, device=c.weights_device, head=c.head
-        )
+        return model.of_run(self.config, self.task)
 
     def take(self, content: RecordDict, instructions: Instructions) -> None:
         """Keep what a message brings and advance to the version that it names. Raises :class:`NeedSync`."""
@@ -141,7 +138,7 @@ class Workplace:
         """Train on the partitions' shares, as many in one pass as ``batch-clients`` says; each reply has an update."""
         rest = list(partitions)
         while len(rest) > 1 and self.at_once > 1:
-            some = rest[: self.at_once]
+            some, replies = rest[: self.at_once], []
             try:
                 replies = self._train_together(some, instructions)
             except Unstackable as reason:
@@ -153,40 +150,31 @@ class Workplace:
                 release(device(self.config.device))
             except Exception as error:  # of one of them, which alone must pay for it
                 logger.warning("A pass of %d clients failed (%s); they train one after another", len(some), error)
-                yield from _one_by_one(some, lambda partition: self._train(partition, instructions))
-                rest = rest[len(some) :]
-            else:
-                yield from replies
-                rest = rest[len(some) :]
+                replies = list(_one_by_one(some, lambda partition: self._train(partition, instructions)))
+            yield from replies
+            rest = rest[len(replies) :]
         yield from _one_by_one(rest, lambda partition: self._train(partition, instructions))
 
     def _train(self, partition: int, instructions: Instructions) -> RecordDict:
-        examples, c, started = self.share("train", partition), self.config, time.monotonic()
-        rng = stream(c.seed, "client", instructions.round, partition)
-        batches = data.batches(examples, self.task, self.model.tokenizer, c.batch_size, c.max_length, rng)
-        used = device(c.device)
+        started, used = time.monotonic(), device(self.config.device)
         reset_peak(used)
+        rng, batches = self._batches(partition, instructions)
         start = self.replica.local.state() if self.transforms else {}
         with self.replica.lend() as local:
             local.adopt(self._own(partition, instructions.round))
             with local.session(self._asked(partition, instructions), rng) as session:
-                loss = loop.train(local.module, batches, session, c, rng)
+                loss = loop.train(local.module, batches, session, self.config, rng)
                 arrays = session.update()
         seconds = time.monotonic() - started
         return self._trained(partition, instructions, arrays, start, loss, seconds, peak_bytes(used))
 
     def _train_together(self, partitions: Sequence[int], instructions: Instructions) -> list[Reply]:
-        c, started, group = self.config, time.monotonic(), Group(len(partitions))
-        rngs = [stream(c.seed, "client", instructions.round, partition) for partition in partitions]
-        reading = self.model.tokenizer, c.batch_size, c.max_length
-        batches = [
-            data.batches(self.share("train", partition), self.task, *reading, rng)
-            for partition, rng in zip(partitions, rngs, strict=True)
-        ]
-        used = device(c.device)
+        c, group = self.config, Group(len(partitions))
+        started, used = time.monotonic(), device(c.device)
         reset_peak(used)
+        rngs, batches = zip(*(self._batches(partition, instructions) for partition in partitions), strict=True)
         start = self.replica.local.state() if self.transforms else {}
-        updates: list[dict[str, np.ndarray] | Exception] = []
+        updates: list[tuple[float, dict[str, np.ndarray]] | Exception] = []
         local = self.replica.computing()  # as it is: a pass trains stacks beside it
         with local.stacked(group) as (halves, stacks), ExitStack() as sessions:
             of_each = []
@@ -197,19 +185,26 @@ class Workplace:
             losses = together.train(local.module, batches, of_each, group, stacks, c, rngs, padding)
             for own, session in zip(losses, of_each, strict=True):
                 try:
-                    loop.mean_loss(own, c)
-                    updates.append(session.update())
+                    updates.append((loop.mean_loss(own, c), session.update()))
                 except Exception as error:
                     updates.append(error)
         seconds, peak = (time.monotonic() - started) / len(partitions), peak_bytes(used)
         replies: list[Reply] = []
-        for partition, update, own in zip(partitions, updates, losses, strict=True):
+        for partition, update in zip(partitions, updates, strict=True):
             if isinstance(update, Exception):
                 replies.append((partition, update))
                 continue
-            loss = float(own.double().mean())
-            replies.append((partition, self._trained(partition, instructions, update, start, loss, seconds, peak)))
+            loss, arrays = update
+            replies.append((partition, self._trained(partition, instructions, arrays, start, loss, seconds, peak)))
         return replies
+
+    def _batches(
+        self, partition: int, instructions: Instructions
+    ) -> tuple[np.random.Generator, Iterator[dict[str, torch.Tensor]]]:
+        """A client's generator in this round, and the batches that it draws."""
+        c, rng = self.config, stream(self.config.seed, "client", instructions.round, partition)
+        examples = self.share("train", partition)
+        return rng, data.batches(examples, self.task, self.model.tokenizer, c.batch_size, c.max_length, rng)
 
     def _trained(
         self,
@@ -301,10 +296,10 @@ def identity(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> t
     return held, total
 
 
-def workplace_of(context: Any, run: str) -> Workplace:
-    """That of a node. A ``data-dir`` of its own wins over the run's, and is its own share as a whole."""
+def workplace_of(context: Any, run: str, held: tuple[int, ...], total: int) -> Workplace:
+    """That of a node with its :func:`identity`. A ``data-dir`` of its own wins over the run's, and is its own share as
+    a whole."""
     config = hub.at(parse(context.run_config), NodeStore(run).commits())
-    held, total = identity(context.node_config, context.run_config)
     threads.hold(config.torch_threads)
     if "data-dir" not in context.node_config:
         return workplace(run, config, total)
@@ -325,7 +320,7 @@ def join(message: Message, context: Any) -> Answer:
         held, total = identity(context.node_config, context.run_config)
         answer = Answer(held, total)
         NodeStore(asked.run).pin(asked.commits)
-        place = workplace_of(context, asked.run)
+        place = workplace_of(context, asked.run, held, total)
         place.check("train", held)
         if place.config.evaluate == "clients":
             try:
@@ -360,13 +355,14 @@ def up_to_date(
     """Bring W to the version that a train or evaluate message names and do the ``work`` of its partitions there; or ask
     to be brought up to date."""
     instructions = Instructions.read(message.content, message.metadata.message_type)
-    held, place = identity(context.node_config, context.run_config)[0], workplace_of(context, instructions.run)
+    held, total = identity(context.node_config, context.run_config)
+    place = workplace_of(context, instructions.run, held, total)
     partitions = instructions.partitions or held
     if strangers := set(partitions) - set(held):
         raise Refused(f"this node does not hold partition {min(strangers)}")
     if instructions.afresh and place.store.version >= 0:  # the server has found that these files are not its run's
         place.forget()
-        place = workplace_of(context, instructions.run)
+        place = workplace_of(context, instructions.run, held, total)
     try:
         place.take(message.content, instructions)
     except NeedSync:

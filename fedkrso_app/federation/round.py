@@ -1,11 +1,11 @@
 """The round, the same for every method: who is asked, what is sent, which replies count, bytes, the next entry."""
 
+import functools
 import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -69,7 +69,7 @@ class Round(Strategy):
         c, shapes = self.config, self.method.shapes
         logger.info(
             "%s on %s, model %s: %d target layers with %d weights, head of %d; %g %% of clients per round, %d steps",
-            c.strategy, c.task, c.model, len(shapes.targets), sum(m * n for m, n in shapes.targets.values()),
+            c.strategy, c.task, c.model, len(shapes.targets), shapes.weights,
             shapes.head, 100 * c.fraction_train, c.local_steps,
         )  # fmt: skip
 
@@ -153,24 +153,22 @@ class Round(Strategy):
         Bytes are those of messages to each partition by itself.
         """
         version = self.ledger.version
-        contents: dict[int, RecordDict] = {}
-        instructions: dict[int, Instructions] = {}
+        stamp = self.ledger.stamp(version)
 
-        def content(since: int, partitions: Sequence[int] = ()) -> RecordDict:
-            if since not in contents:
-                contents[since] = self.catch_up(max(since, -1))
-                stamp, afresh = self.ledger.stamp(version), since == UNKNOWN_HISTORY
-                instructions[since] = Instructions(self.nodes.run, version, stamp, afresh, round, method)
-                contents[since][kind] = instructions[since].record()
-            if not partitions:
-                return contents[since]
-            own = replace(instructions[since], partitions=tuple(partitions))
-            return RecordDict({**contents[since], kind: own.record()})
+        @functools.cache
+        def entries(since: int) -> RecordDict:
+            return self.catch_up(max(since, -1))
+
+        @functools.cache
+        def content(since: int, partitions: tuple[int, ...] = ()) -> RecordDict:
+            afresh = since == UNKNOWN_HISTORY
+            told = Instructions(self.nodes.run, version, stamp, afresh, round, method, partitions)
+            return RecordDict({**entries(since), kind: told.record()})
 
         messages = []
         for node, partitions in asked.items():
             alone = len(self.nodes.partitions[node]) == 1
-            text = content(self.nodes.versions[node], () if alone else partitions)
+            text = content(self.nodes.versions[node], () if alone else tuple(partitions))
             messages.append(Message(text, node, kind, group_id=str(self.round)))
         behind = [self.nodes.alone[node, partition] for node, partitions in asked.items() for partition in partitions]
         sizes = {since: wire.measured_bytes(content(since)) for since in dict.fromkeys(behind)}

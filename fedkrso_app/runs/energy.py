@@ -31,8 +31,7 @@ def captured(run: Run, entries: Ledger) -> dict[int, dict[str, tuple[float, int]
     every = data.load(task, config.data_dir, "train", config.holdout)
     chosen = np.sort(np.random.default_rng(0).permutation(len(every))[:ROWS])
     _, steps = replay.walked(run, entries, replay.reached(run, entries))
-    place, head = config.weights_device, config.head
-    plain = model.load(config.model, task.num_labels, config.seed, task.classes, device=place, head=head)
+    plain = model.of_run(config, task)
     examples = every.select(chosen)
     batches = list(data.evaluation_batches(examples, task, plain.tokenizer, config.batch_size, config.max_length))
     shares: dict[int, dict[str, tuple[float, int]]] = {}

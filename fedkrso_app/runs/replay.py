@@ -80,8 +80,7 @@ def walked(run: Run, entries: Ledger, versions: Sequence[int]) -> tuple[model.Lo
     config = run.config
     threads.hold(config.torch_threads)
     task = data.resolve(config)
-    place, head = config.weights_device, config.head
-    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=place, head=head)
+    loaded = model.of_run(config, task)
     if run.info["model_digest"] not in ("", loaded.digest()):
         raise ConfigError(f"model = {config.model!r} has other weights than when {run.path} was made.")
     method = make(config, Shapes.of(loaded))

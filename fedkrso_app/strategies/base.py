@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fedkrso_app.config import Config, ConfigError, Settings, need, need_positive
 from fedkrso_app.core import lora
 from fedkrso_app.core.flat import unflatten
-from fedkrso_app.core.stacked import Group, Stack, StackedLora, Unstackable, replaced, stacked_linears
-from fedkrso_app.core.subspace import matrix
+from fedkrso_app.core.stacked import Group, Stack, StackedLora, Unstackable, stacked_linears
+from fedkrso_app.core.subspace import matrix, replaced
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.training.loop import Session, head_optimizer
 from fedkrso_app.training.model import LoadedModel, find_blocks, find_small
@@ -48,6 +48,11 @@ class Shapes:
         small = {name: parameter.numel() for name, parameter in find_small(loaded).items()}
         frozen = sum(every[name] for name in loaded.frozen)
         return cls(sizes, head, sum(every.values()), frozen, blocks, small)
+
+    @property
+    def weights(self) -> int:
+        """Σ m·n, the size of the target layers' weights."""
+        return sum(m * n for m, n in self.targets.values())
 
     def outputs(self, rank: int) -> int:
         """Q = Σ m·r, the size of all B factors."""

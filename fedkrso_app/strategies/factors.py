@@ -143,11 +143,6 @@ class Products(Method):
         """Σn + Σm, the size of one component of all layers."""
         return self.shapes.inputs(1) + self.shapes.outputs(1)
 
-    @property
-    def weights(self) -> int:
-        """P, the size of the target layers' weights."""
-        return sum(m * n for m, n in self.sizes)
-
     def paper_bytes(self) -> int:
         """4 (L + h) each way, up at the mean rank."""
         return round(4 * ((self.mean_rank + self.lora.most) * self.component + 2 * self.shapes.head))

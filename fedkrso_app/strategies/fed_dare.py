@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from fedkrso_app.config import Config, ConfigError, Settings, need, need_positive
-from fedkrso_app.core import lora, srd
+from fedkrso_app.core import srd
 from fedkrso_app.core.flat import flatten
+from fedkrso_app.core.projection import beside
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Lora, Means, Shapes
@@ -39,8 +40,7 @@ class FedDARELocal(FedITLocal):
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
         own, factors = self.config.of(FedDARESettings), [*self.tensors["A"], *self.tensors["B"]]
         before = [tensor.detach().clone() for tensor in factors]
-        seeds = np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]
-        seed = seeds.integers(2**64, dtype=np.uint64)
+        seed = beside(rng).integers(2**64, dtype=np.uint64)
 
         def update() -> dict[str, np.ndarray]:
             moved = flatten(factors) - flatten(before)
@@ -62,9 +62,8 @@ class FedDARE(FedIT):
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
-        self.own, rank = config.of(FedDARESettings), config.of(Lora).rank
-        A = flatten(lora.initial_A(config.seed, name, rank, n) for name, (_, n) in shapes.targets.items())
-        self.factors = {"A": A, "B": np.zeros(shapes.outputs(rank), np.float32)}  # of the newest entry
+        self.own = config.of(FedDARESettings)
+        self.factors = dict(self.known_start())  # of the newest entry
 
     @classmethod
     def check_settings(cls, config: Config) -> None:

@@ -62,7 +62,7 @@ class FedExLoRA(Products):
 
     @property
     def weights_size(self) -> int:
-        return self.weights + self.lora.rank * self.component + self.shapes.head
+        return self.shapes.weights + self.lora.rank * self.component + self.shapes.head
 
     def components(self, clients: int) -> int:
         """Those of the residual that ``clients`` replies leave."""

@@ -66,8 +66,8 @@ class FedIT(Method):
         return Schema({**factors, "head": self.head_field()})
 
     def known_start(self) -> Arrays:
-        rank, targets = self.config.of(Lora).rank, self.shapes.targets.items()
-        A = [lora.initial_A(self.config.seed, name, rank, n) for name, (_, n) in targets]
+        rank = self.config.of(Lora).rank
+        A = lora.initial_As(self.config.seed, self.shapes.targets, rank)
         start = {"A": flatten(A), "B": np.zeros(self.shapes.outputs(rank), np.float32)}
         return {name: start[name] for name in self.half.factors}
 

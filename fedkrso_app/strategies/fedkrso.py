@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from fedkrso_app.config import Config, Settings, choice, need, need_positive
 from fedkrso_app.core.flat import flatten, unflatten
-from fedkrso_app.core.projection import projections, stream
+from fedkrso_app.core.projection import beside, projections, stream
 from fedkrso_app.core.rso import RSO
-from fedkrso_app.core.stacked import Group, Stack, StackedSubspace, SubspaceSlice, replaced, stacked_linears
-from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear, attached, fold, matrix
+from fedkrso_app.core.stacked import Group, Stack, StackedSubspace, SubspaceSlice, stacked_linears
+from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear, attached, fold, matrix, replaced
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Local, Means, Method, sliced
@@ -86,8 +86,7 @@ class FedKRSOLocal(Local):
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
         pool = np.frombuffer(instructions["seeds"], dtype="<u8")
         settings = self.config.of(FedKRSOSettings)
-        # Not from rng itself: the batches must be those that any other method sees.
-        choices = np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]
+        choices = beside(rng)
         with self._subspaces() as layers:
             rso = RSO(layers, settings.learning_rate, settings.projection)
 
@@ -173,7 +172,7 @@ class FedKRSO(Method):
 
     @property
     def weights_size(self) -> int:
-        return sum(m * n for m, n in self.shapes.targets.values()) + self.shapes.head
+        return self.shapes.weights + self.shapes.head
 
     def paper_bytes(self) -> int:
         return 8 * (self.own.num_seeds * self.shapes.outputs(self.own.rank) + self.shapes.head)

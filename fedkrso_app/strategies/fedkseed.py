@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedkrso_app.config import Config, Settings, need, need_positive
 from fedkrso_app.core.directions import seeds_of
-from fedkrso_app.core.projection import layer_key, philox
+from fedkrso_app.core.projection import beside, layer_key, philox
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Means, Shapes
@@ -89,8 +89,7 @@ class FedKSeedLocal(ScalarLocal):
 
     @contextmanager
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
-        # Not from rng itself: the batches must be those that any other method sees.
-        choices = np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]
+        choices = beside(rng)
         p, drawn = self.probabilities(instructions), list[int]()
 
         def seeds(j: int) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedkrso_app.config import Config, Settings, need_positive
+from fedkrso_app.core.projection import beside
 from fedkrso_app.core.zeroth import ZerothOrder
 from fedkrso_app.records.schema import Schema
 from fedkrso_app.strategies.base import Lora
@@ -41,8 +42,7 @@ class FedMeZOLocal(FedITLocal):
     @contextmanager
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
         zeroth, rate = self.config.of(Zeroth), self.config.of(FedMeZOSettings).learning_rate
-        # Not from rng itself: the batches must be those that any other method sees.
-        choices = np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]
+        choices = beside(rng)
         names = ["A", "B"] if any(B.any() for B in self.tensors["B"] if not B.is_meta) else ["B"]
         names += ["head"] if zeroth.head == "zeroth" else []
         moved = {f"{name}/{i}": tensor.detach() for name in names for i, tensor in enumerate(self.tensors[name])}

@@ -133,7 +133,7 @@ class FedSRD(Method):
         self.own, self.rank = config.of(FedSRDSettings), config.of(Lora).rank
         self.pair = {
             "B": [torch.zeros(m, self.rank) for m, _ in shapes.targets.values()],
-            "A": [lora.initial_A(config.seed, name, self.rank, n) for name, (_, n) in shapes.targets.items()],
+            "A": lora.initial_As(config.seed, shapes.targets, self.rank),
         }
         self.version = -1  # the newest entry that is in the pair
 

@@ -63,7 +63,7 @@ class FedSVD(FedIT):
     def __init__(self, config: Config, shapes: Shapes) -> None:
         super().__init__(config, shapes)
         rank = config.of(Lora).rank
-        self.start = [lora.initial_A(config.seed, name, rank, n) for name, (_, n) in shapes.targets.items()]
+        self.start = lora.initial_As(config.seed, shapes.targets, rank)
         self.A, self.version = flatten(self.start), 0  # of the newest entry
 
     @property

@@ -42,8 +42,8 @@ class FlexLoRA(Products):
     learning_rate_key = "flexlora.learning-rate"
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
-        R, seed = self.lora.most, self.config.seed
-        spare = [lora.initial_A(seed, name, R, n) for name, (_, n) in self.shapes.targets.items()]
+        R = self.lora.most
+        spare = lora.initial_As(self.config.seed, self.shapes.targets, R)
         layers = zip(self.layers(means), spare, strict=True)
         pairs = [spectral(Bs, As, shares, R, rows)[::-1] for (Bs, As, shares), rows in layers]
         A, B = by_component(pairs, R)

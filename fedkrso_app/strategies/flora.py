@@ -79,7 +79,7 @@ class FLoRA(Products):
 
     @property
     def weights_size(self) -> int:
-        return self.weights + self.shapes.head
+        return self.shapes.weights + self.shapes.head
 
     def stacked(self, clients: int) -> float:
         """Components of an entry that ``clients`` replies make, in the mean."""

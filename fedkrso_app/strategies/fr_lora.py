@@ -185,4 +185,4 @@ class FRLora(FedIT):
     @property
     def weights_size(self) -> int:
         factors = sum(self.entry.fields[name].shape[0] for name in ("A", "B"))  # type: ignore[misc]
-        return sum(m * n for m, n in self.shapes.targets.values()) + factors + self.shapes.head
+        return self.shapes.weights + factors + self.shapes.head

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedkrso_app.config import Config, ConfigError, Settings, need, need_positive
 from fedkrso_app.core.directions import move_vector, vectors
+from fedkrso_app.core.projection import beside
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Means, Shapes
@@ -89,8 +90,7 @@ class FwdLLMLocal(ScalarLocal):
     @contextmanager
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
         settings, p, last = self.config.of(FwdLLMSettings), int(instructions["p"]), self.last(instructions)
-        # Not from rng itself: the batches must be those that any other method sees.
-        choices = np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]
+        choices = beside(rng)
 
         def seeds(j: int) -> list[int]:
             drawn = choices.integers(2**64, size=p * (settings.candidates if last else 1), dtype=np.uint64).tolist()

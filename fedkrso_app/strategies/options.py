@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import get_cosine_schedule_with_warmup
 
 from fedkrso_app.config import Config, ConfigError, Settings, choice, need, need_positive
 from fedkrso_app.core.flat import flatten, storage, unflatten
@@ -27,7 +26,7 @@ from fedkrso_app.core.rso import RSO
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies.base import Arrays, Local, Means, Method, Shapes
 from fedkrso_app.strategies.local_head import LocalHead, LocalHeadLocal
-from fedkrso_app.training.loop import Session
+from fedkrso_app.training.loop import Session, schedules
 from fedkrso_app.training.model import LoadedModel
 
 MOMENTS = {"fedavgm": ("m",), "fedadam": ("m", "v"), "fedyogi": ("m", "v")}  # that the server keeps
@@ -222,13 +221,10 @@ def server_step(
     return step, {f"m.{name}": m.astype(np.float32), f"v.{name}": v.astype(np.float32)}
 
 
-def shares(steps: int, warmup: float, constant: bool) -> np.ndarray:
+def shares(config: Config, constant: bool) -> np.ndarray:
     """λ_j: each local step's share of the learning rates of all, as :func:`training.loop.train` sets them."""
-    if constant:
-        return np.full(steps, 1 / steps)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(warmup * steps + 1e-9), steps)
-    rates = np.array([schedule.lr_lambdas[0](j) for j in range(steps)])
+    (schedule,) = schedules([torch.optim.SGD([torch.zeros(1)], lr=1.0)], constant, config)
+    rates = np.array([schedule.lr_lambdas[0](j) for j in range(config.local_steps)])
     return rates / max(rates.sum(), 1e-300)
 
 
@@ -269,7 +265,7 @@ class ScaffoldLocal(Local):
             unflatten(self.own["own-drift"], own)
         pull = [d.to(d_i.device) - d_i for d, d_i in zip(self.drift, own, strict=True)]
         with super().session(instructions, rng) as session:  # type: ignore[safe-super]
-            each = iter(shares(config.local_steps, config.warmup, session.constant_rate).tolist())
+            each = iter(shares(config, session.constant_rate).tolist())
 
             @torch.no_grad()
             def correct(*_: Any) -> None:

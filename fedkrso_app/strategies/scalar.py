@@ -121,9 +121,7 @@ class ScalarMethod(Method):
 
     @property
     def weights_size(self) -> int:
-        return sum(m * n for m, n in self.shapes.targets.values()) + (
-            self.shapes.head if self.zeroth.head != "frozen" else 0
-        )
+        return self.shapes.weights + (self.shapes.head if self.zeroth.head != "frozen" else 0)
 
     def paper_head(self) -> int:
         """Bytes of the head, both ways."""

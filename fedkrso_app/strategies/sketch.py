@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fedkrso_app.config import Settings, choice, need, need_positive
 from fedkrso_app.core.directions import move, seeds_of
 from fedkrso_app.core.flat import flatten, unflatten
-from fedkrso_app.core.projection import layer_key, philox
+from fedkrso_app.core.projection import beside, layer_key, philox
 from fedkrso_app.core.sketch import coefficients, rows, shares
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Schema
@@ -91,8 +91,7 @@ class SketchLocal(Local):
 
     @contextmanager
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
-        # Not from rng itself: the batches must be those that any other method sees.
-        choices = np.random.Generator(rng.bit_generator.jumped())  # type: ignore[attr-defined]
+        choices = beside(rng)
         before = {name: matrix(layer).clone() for name, layer in self.targets.items()}
 
         def update() -> dict[str, np.ndarray]:
@@ -184,13 +183,8 @@ class Sketch(Method):
     """Server half: the mean of the coefficients."""
 
     @property
-    def size(self) -> int:
-        """Values of all layers."""
-        return sum(m * n for m, n in self.shapes.targets.values())
-
-    @property
     def weights_size(self) -> int:
-        return self.size + self.shapes.head
+        return self.shapes.weights + self.shapes.head
 
     def root(self, round: int) -> np.ndarray:
         return philox(self.config.seed, layer_key(f"sketch/{round}")).random_raw(1)
@@ -274,9 +268,8 @@ class Separate(Sketch):
 
     @property
     def reply(self) -> Schema:
-        own = (
-            {"residual": Field("float32", (self.size,), "memory")} if self.config.of(SeparateSettings).feedback else {}
-        )
+        residual = Field("float32", (self.shapes.weights,), "memory")
+        own = {"residual": residual} if self.config.of(SeparateSettings).feedback else {}
         return Schema({"rows": self.rows, "head": self.head_field(), **own})
 
     @property
@@ -292,7 +285,7 @@ class Separate(Sketch):
 
     def client_bytes(self, lengths: Mapping[str, float]) -> int:
         """E, where there is one."""
-        return 4 * self.size if self.config.of(SeparateSettings).feedback else 0
+        return 4 * self.shapes.weights if self.config.of(SeparateSettings).feedback else 0
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         return {"root": self.root(round), **super().conclude(means, round)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import get_constant_schedule, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from fedkrso_app.config import Config
+from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training.activations import TrainingError, activation_memory
 from fedkrso_app.training.vocabulary import without_logits
 
@@ -81,7 +82,7 @@ def predicted(batch: Mapping[str, Tensor]) -> int:
     """How many labels a batch's loss is the mean over: rows of a classifier; of a language model, (b, t) labels, those
     after a row's first that are not -100."""
     labels = batch["labels"]
-    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != -100).sum())
+    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())
 
 
 def train(

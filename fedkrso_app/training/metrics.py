@@ -11,9 +11,9 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training.vocabulary import first_choices, without_logits
 
-_IGNORED = -100  # of a language model's labels: not asked for
 LOWER_IS_BETTER = frozenset({"perplexity"})
 
 
@@ -114,13 +114,13 @@ def tally(
                 count = len(truth)
                 if num_labels == 0:
                     truth = truth[:, 1:]  # what comes after each token
-                    count = int((truth != _IGNORED).sum())
+                    count = int((truth != IGNORED).sum())
                     predictions = torch.ones(len(truth))
                     if metric == "exact-match":
                         chosen = (
                             first_choices(logits[:, :-1], output_layer) if output_layer else logits[:, :-1].argmax(2)
                         )
-                        predictions = ((chosen.cpu() == truth) | (truth == _IGNORED)).all(1)
+                        predictions = ((chosen.cpu() == truth) | (truth == IGNORED)).all(1)
                     truth = torch.ones(len(truth))
                 else:
                     logits = logits.float().cpu()

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from fedkrso_app.config import ConfigError, is_local, resolved_path
-from fedkrso_app.data import pairs, repository
+from fedkrso_app.config import Config, ConfigError, is_local, resolved_path
+from fedkrso_app.data import Task, pairs, repository
 from fedkrso_app.data.embedded import pretraining as embedded
 from fedkrso_app.training import checkpoint, heads, vocabulary
 from fedkrso_app.training import tokenizer as tokenizers
@@ -98,6 +98,13 @@ def load(
     module = module.to(place) if weights else module
     frozen = frozenset(on_top.keys() - trained.keys())
     return LoadedModel(module, tokenizer, targets, trained, tuple(classes), new, frozen)
+
+
+def of_run(config: Config, task: Task, weights: bool = True) -> LoadedModel:
+    """The model of a run on ``task``, as :func:`load` gives it."""
+    c = config
+    place, head = c.weights_device, c.head
+    return load(c.model, task.num_labels, c.seed, task.classes, weights=weights, device=place, head=head)
 
 
 def outline(name: str, num_labels: int, head: str = "dense") -> LoadedModel:

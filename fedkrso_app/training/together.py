@@ -13,12 +13,11 @@ from torch.nn import functional
 
 from fedkrso_app.config import Config
 from fedkrso_app.core.stacked import Group, Stack, Unstackable
+from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training import vocabulary
 from fedkrso_app.training.loop import Session, at_work, precision, predicted, schedules, show_progress
 
 logger = logging.getLogger("flwr")
-
-_IGNORED = -100  # a label that no loss counts
 
 
 def train(
@@ -133,7 +132,7 @@ def joined(
 
     def filled(name: str, value: Tensor) -> Tensor:
         if value.dim() > 1:
-            fill, more = _IGNORED if name == "labels" else values.get(name, 0), length - value.shape[1]
+            fill, more = IGNORED if name == "labels" else values.get(name, 0), length - value.shape[1]
             value = functional.pad(value, (more, 0) if in_front else (0, more), value=fill)
         return torch.cat([value, value[:1].expand(rows - len(value), *value.shape[1:])])
 
@@ -143,7 +142,7 @@ def joined(
     for own, batch, total in zip(weights, batches, totals, strict=True):
         own[: len(batch["labels"])] = 1 / total
     weights = weights.flatten(0, 1)
-    return inputs, labels, weights if labels.dim() == 1 else weights * (labels != _IGNORED)
+    return inputs, labels, weights if labels.dim() == 1 else weights * (labels != IGNORED)
 
 
 def client_losses(logits: Tensor, labels: Tensor, weights: Tensor, clients: int) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedkrso_app.core.stacked import replaced
+from fedkrso_app.core.subspace import replaced
+from fedkrso_app.data.language import IGNORED
 
 logger = logging.getLogger("flwr")
 
 _VALUES = 2**24  # logits at a time, 64 MiB in float32
-_IGNORED = -100  # a label that nobody asks for
 
 _able: dict[str, bool] = {}  # kinds of models that were tried
 
@@ -100,7 +100,7 @@ def without_logits(module: Any) -> Iterator[nn.Linear | None]:
 
 def _mean_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     """transformers' loss of a language model: the mean over the labels that are asked for."""
-    asked = (labels != _IGNORED).to(torch.promote_types(hidden.dtype, torch.float32))
+    asked = (labels != IGNORED).to(torch.promote_types(hidden.dtype, torch.float32))
     asked[:, 0] = 0  # nothing is before a row's first token
     return losses(hidden, head, labels, asked / asked.sum().clamp(min=1)).squeeze(0)
 
