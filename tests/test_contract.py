@@ -384,7 +384,9 @@ def test_a_reply_that_does_not_count_changes_nothing_but_the_divisor(settings, c
 
 def test_identical_clients_equal_one(settings, monkeypatch):
     """Clients that train on the same rows with the same randomness: their mean is each of them."""
-    monkeypatch.setattr(client, "stream", lambda seed, label, round, partition: np.random.default_rng(round))
+    monkeypatch.setattr(
+        "fedkrso_app.federation.workplace.stream", lambda seed, label, round, partition: np.random.default_rng(round)
+    )
     monkeypatch.setattr("fedkrso_app.data.partition", lambda train, task, n, *rest: [np.arange(40)] * n)
     settings = settings | {"num-server-rounds": 1, "local-steps": 2}
     one = play(settings | {"run-name": "one"}, nodes=1)

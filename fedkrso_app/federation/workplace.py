@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,25 @@ from fedkrso_app.records.protocol import TALLY, Figures, Instructions, Status
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Arrays, Shapes
+from fedkrso_app.strategies.secure import narrow
 from fedkrso_app.training import loop, model, together
 from fedkrso_app.training.device import device, peak_bytes, release, reset_peak
 
 logger = logging.getLogger("flwr")
 
-Reply = tuple[int, RecordDict | Exception]  # a partition's, or why there is none
+
+@dataclass(frozen=True)
+class Summed:
+    """What a partition adds to the sum of its node, where updates leave that under masks."""
+
+    summands: Arrays
+    weight: int
+    loss: float
+    seconds: float
+    rounding: np.random.Generator
+
+
+Reply = tuple[int, RecordDict | Summed | Exception]  # a partition's, or why there is none
 
 
 class Workplace:
@@ -151,7 +164,7 @@ class Workplace:
             rest = rest[len(replies) :]
         yield from _one_by_one(rest, lambda partition: self._train(partition, instructions))
 
-    def _train(self, partition: int, instructions: Instructions) -> RecordDict:
+    def _train(self, partition: int, instructions: Instructions) -> RecordDict | Summed:
         started, used = time.monotonic(), device(self.config.device)
         reset_peak(used)
         rng, batches = self._batches(partition, instructions)
@@ -211,14 +224,19 @@ class Workplace:
         loss: float,
         seconds: float,
         peak: int,
-    ) -> RecordDict:
+    ) -> RecordDict | Summed:
         """The reply with an update, once what of it is the partition's own is on this node's disk."""
         if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:
             self.store.put_personal(partition, instructions.round, own)
         if own := {name: arrays.pop(name) for name in self.method.reply.named("memory")}:
             self.store.put_memory(partition, instructions.round, own)
-        update = self._encoded(arrays, start, stream(self.config.seed, "reply", instructions.round, partition))
-        figures = Figures(len(self.share("train", partition)), loss, seconds, peak)
+        rounding = stream(self.config.seed, "reply", instructions.round, partition)
+        rows = len(self.share("train", partition))
+        if self.config.secure_aggregation:
+            weight = rows if self.config.weighting == "examples" else 1
+            return Summed(self._summands(arrays, start, instructions.round, rounding), weight, loss, seconds, rounding)
+        update = self._encoded(arrays, start, rounding)
+        figures = Figures(rows, loss, seconds, peak)
         return protocol.trained(Status(instructions.version), update, figures)
 
     def _own(self, partition: int, round: int) -> Arrays:
@@ -229,6 +247,20 @@ class Workplace:
     def _asked(partition: int, instructions: Instructions) -> dict[str, Any]:
         """What a method tells one of its clients."""
         return {**instructions.method, "partition": partition}
+
+    def _summands(self, arrays: Arrays, start: Arrays, round: int, rounding: np.random.Generator) -> Arrays:
+        """What a server would make of the reply and add up: at 64 bits the same, rounded as the reply would be, and at
+        fewer the differences as they are, for those are rounded once."""
+        schema = self.method.reply
+        for transform in self.transforms:
+            arrays = transform.update(arrays, start)
+        if not narrow(self.config):
+            arrays = wire.decode(wire.encode(arrays, schema, rounding))
+            for transform in reversed(self.transforms):
+                arrays = transform.reply(arrays, start)
+        arrays = schema.filled(arrays)
+        self.method.check(arrays, round)
+        return self.method.summands(arrays)
 
     def _encoded(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> ArrayRecord:
         for transform in self.transforms:
@@ -261,7 +293,7 @@ def workplace(run: str, config: Config, partitions: int, folders: tuple[tuple[in
     return Workplace(run, config, partitions, folders)
 
 
-def _one_by_one(partitions: Sequence[int], work: Callable[[int], RecordDict]) -> Iterator[Reply]:
+def _one_by_one(partitions: Sequence[int], work: Callable[[int], RecordDict | Summed]) -> Iterator[Reply]:
     for partition in partitions:
         try:
             yield partition, work(partition)
