@@ -24,6 +24,7 @@ from fedkrso_app.core.stacked import Group, Unstackable
 from fedkrso_app.data import hub
 from fedkrso_app.federation import evaluation
 from fedkrso_app.federation.discretion import shown_to_server
+from fedkrso_app.federation.private import ExampleLevel, max_epsilon
 from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.transforms import transforms
@@ -34,6 +35,7 @@ from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Arrays, Shapes
+from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.training import loop, model, threads, together
 from fedkrso_app.training.device import device, peak_bytes, release, reset_peak
 
@@ -65,6 +67,9 @@ class Workplace:
         self.at_once = most if config.batch_clients == "auto" else int(config.batch_clients)
         span = self.method.entry.span
         self.store = NodeStore(run, keep=span + 1) if span else NodeStore(run)
+        by_example = config.of(Privacy).unit == "example"
+        self.private = ExampleLevel(self, run, self._folders) if by_example else None
+        self.at_once = 1 if by_example else self.at_once  # coins, clips and noise are each client's own
 
     @functools.cached_property
     def replica(self) -> Replica:
@@ -163,10 +168,14 @@ class Workplace:
         with self.replica.lend() as local:
             local.adopt(self._own(partition, instructions.round))
             with local.session(self._asked(partition, instructions), rng) as session:
-                loss = loop.train(local.module, batches, session, self.config, rng)
+                loss = epsilon = None
+                if self.private:
+                    epsilon = self.private.train(partition, instructions.round, local, session, rng)
+                else:
+                    loss = loop.train(local.module, batches, session, self.config, rng)
                 arrays = session.update()
         seconds = time.monotonic() - started
-        return self._trained(partition, instructions, arrays, start, loss, seconds, peak_bytes(used))
+        return self._trained(partition, instructions, arrays, start, loss, seconds, peak_bytes(used), epsilon)
 
     def _train_together(self, partitions: Sequence[int], instructions: Instructions) -> list[Reply]:
         c, group = self.config, Group(len(partitions))
@@ -212,9 +221,10 @@ class Workplace:
         instructions: Instructions,
         arrays: dict[str, np.ndarray],
         start: Arrays,
-        loss: float,
+        loss: float | None,
         seconds: float,
         peak: int,
+        epsilon: float | None = None,
     ) -> RecordDict:
         """The reply with an update, once what of it is the partition's own is on this node's disk."""
         if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:
@@ -222,7 +232,8 @@ class Workplace:
         if own := {name: arrays.pop(name) for name in self.method.reply.named("memory")}:
             self.store.put_memory(partition, instructions.round, own)
         update = self._encoded(arrays, start, stream(self.config.seed, "reply", instructions.round, partition))
-        figures = Figures(len(self.share("train", partition)), loss, seconds, peak)
+        figures = Figures(len(self.share("train", partition)), loss, seconds, peak, epsilon)
+        figures = self.private.figures(figures) if self.private else figures
         return protocol.trained(Status(instructions.version), update, figures)
 
     def _own(self, partition: int, round: int) -> Arrays:
@@ -302,7 +313,7 @@ def workplace_of(context: Any, run: str, held: tuple[int, ...], total: int) -> W
     config = hub.at(parse(context.run_config), NodeStore(run).commits())
     threads.hold(config.torch_threads)
     if "data-dir" not in context.node_config:
-        return workplace(run, config, total)
+        return bounded(workplace(run, config, total), context.node_config)
     folder = str(context.node_config["data-dir"])
     if len(held) > 1 and "{partition}" not in folder:
         raise ConfigError(
@@ -310,7 +321,14 @@ def workplace_of(context: Any, run: str, held: tuple[int, ...], total: int) -> W
             "the folders of the partitions differ."
         )
     folders = tuple((partition, folder.replace("{partition}", str(partition))) for partition in held)
-    return workplace(run, replace(config, data_dir=folders[0][1]), total, folders)
+    return bounded(workplace(run, replace(config, data_dir=folders[0][1]), total, folders), context.node_config)
+
+
+def bounded(place: Workplace, node_config: Mapping[str, Any]) -> Workplace:
+    """``place`` with the node's own bound on ε."""
+    if place.private:
+        place.private.most = max_epsilon(node_config)
+    return place
 
 
 def join(message: Message, context: Any) -> Answer:
@@ -335,6 +353,8 @@ def join(message: Message, context: Any) -> Answer:
             classes = ", ".join(place.task.classes)
             labels = f" or label names ({classes}), which the key labels settles for all" if classes else ""
             raise ConfigError(f"model = {place.config.model!r} has other weights than the server's{labels}.")
+        if place.private:
+            place.private.check(held)
         version = place.store.version
         dataset = "" if "data-dir" in context.node_config else hub.rows_of(place.config)
         return replace(answer, model=place.digest, version=version, stamp=place.store.stamp(version), dataset=dataset)
