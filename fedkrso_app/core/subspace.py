@@ -7,7 +7,7 @@ Two forms, equal except for rounding: :class:`SubspaceLinear` moves W itself at 
 leaves W alone and adds Σ_k B_k P_k beside it, for a W of few bits (bfloat16), which would round most of a step away.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,12 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+# What backward makes of P x (r × tokens) and dY (tokens × m): G_B (m × r), or None if it is kept elsewhere, row by row.
+Gradient = Callable[[Tensor, Tensor], Tensor | None]
+
 
 class _ProjectedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, P: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, P: Tensor, gradient: Gradient
+    ) -> Tensor:
         # r × tokens and r × m, not their transposes: the long side along memory is two to three times faster on a CPU.
         ctx.save_for_backward(weight, P @ x.T)
+        ctx.gradient = gradient
         return functional.linear(x, weight, bias)
 
     @staticmethod
@@ -28,14 +34,23 @@ class _ProjectedLinear(torch.autograd.Function):
         weight, projected = ctx.saved_tensors
         dY = grads[0]
         dX = dY @ weight if ctx.needs_input_grad[0] else None  # not in the first block, whose input is not trained
-        return dX, None, None, (projected @ dY).T, None
+        return dX, None, None, ctx.gradient(projected, dY), None, None
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, Bs: Tensor, Ps: Tensor, live: slice
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        B: Tensor,
+        Bs: Tensor,
+        Ps: Tensor,
+        live: slice,
+        gradient: Gradient,
     ) -> Tensor:
+        ctx.gradient = gradient
         projected = x @ Ps.T
         ctx.save_for_backward(weight, Bs, Ps, projected[:, live].T.contiguous())
         return functional.linear(x, weight, bias).addmm_(projected, Bs.T)
@@ -45,7 +60,12 @@ class _AdaptedLinear(torch.autograd.Function):
         weight, Bs, Ps, projected = ctx.saved_tensors
         dY = grads[0]
         dX = (dY @ weight).addmm_(dY @ Bs, Ps) if ctx.needs_input_grad[0] else None
-        return dX, None, None, (projected @ dY).T, None, None, None
+        return dX, None, None, ctx.gradient(projected, dY), None, None, None, None
+
+
+def summed(projected: Tensor, dY: Tensor) -> Tensor:
+    """G_B of all tokens, m × r, from P x (r × tokens) and dY (tokens × m)."""
+    return (projected @ dY).T
 
 
 class SubspaceLinear(nn.Module):
@@ -58,6 +78,7 @@ class SubspaceLinear(nn.Module):
 
     P: Tensor
     W: Tensor  # m × n, the weight's own memory
+    gradient: Gradient = staticmethod(summed)
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()
@@ -77,7 +98,7 @@ class SubspaceLinear(nn.Module):
 
     def rows(self, x: Tensor) -> Tensor:
         """y, tokens × m, of x, tokens × n."""
-        return cast(Tensor, _ProjectedLinear.apply(x, self.W, self.bias, self.B, self.P))
+        return cast(Tensor, _ProjectedLinear.apply(x, self.W, self.bias, self.B, self.P, self.gradient))
 
     def follow(self, seed: int, P: Tensor, B_k: Tensor) -> None:
         """Train along ``P`` (r × n), which belongs to ``seed``, from now on. ``B_k`` (m × r): the accumulator so far,
@@ -101,7 +122,8 @@ class AdapterLinear(SubspaceLinear):
         self.Ps, self.Bs, self.seeds = self.W.new_zeros(0, n), self.W.new_zeros(m, 0), cast(list[int], [])
 
     def rows(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _AdaptedLinear.apply(x, self.W, self.bias, self.B, self.Bs, self.Ps, self.live))
+        factors = self.B, self.Bs, self.Ps, self.live
+        return cast(Tensor, _AdaptedLinear.apply(x, self.W, self.bias, *factors, self.gradient))
 
     def follow(self, seed: int, P: Tensor, B_k: Tensor) -> None:
         if seed not in self.seeds:

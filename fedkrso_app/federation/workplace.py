@@ -21,6 +21,7 @@ from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.projection import stream
 from fedkrso_app.core.stacked import Group, Unstackable
 from fedkrso_app.federation import evaluation
+from fedkrso_app.federation.private import ExampleLevel
 from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.transforms import transforms
@@ -30,6 +31,7 @@ from fedkrso_app.records.protocol import TALLY, Figures, Instructions, Status
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Arrays, Shapes
+from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.training import loop, model, together
 from fedkrso_app.training.device import device, peak_bytes, release, reset_peak
 
@@ -61,6 +63,9 @@ class Workplace:
         self.at_once = most if config.batch_clients == "auto" else int(config.batch_clients)
         span = self.method.entry.span
         self.store = NodeStore(run, keep=span + 1) if span else NodeStore(run)
+        by_example = config.of(Privacy).unit == "example"
+        self.private = ExampleLevel(self, run, self._folders) if by_example else None
+        self.at_once = 1 if by_example else self.at_once  # coins, clips and noise are each client's own
 
     @functools.cached_property
     def replica(self) -> Replica:
@@ -159,10 +164,14 @@ class Workplace:
         with self.replica.lend() as local:
             local.adopt(self._own(partition, instructions.round))
             with local.session(self._asked(partition, instructions), rng) as session:
-                loss = loop.train(local.module, batches, session, self.config, rng)
+                loss = epsilon = None
+                if self.private:
+                    epsilon = self.private.train(partition, instructions.round, local, session, rng)
+                else:
+                    loss = loop.train(local.module, batches, session, self.config, rng)
                 arrays = session.update()
         seconds = time.monotonic() - started
-        return self._trained(partition, instructions, arrays, start, loss, seconds, peak_bytes(used))
+        return self._trained(partition, instructions, arrays, start, loss, seconds, peak_bytes(used), epsilon)
 
     def _train_together(self, partitions: Sequence[int], instructions: Instructions) -> list[Reply]:
         c, group = self.config, Group(len(partitions))
@@ -208,9 +217,10 @@ class Workplace:
         instructions: Instructions,
         arrays: dict[str, np.ndarray],
         start: Arrays,
-        loss: float,
+        loss: float | None,
         seconds: float,
         peak: int,
+        epsilon: float | None = None,
     ) -> RecordDict:
         """The reply with an update, once what of it is the partition's own is on this node's disk."""
         if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:
@@ -218,7 +228,8 @@ class Workplace:
         if own := {name: arrays.pop(name) for name in self.method.reply.named("memory")}:
             self.store.put_memory(partition, instructions.round, own)
         update = self._encoded(arrays, start, stream(self.config.seed, "reply", instructions.round, partition))
-        figures = Figures(len(self.share("train", partition)), loss, seconds, peak)
+        figures = Figures(len(self.share("train", partition)), loss, seconds, peak, epsilon)
+        figures = self.private.figures(figures) if self.private else figures
         return protocol.trained(Status(instructions.version), update, figures)
 
     def _own(self, partition: int, round: int) -> Arrays:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -63,6 +63,8 @@ def distinct_seeds(pool: int, draws: int) -> float:
 
 class FedKRSOLocal(Local):
     """Client half: Algorithm 2 on the target layers, dense AdamW on the head."""
+
+    by_row: ClassVar[bool] = True
 
     def state(self) -> dict[str, np.ndarray]:
         return {"head": flatten(self.head.values())}
