@@ -34,7 +34,7 @@ from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Arrays, Shapes
-from fedkrso_app.training import loop, model, threads, together
+from fedkrso_app.training import graphs, loop, model, static, threads, together
 from fedkrso_app.training.device import device, peak_bytes, release, reset_peak
 
 logger = logging.getLogger("flwr")
@@ -63,6 +63,7 @@ class Workplace:
         # A CPU is busy with one client's rows, and a pass pads them to the longest of all.
         most = 1 if device(config.device).type == "cpu" else 2**31
         self.at_once = most if config.batch_clients == "auto" else int(config.batch_clients)
+        self.recorder = graphs.recorder(config)
         span = self.method.entry.span
         self.store = NodeStore(run, keep=span + 1) if span else NodeStore(run)
 
@@ -163,7 +164,11 @@ class Workplace:
         with self.replica.lend() as local:
             local.adopt(self._own(partition, instructions.round))
             with local.session(self._asked(partition, instructions), rng) as session:
-                loss = loop.train(local.module, batches, session, self.config, rng)
+                losses = self._recorded(local.module, [batches], [session], Group(1), [], [rng])
+                if losses is None:
+                    loss = loop.train(local.module, batches, session, self.config, rng)
+                else:
+                    loss = loop.mean_loss(losses[0], self.config)
                 arrays = session.update()
         seconds = time.monotonic() - started
         return self._trained(partition, instructions, arrays, start, loss, seconds, peak_bytes(used))
@@ -181,8 +186,10 @@ class Workplace:
             for partition, half, rng in zip(partitions, halves, rngs, strict=True):
                 half.adopt(self._own(partition, instructions.round))
                 of_each.append(sessions.enter_context(half.session(self._asked(partition, instructions), rng)))
-            padding = data.padding(self.task, self.model.tokenizer)
-            losses = together.train(local.module, batches, of_each, group, stacks, c, rngs, padding)
+            losses = self._recorded(local.module, batches, of_each, group, stacks, rngs)
+            if losses is None:
+                padding = data.padding(self.task, self.model.tokenizer)
+                losses = together.train(local.module, batches, of_each, group, stacks, c, rngs, padding)
             for own, session in zip(losses, of_each, strict=True):
                 try:
                     updates.append((loop.mean_loss(own, c), session.update()))
@@ -197,6 +204,12 @@ class Workplace:
             loss, arrays = update
             replies.append((partition, self._trained(partition, instructions, arrays, start, loss, seconds, peak)))
         return replies
+
+    def _recorded(self, module: Any, batches: Any, sessions: Any, group: Group, stacks: Any, rngs: Any) -> Any:
+        task, tokenizer = self.task, self.model.tokenizer
+        return static.attempt(
+            self.recorder, module, batches, sessions, group, stacks, self.config, rngs, task, tokenizer
+        )
 
     def _batches(
         self, partition: int, instructions: Instructions
