@@ -12,7 +12,7 @@ from torch import nn
 
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.stacked import Group, Stack, StackedLinear, Unstackable
-from fedkrso_app.federation.client import Workplace
+from fedkrso_app.federation.workplace import Workplace
 from fedkrso_app.strategies import STRATEGIES, make, parse
 from fedkrso_app.strategies.base import Local, Shapes
 from fedkrso_app.training import loop, model, together
