@@ -79,6 +79,7 @@ class SubspaceLinear(nn.Module):
     P: Tensor
     W: Tensor  # m × n, the weight's own memory
     gradient: Gradient = staticmethod(summed)
+    fixed = False
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()
@@ -100,10 +101,18 @@ class SubspaceLinear(nn.Module):
         """y, tokens × m, of x, tokens × n."""
         return cast(Tensor, _ProjectedLinear.apply(x, self.W, self.bias, self.B, self.P, self.gradient))
 
+    def fix(self, seeds: int) -> None:
+        """Keep every tensor in its place from now on; at most ``seeds`` projections will be followed."""
+        self.P = self.W.new_zeros(self.B.shape[1], self.W.shape[1])
+        self.fixed = True
+
     def follow(self, seed: int, P: Tensor, B_k: Tensor) -> None:
         """Train along ``P`` (r × n), which belongs to ``seed``, from now on. ``B_k`` (m × r): the accumulator so far,
         which is going to change in place with every move."""
-        self.P = P
+        if self.fixed:
+            self.P.copy_(P)
+        else:
+            self.P = P
 
     def move(self, step: Tensor) -> None:
         """Take ``step`` (m × r) along P, after it was added to the accumulator."""
@@ -111,7 +120,11 @@ class SubspaceLinear(nn.Module):
 
 
 class AdapterLinear(SubspaceLinear):
-    """The same layer with W at rest: y = x(W + Σ_k B_k P_k)ᵀ + b over all seeds that it has followed."""
+    """The same layer with W at rest: y = x(W + Σ_k B_k P_k)ᵀ + b over all seeds that it has followed.
+
+    Each seed has its columns of ``Bs``. Where they are fixed, the first r are the live seed's, whichever that is, and
+    its own are 0 meanwhile.
+    """
 
     Ps: Tensor  # R × n and m × R, R = r times the seeds so far, in W's dtype
     Bs: Tensor
@@ -125,12 +138,30 @@ class AdapterLinear(SubspaceLinear):
         factors = self.B, self.Bs, self.Ps, self.live
         return cast(Tensor, _AdaptedLinear.apply(x, self.W, self.bias, *factors, self.gradient))
 
+    def fix(self, seeds: int) -> None:
+        m, r = self.B.shape
+        self.Ps, self.Bs = self.W.new_zeros((seeds + 1) * r, self.W.shape[1]), self.W.new_zeros(m, (seeds + 1) * r)
+        self.live, self.own, self.fixed = slice(0, r), slice(0, r), True
+
     def follow(self, seed: int, P: Tensor, B_k: Tensor) -> None:
+        if self.fixed:
+            return self._swap(seed, P, B_k)
         if seed not in self.seeds:
             self.seeds.append(seed)
             self.Ps, self.Bs = torch.cat([self.Ps, P]), torch.cat([self.Bs, B_k.to(P)], dim=1)
         start = self.seeds.index(seed) * len(P)
         self.live, self.B_k = slice(start, start + len(P)), B_k
+
+    def _swap(self, seed: int, P: Tensor, B_k: Tensor) -> None:
+        """Let ``seed`` take the live columns, and the seed before it go back to its own."""
+        self.Bs[:, self.own] = self.Bs[:, self.live].clone()
+        if seed not in self.seeds:
+            self.seeds.append(seed)
+        start = (self.seeds.index(seed) + 1) * len(P)
+        self.own, self.B_k = slice(start, start + len(P)), B_k
+        self.Ps[self.own] = self.Ps[self.live] = P
+        self.Bs[:, self.own] = 0
+        self.move(B_k)
 
     def move(self, step: Tensor) -> None:
         self.Bs[:, self.live] = self.B_k.to(self.Bs.dtype)  # rounded from the exact sum, not added up in few bits

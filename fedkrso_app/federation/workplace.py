@@ -32,7 +32,7 @@ from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Arrays, Shapes
 from fedkrso_app.strategies.privacy import Privacy
-from fedkrso_app.training import loop, model, together
+from fedkrso_app.training import graphs, loop, model, static, together
 from fedkrso_app.training.device import device, peak_bytes, release, reset_peak
 
 logger = logging.getLogger("flwr")
@@ -61,6 +61,7 @@ class Workplace:
         # A CPU is busy with one client's rows, and a pass pads them to the longest of all.
         most = 1 if device(config.device).type == "cpu" else 2**31
         self.at_once = most if config.batch_clients == "auto" else int(config.batch_clients)
+        self.recorder = graphs.recorder(config)
         span = self.method.entry.span
         self.store = NodeStore(run, keep=span + 1) if span else NodeStore(run)
         by_example = config.of(Privacy).unit == "example"
@@ -167,8 +168,10 @@ class Workplace:
                 loss = epsilon = None
                 if self.private:
                     epsilon = self.private.train(partition, instructions.round, local, session, rng)
-                else:
+                elif (losses := self._recorded(local.module, [batches], [session], Group(1), [], [rng])) is None:
                     loss = loop.train(local.module, batches, session, self.config, rng)
+                else:
+                    loss = loop.mean_loss(losses[0], self.config)
                 arrays = session.update()
         seconds = time.monotonic() - started
         return self._trained(partition, instructions, arrays, start, loss, seconds, peak_bytes(used), epsilon)
@@ -186,8 +189,10 @@ class Workplace:
             for partition, half, rng in zip(partitions, halves, rngs, strict=True):
                 half.adopt(self._own(partition, instructions.round))
                 of_each.append(sessions.enter_context(half.session(self._asked(partition, instructions), rng)))
-            padding = data.padding(self.task, self.model.tokenizer)
-            losses = together.train(local.module, batches, of_each, group, stacks, c, rngs, padding)
+            losses = self._recorded(local.module, batches, of_each, group, stacks, rngs)
+            if losses is None:
+                padding = data.padding(self.task, self.model.tokenizer)
+                losses = together.train(local.module, batches, of_each, group, stacks, c, rngs, padding)
             for own, session in zip(losses, of_each, strict=True):
                 try:
                     updates.append((loop.mean_loss(own, c), session.update()))
@@ -202,6 +207,13 @@ class Workplace:
             loss, arrays = update
             replies.append((partition, self._trained(partition, instructions, arrays, start, loss, seconds, peak)))
         return replies
+
+    def _recorded(
+        self, module: Any, batches: Any, sessions: Any, group: Group, stacks: Any, rngs: Any
+    ) -> torch.Tensor | None:
+        """The losses of steps that are recorded and repeated; None, and nothing done, where they are not."""
+        given = module, batches, sessions, group, stacks, self.config, rngs, self.task, self.model.tokenizer
+        return static.attempt(self.recorder, *given)
 
     def _batches(
         self, partition: int, instructions: Instructions

@@ -90,7 +90,8 @@ class FedKRSOLocal(Local):
         settings = self.config.of(FedKRSOSettings)
         choices = beside(rng)
         with self._subspaces() as layers:
-            rso = RSO(layers, settings.learning_rate, settings.projection)
+            seeds = len(pool), -(-self.config.local_steps // settings.interval)
+            rso = RSO(layers, settings.learning_rate, settings.projection, seeds=seeds)
 
             def before_step(j: int) -> None:
                 if j % settings.interval == 0:
