@@ -15,6 +15,7 @@ from fedkrso_app.records.protocol import UPDATE, Figures
 from fedkrso_app.records.schema import differences
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Method
+from fedkrso_app.strategies.privacy import Privacy
 
 
 class Unopened(ValueError):
@@ -54,7 +55,10 @@ class Aggregate:
     def accept(self, content: RecordDict, node: int, partitions: Sequence[int]) -> dict[int, dict[str, float]]:
         """Check one part of a ``node``'s reply and add it; returns figures by partition. Raises :class:`Refused`."""
         (partition,) = partitions
-        update, figures = protocol.arrays(content, UPDATE), Figures.read(content)
+        update, figures = (
+            protocol.arrays(content, UPDATE),
+            Figures.read(content, self.config.of(Privacy).unit == "example"),
+        )
         schema = self.method.reply_of(partition)
         arrays = schema.filled(wire.decode(wire.unpack(update, schema.travelling)))
         self.method.check(arrays, self.round)
@@ -72,8 +76,9 @@ class Aggregate:
         except OverflowError as error:
             hint = "; set weighting = 'uniform'" if weight > 1 else ""
             raise Refused(f"{error}{hint}") from None
-        self._told[partition] = figures.train_loss, weight
-        return {partition: {**vars(figures), "weight": weight}}
+        if figures.train_loss is not None:
+            self._told[partition] = figures.train_loss, weight
+        return {partition: {**figures.known(), "weight": weight}}
 
     def open(self, grid: Any) -> dict[str, Any]:
         """Do what is left to do before there are means; returns figures. Raises :class:`Unopened`."""
@@ -90,8 +95,8 @@ class Aggregate:
 
     @property
     def loss(self) -> float | None:
-        """The mean training loss; None without a reply."""
-        if not self.weight:
+        """The mean training loss; None where nobody tells his."""
+        if not self._told:
             return None
         return sum(loss * weight for _, (loss, weight) in sorted(self._told.items())) / self.weight
 

@@ -14,6 +14,7 @@ from fedkrso_app.data import hub
 from fedkrso_app.federation import masks
 from fedkrso_app.federation.discretion import Declined, shown_to_server
 from fedkrso_app.federation.policy import Policy
+from fedkrso_app.federation.private import max_epsilon
 from fedkrso_app.federation.replica import NeedSync
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.workplace import Reply, Summed, Workplace, workplace
@@ -63,7 +64,7 @@ def workplace_of(context: Any, run: str, held: tuple[int, ...], total: int) -> W
     config = hub.at(parse(context.run_config), NodeStore(run).commits())
     threads.hold(config.torch_threads)
     if "data-dir" not in context.node_config:
-        return workplace(run, config, total)
+        return bounded(workplace(run, config, total), context.node_config)
     folder = str(context.node_config["data-dir"])
     if len(held) > 1 and "{partition}" not in folder:
         raise ConfigError(
@@ -71,7 +72,14 @@ def workplace_of(context: Any, run: str, held: tuple[int, ...], total: int) -> W
             "the folders of the partitions differ."
         )
     folders = tuple((partition, folder.replace("{partition}", str(partition))) for partition in held)
-    return workplace(run, replace(config, data_dir=folders[0][1]), total, folders)
+    return bounded(workplace(run, replace(config, data_dir=folders[0][1]), total, folders), context.node_config)
+
+
+def bounded(place: Workplace, node_config: Mapping[str, Any]) -> Workplace:
+    """``place`` with the node's own bound on ε."""
+    if place.private:
+        place.private.most = max_epsilon(node_config)
+    return place
 
 
 def join(message: Message, context: Any) -> Answer:
@@ -98,6 +106,8 @@ def join(message: Message, context: Any) -> Answer:
             classes = ", ".join(place.task.classes)
             labels = f" or label names ({classes}), which the key labels settles for all" if classes else ""
             raise ConfigError(f"model = {place.config.model!r} has other weights than the server's{labels}.")
+        if place.private:
+            place.private.check(held)
         version = place.store.version
         dataset = "" if "data-dir" in context.node_config else hub.rows_of(place.config)
         answer = replace(answer, model=place.digest, version=version, stamp=place.store.stamp(version), dataset=dataset)

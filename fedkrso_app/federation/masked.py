@@ -22,6 +22,7 @@ from fedkrso_app.records.protocol import Instructions
 from fedkrso_app.records.sealed import ROSTER, SESSION, TAIL, UNMASK, Party, Roster, Sealed, Shares, Unmask
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Method
+from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.strategies.secure import SecureSums, narrow
 
 logger = logging.getLogger("flwr")
@@ -79,7 +80,12 @@ class Masked(Aggregate):
         self._tail += sealed.tail
         nothing = np.zeros(0)
         self._arrived[place] = Sealed(nothing, nothing, sealed.bundles, sealed.checks)
-        return {partition: {"train_seconds": sealed.seconds, "peak_bytes": 0} for partition in partitions}
+        figures = {"train_seconds": float(sealed.seconds), "peak_bytes": 0.0}
+        if self.config.of(Privacy).unit == "example":
+            if sealed.epsilon is None:
+                raise Refused("it says no epsilon")
+            figures["epsilon"] = sealed.epsilon
+        return dict.fromkeys(partitions, figures)
 
     def open(self, grid: Any) -> dict[str, Any]:
         survivors = sorted(self._arrived)
@@ -100,7 +106,8 @@ class Masked(Aggregate):
             )
         opening.unmask(self._vector, self._tail)
         words = ring.signed(self._vector)
-        self.weight, self._loss, clients = told(self._tail)
+        self.weight, loss, clients = told(self._tail)
+        self._loss = loss if self.config.of(Privacy).unit == "none" else None
         asked = sum(len(self.roster.parties[u].partitions) for u in survivors)
         if not 1 <= clients <= min(asked, self.weight) or self.layout.too_large(words):
             raise Unopened("the sum is none that honest nodes add up to: one of them sent something else")

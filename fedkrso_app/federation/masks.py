@@ -7,7 +7,7 @@ private key for this run's masks, and of the newest round what it takes to answe
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
@@ -57,14 +57,16 @@ class Session:
 
         Raises the last error if none could, and :class:`Declined` where their updates are too large.
         """
-        words, seconds, problem = Words(self.layout), 0.0, None
+        words, seconds, epsilon, problem = Words(self.layout), 0.0, None, None
         for partition, reply in replies:
             try:
                 if isinstance(reply, Exception):
                     raise reply
                 assert isinstance(reply, Summed)
-                words.add(reply.summands, reply.weight, reply.loss, reply.rounding)
-                seconds += reply.seconds
+                told = reply.figures
+                words.add(reply.summands, reply.weight, told.train_loss or 0.0, reply.rounding)
+                seconds += told.train_seconds
+                epsilon = max(epsilon or 0.0, told.epsilon) if told.epsilon is not None else epsilon
             except Exception as error:
                 logger.error("partition %d failed and is not in this node's sum", partition, exc_info=error)
                 problem = error
@@ -78,7 +80,8 @@ class Session:
         key = self.context.state[_STATE]["key"]
         tens = math.ceil(seconds / _TENS) * _TENS
         vector, tail = words.finish()
-        return sealing.seal(vector, tail, key, self.place, self.roster, self.ctx, tens).records()
+        sealed = sealing.seal(vector, tail, key, self.place, self.roster, self.ctx)
+        return replace(sealed, seconds=tens, epsilon=epsilon).records()
 
 
 def enter(

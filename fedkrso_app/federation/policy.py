@@ -1,11 +1,11 @@
 """What a node takes part in, by its own ``--node-config``: the run's settings come from the other side.
 
-    require = "secure-aggregation"   only sealed updates leave this node
+    require = "secure-aggregation"   only sealed updates leave this node; "example-privacy": only ones with noise
     min-cohort = 5                   and only sums of at least so many nodes are opened (implies the line above)
     key = "/keys/node0"              the SuperNode's private key, which signs this node's key for the masks
     peers = "/keys/peers.pub"        public keys, one a line, of the nodes whose sums it joins
 
-``max-epsilon`` and the requirement "example-privacy" belong to differential privacy.
+``max-epsilon`` is in :mod:`federation.private`.
 """
 
 import difflib
@@ -21,9 +21,10 @@ from fedkrso_app.config import Config, names, resolved_path
 from fedkrso_app.federation.discretion import Declined
 from fedkrso_app.federation.sealing import digest
 from fedkrso_app.records.sealed import Party
+from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.strategies.secure import SecureSums
 
-REQUIREMENTS = ("secure-aggregation",)
+REQUIREMENTS = ("secure-aggregation", "example-privacy")
 LEAST = 3  # nodes in a sum that is worth the name
 KEYS = ("require", "min-cohort", "key", "peers")
 _FINGERPRINT = 8
@@ -73,6 +74,9 @@ class Policy:
             raise Declined(
                 f"this node joins sums of at least {self.min_cohort} nodes; set secagg.min-cohort = {self.min_cohort}."
             )
+
+        if "example-privacy" in self.require and config.of(Privacy).unit != "example":
+            raise Declined("this node only takes part in runs with privacy.unit = 'example'.")
 
     def sign(self, claim: bytes) -> bytes:
         """``claim`` signed with this node's own key; b"" without one. Raises :class:`Declined` where the key cannot be

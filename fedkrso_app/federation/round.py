@@ -25,6 +25,7 @@ from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Instructions, S
 from fedkrso_app.records.schema import Schema, superseded
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Method
+from fedkrso_app.strategies.privacy import Privacy
 
 logger = logging.getLogger("flwr")
 
@@ -63,6 +64,7 @@ class Round(Strategy):
     ) -> None:
         self.method, self.transforms, self.ledger, self.kept = method, transforms, ledger, kept
         self.config, self.nodes, self.host = method.config, nodes, host
+        self._by_example = self.config.of(Privacy).unit == "example"
         done = int(ledger.read(ledger.version).record["round"])
         self.first_round = 1 + done  # later than 1 in a resumed run
         if (opened := host.opened() if self.config.secure_aggregation else 0) > done:
@@ -323,6 +325,9 @@ class Round(Strategy):
             "version": self.ledger.version,
             **opened,
         }
+        if self._by_example:
+            newest = self.ledger.read(self.ledger.version).record.get("epsilon", 0.0)
+            figures["epsilon"] = max([newest, *(figures["epsilon"] for figures in accepted.values())])
         if self.config.client_metrics:
             shown = {p: {key: value for key, value in f.items() if key != "weight"} for p, f in accepted.items()}
             figures["per_client"] = {str(partition): shown[partition] for partition in sorted(shown)}

@@ -21,6 +21,7 @@ from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.projection import stream
 from fedkrso_app.core.stacked import Group, Unstackable
 from fedkrso_app.federation import evaluation
+from fedkrso_app.federation.private import ExampleLevel
 from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.transforms import transforms
@@ -30,8 +31,9 @@ from fedkrso_app.records.protocol import TALLY, Figures, Instructions, Status
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Arrays, Shapes
+from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.strategies.secure import narrow
-from fedkrso_app.training import loop, model, together
+from fedkrso_app.training import graphs, loop, model, static, together
 from fedkrso_app.training.device import device, peak_bytes, release, reset_peak
 
 logger = logging.getLogger("flwr")
@@ -43,8 +45,7 @@ class Summed:
 
     summands: Arrays
     weight: int
-    loss: float
-    seconds: float
+    figures: Figures
     rounding: np.random.Generator
 
 
@@ -72,8 +73,12 @@ class Workplace:
         # A CPU is busy with one client's rows, and a pass pads them to the longest of all.
         most = 1 if device(config.device).type == "cpu" else 2**31
         self.at_once = most if config.batch_clients == "auto" else int(config.batch_clients)
+        self.recorder = graphs.recorder(config)
         span = self.method.entry.span
         self.store = NodeStore(run, keep=span + 1) if span else NodeStore(run)
+        by_example = config.of(Privacy).unit == "example"
+        self.private = ExampleLevel(self, run, self._folders) if by_example else None
+        self.at_once = 1 if by_example else self.at_once  # coins, clips and noise are each client's own
 
     @functools.cached_property
     def replica(self) -> Replica:
@@ -172,10 +177,16 @@ class Workplace:
         with self.replica.lend() as local:
             local.adopt(self._own(partition, instructions.round))
             with local.session(self._asked(partition, instructions), rng) as session:
-                loss = loop.train(local.module, batches, session, self.config, rng)
+                loss = epsilon = None
+                if self.private:
+                    epsilon = self.private.train(partition, instructions.round, local, session, rng)
+                elif (losses := self._recorded(local.module, [batches], [session], Group(1), [], [rng])) is None:
+                    loss = loop.train(local.module, batches, session, self.config, rng)
+                else:
+                    loss = loop.mean_loss(losses[0], self.config)
                 arrays = session.update()
         seconds = time.monotonic() - started
-        return self._trained(partition, instructions, arrays, start, loss, seconds, peak_bytes(used))
+        return self._trained(partition, instructions, arrays, start, loss, seconds, peak_bytes(used), epsilon)
 
     def _train_together(self, partitions: Sequence[int], instructions: Instructions) -> list[Reply]:
         c, group = self.config, Group(len(partitions))
@@ -190,8 +201,10 @@ class Workplace:
             for partition, half, rng in zip(partitions, halves, rngs, strict=True):
                 half.adopt(self._own(partition, instructions.round))
                 of_each.append(sessions.enter_context(half.session(self._asked(partition, instructions), rng)))
-            padding = data.padding(self.task, self.model.tokenizer)
-            losses = together.train(local.module, batches, of_each, group, stacks, c, rngs, padding)
+            losses = self._recorded(local.module, batches, of_each, group, stacks, rngs)
+            if losses is None:
+                padding = data.padding(self.task, self.model.tokenizer)
+                losses = together.train(local.module, batches, of_each, group, stacks, c, rngs, padding)
             for own, session in zip(losses, of_each, strict=True):
                 try:
                     updates.append((loop.mean_loss(own, c), session.update()))
@@ -207,6 +220,13 @@ class Workplace:
             replies.append((partition, self._trained(partition, instructions, arrays, start, loss, seconds, peak)))
         return replies
 
+    def _recorded(
+        self, module: Any, batches: Any, sessions: Any, group: Group, stacks: Any, rngs: Any
+    ) -> torch.Tensor | None:
+        """The losses of steps that are recorded and repeated; None, and nothing done, where they are not."""
+        given = module, batches, sessions, group, stacks, self.config, rngs, self.task, self.model.tokenizer
+        return static.attempt(self.recorder, *given)
+
     def _batches(
         self, partition: int, instructions: Instructions
     ) -> tuple[np.random.Generator, Iterator[dict[str, torch.Tensor]]]:
@@ -221,9 +241,10 @@ class Workplace:
         instructions: Instructions,
         arrays: dict[str, np.ndarray],
         start: Arrays,
-        loss: float,
+        loss: float | None,
         seconds: float,
         peak: int,
+        epsilon: float | None = None,
     ) -> RecordDict | Summed:
         """The reply with an update, once what of it is the partition's own is on this node's disk."""
         if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:
@@ -231,12 +252,12 @@ class Workplace:
         if own := {name: arrays.pop(name) for name in self.method.reply.named("memory")}:
             self.store.put_memory(partition, instructions.round, own)
         rounding = stream(self.config.seed, "reply", instructions.round, partition)
-        rows = len(self.share("train", partition))
+        figures = Figures(len(self.share("train", partition)), loss, seconds, peak, epsilon)
+        figures = self.private.figures(figures) if self.private else figures
         if self.config.secure_aggregation:
-            weight = rows if self.config.weighting == "examples" else 1
-            return Summed(self._summands(arrays, start, instructions.round, rounding), weight, loss, seconds, rounding)
+            weight = figures.num_examples if self.config.weighting == "examples" else 1
+            return Summed(self._summands(arrays, start, instructions.round, rounding), weight, figures, rounding)
         update = self._encoded(arrays, start, rounding)
-        figures = Figures(rows, loss, seconds, peak)
         return protocol.trained(Status(instructions.version), update, figures)
 
     def _own(self, partition: int, round: int) -> Arrays:

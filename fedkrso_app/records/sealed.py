@@ -84,7 +84,7 @@ class Roster:
 class Sealed:
     """What a node sends: ``vector`` and ``tail`` under masks, a bundle for each party of the roster (its own too), and
     a check of each secret: b_u first, then k_uv for every other v in the roster's order. ``seconds``: of training, in
-    tens."""
+    tens. ``epsilon``: as in :class:`Figures`."""
 
     vector: np.ndarray
     tail: np.ndarray
@@ -92,10 +92,12 @@ class Sealed:
     checks: bytes
     session: bytes = b""
     seconds: int = 0
+    epsilon: float | None = None
 
     def records(self) -> RecordDict:
         shares = ConfigRecord({"session": self.session, "bundles": self.bundles, "checks": self.checks})
         shares["train-seconds"] = self.seconds
+        shares.update({} if self.epsilon is None else {"epsilon": self.epsilon})
         return RecordDict({VECTORS: wire.pack({"vector": self.vector, "tail": self.tail}), SHARES: shares})
 
     @classmethod
@@ -106,7 +108,8 @@ class Sealed:
         record = protocol.config(content, SHARES)
         bundles, seconds = _list(record, "bundles", bytes), wire.number(record, "train-seconds", int, 0, 2**31)
         session, checks = _bytes(record, "session"), _bytes(record, "checks")
-        return cls(arrays["vector"], arrays["tail"], bundles, checks, session, seconds)
+        epsilon = wire.number(record, "epsilon", float, 0, 1e6) if "epsilon" in record else None
+        return cls(arrays["vector"], arrays["tail"], bundles, checks, session, seconds, epsilon)
 
 
 @dataclass(frozen=True)

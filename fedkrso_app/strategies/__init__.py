@@ -5,7 +5,7 @@ from typing import Any
 
 from fedkrso_app import config as common
 from fedkrso_app.config import Config, ConfigError, Settings, choice
-from fedkrso_app.strategies import options, secure
+from fedkrso_app.strategies import options, privacy, secure
 from fedkrso_app.strategies.base import Lora, Method, Shapes
 from fedkrso_app.strategies.decomfl import DeComFL
 from fedkrso_app.strategies.fed_dare import FedDARE
@@ -60,9 +60,8 @@ STRATEGIES: dict[str, type[Method]] = {
 
 def parse(run_config: Mapping[str, Any]) -> Config:
     """The run config with the settings of every method, checked. Raises :class:`ConfigError`."""
-    tables: dict[type[Settings], None] = dict.fromkeys(
-        (options.ClientOptions, options.ServerOptions, secure.SecureSums)
-    )
+    common_to_all = (options.ClientOptions, options.ServerOptions, privacy.Privacy, secure.SecureSums)
+    tables: dict[type[Settings], None] = dict.fromkeys(common_to_all)
     for method in STRATEGIES.values():
         tables |= dict.fromkeys(method.settings)
     config = common.parse(run_config, list(tables))
@@ -74,6 +73,7 @@ def parse(run_config: Mapping[str, Any]) -> Config:
             "reply itself: set it to 'mean'."
         )
     options.check(method, config)
+    privacy.check(method, config)
     secure.check(method, config)
     if Lora in method.settings and config.of(Lora).ranks and not method.ranked:
         raise ConfigError(

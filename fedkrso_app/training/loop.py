@@ -165,11 +165,16 @@ def schedules(
 
 @contextmanager
 def at_work(
-    module: nn.Module, seed: int, device: torch.device, config: Config, dropout: bool = True
+    module: nn.Module,
+    seed: int,
+    device: torch.device,
+    config: Config,
+    dropout: bool = True,
+    own_masks: bool = True,
 ) -> Iterator[nn.Linear | None]:
     """``module`` as it trains: dropout drawn from ``seed``, torch's generators as they were afterwards, the same bits
     each time, for backward what ``activation-memory`` says, and no logits of a language model, whose output layer is
-    yielded then (:mod:`training.vocabulary`)."""
+    yielded then (:mod:`training.vocabulary`). Without ``own_masks`` torch's dropout stays on a CPU too."""
     was_training = module.training
     kind = "cuda" if device.type == "cpu" else device.type
     devices = [] if device.type in ("cpu", "mps") else [device]  # fork_rng does not know the one generator of mps
@@ -177,7 +182,7 @@ def at_work(
         torch.random.fork_rng(devices=devices, device_type=kind),
         deterministic(device),
         without_logits(module) as output_layer,
-        activation_memory(module, config.activation_memory),
+        activation_memory(module, config.activation_memory, own_masks),
     ):
         module.train(dropout)
         torch.manual_seed(seed)
