@@ -256,7 +256,7 @@ class Workplace:
         figures = self.private.figures(figures) if self.private else figures
         if self.config.secure_aggregation:
             weight = figures.num_examples if self.config.weighting == "examples" else 1
-            return Summed(self._summands(arrays, start, instructions.round, rounding), weight, figures, rounding)
+            return Summed(self._summands(arrays, start, rounding), weight, figures, rounding)
         update = self._encoded(arrays, start, rounding)
         return protocol.trained(Status(instructions.version), update, figures)
 
@@ -269,7 +269,7 @@ class Workplace:
         """What a method tells one of its clients."""
         return {**instructions.method, "partition": partition}
 
-    def _summands(self, arrays: Arrays, start: Arrays, round: int, rounding: np.random.Generator) -> Arrays:
+    def _summands(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> Arrays:
         """What a server would make of the reply and add up: at 64 bits the same, rounded as the reply would be, and at
         fewer the differences as they are, for those are rounded once."""
         schema = self.method.reply
@@ -279,9 +279,7 @@ class Workplace:
             arrays = wire.decode(wire.encode(arrays, schema, rounding))
             for transform in reversed(self.transforms):
                 arrays = transform.reply(arrays, start)
-        arrays = schema.filled(arrays)
-        self.method.check(arrays, round)
-        return self.method.summands(arrays)
+        return self.method.summands(schema.filled(arrays))
 
     def _encoded(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> ArrayRecord:
         for transform in self.transforms:

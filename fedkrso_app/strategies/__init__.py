@@ -103,5 +103,5 @@ def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
                 "rounded as differences to a start that only a server with the model knows."
             )
     if config.secure_aggregation:
-        method.layout(1)
+        method.layout(1, method.turns()[0])
     return method
