@@ -315,21 +315,21 @@ class Round(Strategy):
 
     def _close(self, accepted: dict[int, dict[str, float]]) -> None:
         """Publish the next entry if enough replies count."""
-        problem, arrays, opened = f"{len(accepted)} good replies, min-replies = {self.config.min_replies}", {}, {}
+        self._figures["clients"] = len(accepted)
+        problem, arrays = f"{len(accepted)} good replies, min-replies = {self.config.min_replies}", {}
         if len(accepted) >= self.config.min_replies:
             try:
-                opened, problem = self._sums.open(self._grid), ""
+                self._sums.open(self._grid, self._figures)
+                problem = ""
             except Unopened as reason:
                 problem = str(reason)
         figures = self._figures | {
             "round": self.round,
             "train_loss": self._sums.loss,
-            "clients": len(accepted),
             "client_seconds": max((f["train_seconds"] for f in accepted.values()), default=0.0),
             "client_peak_bytes": max((f["peak_bytes"] for f in accepted.values()), default=0),
             "partitions": sorted(accepted),
             "version": self.ledger.version,
-            **opened,
         }
         if self._by_example:
             newest = self.ledger.read(self.ledger.version).record.get("epsilon", 0.0)
