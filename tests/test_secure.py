@@ -13,6 +13,7 @@ from fedkrso_app.config import ConfigError
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.federation import masked
 from fedkrso_app.federation.masked import Masked
+from fedkrso_app.federation.opened import Opened
 from fedkrso_app.federation.workplace import Workplace
 from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Ledger
@@ -213,6 +214,15 @@ def test_a_node_that_has_lost_its_key_says_so_and_takes_part_in_the_next_round(s
 
     run = play(settings | ON | {"num-server-rounds": 3}, 4, prepare)
     assert [line["partitions"] for line in run.metrics()[1:]] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
+
+
+def test_a_node_of_several_partitions_has_one_record_of_what_it_opened(settings, monkeypatch):
+    """Or a server could ask it for a round again, by another of its partitions."""
+    asked = []
+    check = Opened.check
+    monkeypatch.setattr(Opened, "check", lambda self, *args: (asked.append(self.path.name), check(self, *args))[1])
+    play(settings | ON | {"clients-per-node": 3, "fraction-train": 0.5}, 12)
+    assert set(asked) <= {"0.json", "3.json", "6.json", "9.json"} and len(asked) >= 6
 
 
 # ── What nobody is told ──────────────────────────────────────────────────────────────────────────────────────────────

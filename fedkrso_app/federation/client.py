@@ -157,7 +157,7 @@ def up_to_date(
             signed = masks.key_of(context, policy, instructions.run)
             return RecordDict({"status": Status(instructions.version, False, *signed).record()})
         story = masks.story_of(instructions, history, masks.model_of(context, place), config)
-        session = masks.enter(message.content, context, policy, place.method, instructions, partitions, story)
+        session = masks.enter(message.content, context, policy, place.method, instructions, partitions, held, story)
         sealed = session.seal(work(place, partitions, instructions))
         return RecordDict({"status": Status(instructions.version).record(), **sealed})
     replies = {}
