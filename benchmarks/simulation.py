@@ -45,7 +45,7 @@ APPS: dict[str, Any] = {
         },
         "server_parts": {
             "fedkrso_app.federation.round:Round._ask": "aggregate",
-            "fedkrso_app.federation.round:Round._accept": "aggregate",
+            "fedkrso_app.federation.aggregate:Aggregate.accept": "aggregate",
             "fedkrso_app.federation.round:Round._close": "aggregate",
             "fedkrso_app.training.metrics:tally": "evaluate",
         },
