@@ -5,9 +5,9 @@
                                 [--json]
 
 RoBERTa's or MiniLM's shape, random weights and tokens, dropout on, one round of the app's own loop: a client's
-session, its batches, optimizers, learning-rate schedule and intervals, and for captured steps the capture too. On the GPU if
-there is one; without CUDA no step is captured. A method whose clients share nothing has no pass. Each figure is the
-median of ``--repeats`` rounds, after a short one that is not counted; one by one, ``--alone`` clients are measured.
+session, its batches, optimizers, learning-rate schedule and intervals, and for captured steps the capture too. On the
+GPU if there is one; without CUDA no step is captured. A method whose clients share nothing has no pass. Each figure is
+the median of ``--repeats`` rounds, after a short one that is not counted; one by one, ``--alone`` clients are measured.
 
 eager       ms per client step by the clock, one by one: what a run does on a CPU, and on a GPU with batch-clients = 1
 captured    the same, by captured steps
