@@ -229,10 +229,12 @@ class Workplace:
         """What a partition keeps to itself, as it was before ``round``."""
         return {**self.store.personal(partition, before=round), **self.store.memory(partition, round)}
 
-    @staticmethod
-    def _asked(partition: int, instructions: Instructions) -> dict[str, Any]:
-        """What a method tells one of its clients."""
-        return {**instructions.method, "partition": partition}
+    def _asked(self, partition: int, instructions: Instructions) -> dict[str, Any]:
+        """What a method tells one of its clients, and how a session reads the client's labels."""
+        return {**instructions.method, "partition": partition, "labels": functools.partial(self._labels, partition)}
+
+    def _labels(self, partition: int) -> np.ndarray:
+        return np.asarray(self.share("train", partition)[self.task.label])
 
     def _encoded(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> ArrayRecord:
         for transform in self.transforms:
