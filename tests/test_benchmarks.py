@@ -12,7 +12,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from helpers import play
 
-from benchmarks import clients, growth, memory, models, peer, replica, server, simulation, step
+from benchmarks import clients, growth, memory, models, peer, per_example, replica, server, simulation, step
 from fedkrso_app.federation import local
 from fedkrso_app.federation.streaming import StreamingGrid
 from fedkrso_app.runs.memory import Storage
@@ -29,6 +29,11 @@ def test_step_relates_every_peer_to_the_others():
     rows = by_peer(step.rows("tiny", rows=2, tokens=8, repeats=1))
     assert {*models.PEERS, "fedkrso, recompute", "fedkrso, checkpoint"} == set(rows)
     assert all(row["seconds"] > 0 for row in rows.values()) and rows["full"]["÷ full"] == 1
+
+
+def test_a_step_by_rows_is_beside_the_plain_step_of_each_peer():
+    rows = by_peer(per_example.rows("tiny", rows=2, tokens=8, repeats=1))
+    assert {*per_example.PEERS} == set(rows) and all(row["noise"] > 0 and row["÷ plain"] > 0 for row in rows.values())
 
 
 def test_all_peers_compute_the_same_loss_and_move_what_they_say():

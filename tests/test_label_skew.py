@@ -90,6 +90,10 @@ def test_both_options_go_with_the_rest_and_replay_to_the_same_bits(run_config):
     ("settings", "reason"),
     [
         ({"client.logit-adjustment": 1.0, "task": "embedded/similarity", "data-dir": ""}, "has no classes"),
+        (
+            {"client.logit-adjustment": 1.0, "privacy.unit": "example", "privacy.clip": 1.0, "privacy.noise": 1.0},
+            "class counts without noise",
+        ),
         ({"client.logit-adjustment": -1.0}, "client.logit-adjustment"),
         ({"client.head-rate": 0.0}, "client.head-rate"),
         ({"client.head-rate": 0.5, "strategy": "decomfl"}, "zeroth.head-learning-rate"),

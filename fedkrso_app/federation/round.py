@@ -25,6 +25,7 @@ from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, UPDATE, Figures
 from fedkrso_app.records.schema import Schema, differences, superseded
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Method
+from fedkrso_app.strategies.privacy import Privacy
 
 logger = logging.getLogger("flwr")
 
@@ -57,6 +58,7 @@ class Round(Strategy):
     ) -> None:
         self.method, self.transforms, self.ledger, self.kept = method, transforms, ledger, kept
         self.config, self.nodes, self.host = method.config, nodes, host
+        self._by_example = self.config.of(Privacy).unit == "example"
         self.first_round = 1 + int(ledger.read(ledger.version).record["round"])  # later than 1 in a resumed run
         self.span = method.entry.span
         method.replies = int(ledger.read(ledger.version).record["clients"])
@@ -268,7 +270,7 @@ class Round(Strategy):
     def _accept(self, content: RecordDict, node: int, partition: int) -> dict[str, float]:
         """Check one reply and add it to the sums; returns its figures."""
         version = self._check_version(content, node, partition)
-        update, figures = protocol.arrays(content, UPDATE), Figures.read(content)
+        update, figures = protocol.arrays(content, UPDATE), Figures.read(content, self._by_example)
         schema = self.method.reply_of(partition)
         arrays = schema.filled(wire.decode(wire.unpack(update, schema.travelling)))
         self.method.check(arrays, self.round)
@@ -287,7 +289,7 @@ class Round(Strategy):
             hint = "; set weighting = 'uniform'" if weight > 1 else ""
             raise Refused(f"{error}{hint}") from None
         self.nodes.found(node, version, [partition])
-        return {**vars(figures), "weight": weight}
+        return {**figures.known(), "weight": weight}
 
     def _norm(self, arrays: Arrays) -> float:
         """L2 norm of what a reply would move: its updates, and the differences of its states to the newest ones."""
@@ -302,16 +304,23 @@ class Round(Strategy):
     def _close(self, accepted: dict[int, dict[str, float]]) -> None:
         """Publish the next entry if enough replies count."""
         total = int(sum(figures["weight"] for figures in accepted.values()))
-        loss = sum(accepted[partition]["train_loss"] * accepted[partition]["weight"] for partition in sorted(accepted))
+        losses = [
+            accepted[partition]["train_loss"] * accepted[partition]["weight"]
+            for partition in sorted(accepted)
+            if "train_loss" in accepted[partition]
+        ]
         figures = self._figures | {
             "round": self.round,
-            "train_loss": loss / total if total else None,
+            "train_loss": sum(losses) / total if losses else None,
             "clients": len(accepted),
             "client_seconds": max((f["train_seconds"] for f in accepted.values()), default=0.0),
             "client_peak_bytes": max((f["peak_bytes"] for f in accepted.values()), default=0),
             "partitions": sorted(accepted),
             "version": self.ledger.version,
         }
+        if self._by_example:
+            newest = self.ledger.read(self.ledger.version).record.get("epsilon", 0.0)
+            figures["epsilon"] = max([newest, *(figures["epsilon"] for figures in accepted.values())])
         if self.config.client_metrics:
             shown = {p: {key: value for key, value in f.items() if key != "weight"} for p, f in accepted.items()}
             figures["per_client"] = {str(partition): shown[partition] for partition in sorted(shown)}

@@ -141,26 +141,34 @@ class Status:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a client says of its training: rows, mean loss, seconds, peak memory in bytes."""
+    """What a client says of its training: rows, mean loss, seconds, peak memory in bytes; where each of its rows is
+    protected, no loss but the run's ε for them, rounded up."""
 
     num_examples: int
-    train_loss: float
+    train_loss: float | None
     train_seconds: float
     peak_bytes: int
+    epsilon: float | None = None
+
+    def known(self) -> dict[str, Any]:
+        """What is said."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
     def record(self) -> MetricRecord:
-        return MetricRecord({key.replace("_", "-"): value for key, value in vars(self).items()})
+        return MetricRecord({key.replace("_", "-"): value for key, value in self.known().items()})
 
     @classmethod
-    def read(cls, content: RecordDict) -> "Figures":
+    def read(cls, content: RecordDict, private: bool = False) -> "Figures":
+        """``private``: each row is protected."""
         record = content.get("metrics")
         if not isinstance(record, MetricRecord):
             raise Refused("record 'metrics' is missing")
         return cls(
             number(record, "num-examples", int, 1, 2**31),
-            number(record, "train-loss", float, -1e30, 1e30),
+            None if private else number(record, "train-loss", float, -1e30, 1e30),
             number(record, "train-seconds", float, 0, 1e9),
             number(record, "peak-bytes", int, 0, 2**62),
+            number(record, "epsilon", float, 0, 1e9) if private else None,
         )
 
 

@@ -19,7 +19,7 @@ def line(figures: dict[str, Any], config: Config, metric: str) -> str:
         parts.append(f"{metric} {figures['metric']:.4f}  loss {figures['eval_loss']:.4f}")
     if figures["round"]:
         train_loss = "none" if figures["train_loss"] is None else f"{figures['train_loss']:.4f}"
-        parts.append(f"train loss {train_loss}")
+        parts.append(f"epsilon {figures['epsilon']:.1f}" if "epsilon" in figures else f"train loss {train_loss}")
         parts.append(f"up {figures['uplink_bytes'] / 1e6:.2f} MB  down {figures['downlink_bytes'] / 1e6:.2f} MB")
         if figures.get("catchup_bytes"):
             parts.append(f"catch-up {figures['catchup_bytes'] / 1e6:.2f} MB of it")

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedkrso_app import config as common
 from fedkrso_app.config import Config, ConfigError, Settings, choice
-from fedkrso_app.strategies import options
+from fedkrso_app.strategies import options, privacy
 from fedkrso_app.strategies.base import Lora, Method, Shapes
 from fedkrso_app.strategies.decomfl import DeComFL
 from fedkrso_app.strategies.fed_dare import FedDARE
@@ -60,7 +60,7 @@ STRATEGIES: dict[str, type[Method]] = {
 
 def parse(run_config: Mapping[str, Any]) -> Config:
     """The run config with the settings of every method, checked. Raises :class:`ConfigError`."""
-    tables: dict[type[Settings], None] = dict.fromkeys((options.ClientOptions, options.ServerOptions))
+    tables: dict[type[Settings], None] = dict.fromkeys((options.ClientOptions, options.ServerOptions, privacy.Privacy))
     for method in STRATEGIES.values():
         tables |= dict.fromkeys(method.settings)
     config = common.parse(run_config, list(tables))
@@ -72,6 +72,7 @@ def parse(run_config: Mapping[str, Any]) -> Config:
             "reply itself: set it to 'mean'."
         )
     options.check(method, config)
+    privacy.check(method, config)
     if Lora in method.settings and config.of(Lora).ranks and not method.ranked:
         raise ConfigError(
             f"lora.ranks = {config.of(Lora).ranks!r} does not go with {config.strategy}, whose clients share one rank: "

@@ -82,6 +82,8 @@ class Local(ABC):
     ``loaded.targets`` and ``loaded.head`` (name -> layer, name -> parameter of the module) are sorted by name.
     """
 
+    by_row: ClassVar[bool] = False  # its sessions know the data by gradients of linear layers alone
+
     def __init__(self, loaded: LoadedModel, config: Config) -> None:
         self.module, self.targets, self.head, self.config = loaded.module, loaded.targets, loaded.head, config
         self.module.requires_grad_(False)
@@ -184,6 +186,7 @@ class Lora(Settings):
 class LoraLocal(Local):
     """Client half of the methods that train low-rank factors: LoRA layers on the targets, and their tensors by name."""
 
+    by_row: ClassVar[bool] = True
     factors: ClassVar[tuple[str, ...]] = ("A", "B")  # those that are trained
 
     def __init__(self, loaded: LoadedModel, config: Config) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -64,6 +64,8 @@ def distinct_seeds(pool: int, draws: int) -> float:
 class FedKRSOLocal(Local):
     """Client half: Algorithm 2 on the target layers, dense AdamW on the head."""
 
+    by_row: ClassVar[bool] = True
+
     def state(self) -> dict[str, np.ndarray]:
         return {"head": flatten(self.head.values())}
 
@@ -88,7 +90,8 @@ class FedKRSOLocal(Local):
         settings = self.config.of(FedKRSOSettings)
         choices = beside(rng)
         with self._subspaces() as layers:
-            rso = RSO(layers, settings.learning_rate, settings.projection)
+            seeds = len(pool), -(-self.config.local_steps // settings.interval)
+            rso = RSO(layers, settings.learning_rate, settings.projection, seeds=seeds)
 
             def before_step(j: int) -> None:
                 if j % settings.interval == 0:

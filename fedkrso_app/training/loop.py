@@ -15,6 +15,7 @@ from transformers import get_constant_schedule, get_constant_schedule_with_warmu
 from fedkrso_app.config import Config
 from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training.activations import TrainingError, activation_memory
+from fedkrso_app.training.device import sent
 from fedkrso_app.training.vocabulary import without_logits
 
 logger = logging.getLogger("flwr")
@@ -112,7 +113,7 @@ def train(
 
     def loss_of(batch: Mapping[str, Tensor], share: float) -> Tensor:
         with precision(config.compute_dtype, device):
-            return module(**{name: value.to(device) for name, value in batch.items()}).loss * share
+            return module(**{name: sent(value, device) for name, value in batch.items()}).loss * share
 
     with at_work(module, int(rng.integers(2**63)), device, config, dropout=not session.from_losses):
         try:
@@ -165,11 +166,16 @@ def schedules(
 
 @contextmanager
 def at_work(
-    module: nn.Module, seed: int, device: torch.device, config: Config, dropout: bool = True
+    module: nn.Module,
+    seed: int,
+    device: torch.device,
+    config: Config,
+    dropout: bool = True,
+    own_masks: bool = True,
 ) -> Iterator[nn.Linear | None]:
     """``module`` as it trains: dropout drawn from ``seed``, torch's generators as they were afterwards, the same bits
     each time, for backward what ``activation-memory`` says, and no logits of a language model, whose output layer is
-    yielded then (:mod:`training.vocabulary`)."""
+    yielded then (:mod:`training.vocabulary`). Without ``own_masks`` torch's dropout stays on a CPU too."""
     was_training = module.training
     kind = "cuda" if device.type == "cpu" else device.type
     devices = [] if device.type in ("cpu", "mps") else [device]  # fork_rng does not know the one generator of mps
@@ -177,7 +183,7 @@ def at_work(
         torch.random.fork_rng(devices=devices, device_type=kind),
         deterministic(device),
         without_logits(module) as output_layer,
-        activation_memory(module, config.activation_memory),
+        activation_memory(module, config.activation_memory, own_masks),
     ):
         module.train(dropout)
         torch.manual_seed(seed)
