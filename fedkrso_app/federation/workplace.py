@@ -264,10 +264,12 @@ class Workplace:
         """What a partition keeps to itself, as it was before ``round``."""
         return {**self.store.personal(partition, before=round), **self.store.memory(partition, round)}
 
-    @staticmethod
-    def _asked(partition: int, instructions: Instructions) -> dict[str, Any]:
-        """What a method tells one of its clients."""
-        return {**instructions.method, "partition": partition}
+    def _asked(self, partition: int, instructions: Instructions) -> dict[str, Any]:
+        """What a method tells one of its clients, and how a session reads the client's labels."""
+        return {**instructions.method, "partition": partition, "labels": functools.partial(self._labels, partition)}
+
+    def _labels(self, partition: int) -> np.ndarray:
+        return np.asarray(self.share("train", partition)[self.task.label])
 
     def _summands(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> Arrays:
         """What a server would make of the reply and add up: at 64 bits the same, rounded as the reply would be, and at
