@@ -14,12 +14,13 @@ from flwr.serverapp.strategy import Strategy
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.projection import stream
-from fedkrso_app.federation import masked
+from fedkrso_app.federation import masked, masks
 from fedkrso_app.federation.aggregate import Aggregate, Unopened
 from fedkrso_app.federation.nodes import UNKNOWN_HISTORY, Nodes, sampled
 from fedkrso_app.federation.replica import first_needed
 from fedkrso_app.federation.transforms import Transform
 from fedkrso_app.records import protocol, wire
+from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Instructions, Status
 from fedkrso_app.records.schema import Schema, superseded
@@ -75,6 +76,9 @@ class Round(Strategy):
             )
             self.first_round = 1 + opened
         self.span = method.entry.span
+        self._history = History(method.entry.travelling)
+        for version in ledger.versions() if self.config.secure_aggregation else ():
+            self._history.follow(version, ledger.read(version).arrays)
         method.replies = int(ledger.read(ledger.version).record["clients"])
         if ledger.version > 0 and method.entry.named("server"):
             method.kept = dict(kept.read(ledger.version).arrays)
@@ -125,8 +129,9 @@ class Round(Strategy):
             method = self.method.instructions(self.round)
             told = Instructions(self.nodes.run, version, self.ledger.stamp(version), round=self.round, method=method)
             roster = masked.roster_of(asked, self.nodes, self.config)
+            story = masks.story_of(told, self._history.digest, self.nodes.model, self.config)
             note = functools.partial(self.host.opening, self.round)
-            self._sums = masked.Masked(self.method, self.round, self.transforms, start, roster, told, note, self.nodes)
+            self._sums = masked.Masked(self.method, self.round, self.transforms, start, roster, story, note, self.nodes)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -231,7 +236,8 @@ class Round(Strategy):
             arrays = {name: value for name, value in entry.items() if name not in dropped}
             content[f"entry-{version}"] = wire.pack(arrays)
             size += sum(value.nbytes for value in arrays.values())
-            if self.span is None and version > first and size > 4 * self.method.weights_size:
+            smaller = self.span is None and version > first and size > 4 * self.method.weights_size
+            if smaller and not self.config.secure_aggregation:  # nodes compare entries there
                 weights = self.host.weights()
                 if weights is not None:
                     return RecordDict({f"weights-{newest}": wire.pack({"weights": weights})})
@@ -359,6 +365,8 @@ class Round(Strategy):
             arrays = transform.mean(arrays, self._sums.start)
         stored = wire.encode(arrays, schema, stream(self.config.seed, "broadcast", self.round))
         self.ledger.append(Entry(version, stored, figures))
+        if self.config.secure_aggregation:
+            self._history.follow(version, stored)
         self.method.observe(version, schema.filled(wire.decode(stored)))
         self.method.replies = figures["clients"]
 

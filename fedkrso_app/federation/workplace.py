@@ -26,9 +26,11 @@ from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.transforms import transforms
 from fedkrso_app.records import protocol, wire
+from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Entry
 from fedkrso_app.records.protocol import TALLY, Figures, Instructions, Status
 from fedkrso_app.records.schema import Field, Schema
+from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Arrays, Shapes
 from fedkrso_app.strategies.privacy import Privacy
@@ -118,8 +120,11 @@ class Workplace:
     def take(self, content: RecordDict, instructions: Instructions) -> None:
         """Keep what a message brings and advance to the version that it names. Raises :class:`NeedSync`."""
         schema = self.method.entry.travelling
+        history = History(schema, self.store.history())
         for name, record in content.array_records.items():
             kind, _, number = name.partition("-")
+            if kind == "weights" and self.config.secure_aggregation:
+                raise Refused("under masks a node is brought up to date by entries, which all of them can compare")
             if kind == "weights":
                 whole = Schema({"weights": Field("float32", (self.method.weights_size,), "state")})
                 self.store.put_weights(int(number), instructions.stamp, wire.unpack(record, whole)["weights"])
@@ -128,7 +133,10 @@ class Workplace:
                 expected = schema if version else schema.start
                 expected = expected if version == instructions.version else expected.older
                 # A server without a model leaves version 0 to the seed: an entry without arrays.
-                self.store.put(Entry(version, wire.unpack(record, expected) if record else {}))
+                arrays = wire.unpack(record, expected) if record else {}
+                self.store.put(Entry(version, arrays))
+                if self.config.secure_aggregation:
+                    self._follow(history, version, arrays)
         try:
             self.replica.advance(instructions.version)
         except NeedSync:
@@ -140,6 +148,23 @@ class Workplace:
         if self.store.stamp(instructions.version) not in ("", instructions.stamp):
             self.forget()
             raise NeedSync("the files of this node are not those of the server's run")
+
+    def _follow(self, history: History, version: int, arrays: Arrays) -> None:
+        """Take note of an entry in the node's ``history``. Raises :class:`NeedSync` where that has a gap."""
+        try:
+            history.follow(version, arrays)
+        except ValueError:
+            self.forget()
+            raise NeedSync("this node's files do not say what its model was made of") from None
+        self.store.put_history(history.record)
+
+    def history(self, version: int) -> str:
+        """The digest of all that the model at ``version`` was made of. Raises :class:`NeedSync` if it is not known."""
+        history = History(self.method.entry.travelling, self.store.history())
+        if history.version != version:
+            self.forget()
+            raise NeedSync("this node's files do not say what its model was made of")
+        return history.digest
 
     def forget(self) -> None:
         """Be as if this node had never taken part in the run: its files are of another history."""
