@@ -12,6 +12,7 @@ from helpers import digest, play, replayed
 from fedkrso_app.config import ConfigError
 from fedkrso_app.federation import budget
 from fedkrso_app.federation.budget import Event
+from fedkrso_app.runs.summary import closing_table
 from fedkrso_app.strategies import parse
 
 PRIVATE = {"privacy.unit": "example", "privacy.clip": 1.0, "privacy.noise": 1.0, "privacy.delta": 1e-3}
@@ -38,6 +39,7 @@ def test_a_run_tells_the_epsilon_of_its_rounds_and_no_loss(strategy, run_config,
         assert line["train_loss"] is None and line["clients"] == 4
         assert line["client_seconds"] % 10 == 0 and line["client_peak_bytes"] == 0
     assert digest(run) == replayed(run)
+    assert f"{lines[-1]['epsilon']:.1f} at delta = 0.001 for each example" in closing_table(run, "accuracy")
     events = books(tmp_path / "cache" / "privacy.jsonl")
     assert len(events) == 8 and {event["rate"] for event in events} == {0.2}
     assert len({event["data"] for event in events}) == 4
