@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,24 @@ from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Arrays, Shapes
 from fedkrso_app.strategies.privacy import Privacy
+from fedkrso_app.strategies.secure import narrow
 from fedkrso_app.training import graphs, loop, model, static, together
 from fedkrso_app.training.device import device, peak_bytes, release, reset_peak
 
 logger = logging.getLogger("flwr")
 
-Reply = tuple[int, RecordDict | Exception]  # a partition's, or why there is none
+
+@dataclass(frozen=True)
+class Summed:
+    """What a partition adds to the sum of its node, where updates leave that under masks."""
+
+    summands: Arrays
+    weight: int
+    figures: Figures
+    rounding: np.random.Generator
+
+
+Reply = tuple[int, RecordDict | Summed | Exception]  # a partition's, or why there is none
 
 
 class Workplace:
@@ -157,7 +169,7 @@ class Workplace:
             rest = rest[len(replies) :]
         yield from _one_by_one(rest, lambda partition: self._train(partition, instructions))
 
-    def _train(self, partition: int, instructions: Instructions) -> RecordDict:
+    def _train(self, partition: int, instructions: Instructions) -> RecordDict | Summed:
         started, used = time.monotonic(), device(self.config.device)
         reset_peak(used)
         rng, batches = self._batches(partition, instructions)
@@ -233,25 +245,43 @@ class Workplace:
         seconds: float,
         peak: int,
         epsilon: float | None = None,
-    ) -> RecordDict:
+    ) -> RecordDict | Summed:
         """The reply with an update, once what of it is the partition's own is on this node's disk."""
         if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:
             self.store.put_personal(partition, instructions.round, own)
         if own := {name: arrays.pop(name) for name in self.method.reply.named("memory")}:
             self.store.put_memory(partition, instructions.round, own)
-        update = self._encoded(arrays, start, stream(self.config.seed, "reply", instructions.round, partition))
+        rounding = stream(self.config.seed, "reply", instructions.round, partition)
         figures = Figures(len(self.share("train", partition)), loss, seconds, peak, epsilon)
         figures = self.private.figures(figures) if self.private else figures
+        if self.config.secure_aggregation:
+            weight = figures.num_examples if self.config.weighting == "examples" else 1
+            return Summed(self._summands(arrays, start, rounding), weight, figures, rounding)
+        update = self._encoded(arrays, start, rounding)
         return protocol.trained(Status(instructions.version), update, figures)
 
     def _own(self, partition: int, round: int) -> Arrays:
         """What a partition keeps to itself, as it was before ``round``."""
         return {**self.store.personal(partition, before=round), **self.store.memory(partition, round)}
 
-    @staticmethod
-    def _asked(partition: int, instructions: Instructions) -> dict[str, Any]:
-        """What a method tells one of its clients."""
-        return {**instructions.method, "partition": partition}
+    def _asked(self, partition: int, instructions: Instructions) -> dict[str, Any]:
+        """What a method tells one of its clients, and how a session reads the client's labels."""
+        return {**instructions.method, "partition": partition, "labels": functools.partial(self._labels, partition)}
+
+    def _labels(self, partition: int) -> np.ndarray:
+        return np.asarray(self.share("train", partition)[self.task.label])
+
+    def _summands(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> Arrays:
+        """What a server would make of the reply and add up: at 64 bits the same, rounded as the reply would be, and at
+        fewer the differences as they are, for those are rounded once."""
+        schema = self.method.reply
+        for transform in self.transforms:
+            arrays = transform.update(arrays, start)
+        if not narrow(self.config):
+            arrays = wire.decode(wire.encode(arrays, schema, rounding))
+            for transform in reversed(self.transforms):
+                arrays = transform.reply(arrays, start)
+        return self.method.summands(schema.filled(arrays))
 
     def _encoded(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> ArrayRecord:
         for transform in self.transforms:
@@ -284,7 +314,7 @@ def workplace(run: str, config: Config, partitions: int, folders: tuple[tuple[in
     return Workplace(run, config, partitions, folders)
 
 
-def _one_by_one(partitions: Sequence[int], work: Callable[[int], RecordDict]) -> Iterator[Reply]:
+def _one_by_one(partitions: Sequence[int], work: Callable[[int], RecordDict | Summed]) -> Iterator[Reply]:
     for partition in partitions:
         try:
             yield partition, work(partition)
