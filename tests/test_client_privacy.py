@@ -34,10 +34,11 @@ def lines(run) -> list[dict]:
     return [json.loads(line) for line in (run.path / "privacy.jsonl").read_text().splitlines()]
 
 
-def released(run_config, tmp_path, asked, held=None, **settings) -> Released:
+def released(run_config, tmp_path, asked, **settings) -> Released:
     method = make(parse(run_config | settings), SHAPES)
     start = {"head": np.zeros(16, np.float32)}
-    return Released(method, 1, start, asked, held or asked, Spending(tmp_path / "privacy.jsonl", 1e-3))
+    spending = Spending(tmp_path / "privacy.jsonl", 1e-3)
+    return Released(method, 1, start, method.instructions(1), asked, asked, spending)
 
 
 def integers(sums: Released) -> list[int]:

@@ -19,15 +19,15 @@ _ADAM = 4  # steps of a learning rate each that a value may be away, by the numb
 
 
 class Layout:
-    """The words of a round of ``method`` that asks all these ``partitions``.
+    """The words of a round of ``method`` that asks all these ``partitions`` and has ``told`` them its instructions.
 
     ``reach`` and ``step`` (32 and 16 bits) are those of each summand: how far a client may move, and the grid.
     """
 
-    def __init__(self, method: Method, round: int, partitions: Sequence[int]) -> None:
+    def __init__(self, method: Method, round: int, told: Mapping[str, Any], partitions: Sequence[int]) -> None:
         own = method.config.of(SecureSums)
         self.bits, self.partitions = own.bits, len(partitions)
-        self.shapes = dict(method.layout(round))
+        self.shapes = dict(method.layout(round, told))
         self.dtype = ring.word(self.bits)
         ends = np.cumsum([0, *(math.prod(shape) for shape in self.shapes.values())]).tolist()
         self.size = ends[-1]
@@ -35,7 +35,7 @@ class Layout:
         self.reach: Mapping[Hashable, float] = {}
         self.step: Mapping[Hashable, float] = {}
         if self.bits < 64:
-            moved = {} if own.range else method.reach(round, partitions)
+            moved = {} if own.range else method.reach(round, told, partitions)
             # A slot that nobody draws moves by nothing, and its grid is any.
             self.reach = {key: own.range or _ADAM * moved[key] or 1.0 for key in self.shapes}
             self.step = {key: ring.step(reach, self.partitions, self.bits) for key, reach in self.reach.items()}
@@ -76,6 +76,8 @@ class Words:
     def add(self, summands: Arrays, weight: int, loss: float, rng: np.random.Generator) -> None:
         """Add a partition's ``summands`` (of those that it leaves out, zeros), entirely or, raising OverflowError or
         ValueError, not at all. ``rng`` rounds at 16 bits."""
+        # What never leaves a client is empty here.
+        summands = {key: x for key, x in summands.items() if x.size or key in self.layout.shapes}
         if strangers := summands.keys() - self.layout.shapes.keys():
             raise ValueError(f"a summand {next(iter(strangers))!r} that the round does not have")
         if not all(np.isfinite(x).all() for x in summands.values()) or not math.isfinite(loss):

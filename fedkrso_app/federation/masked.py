@@ -51,7 +51,7 @@ class Masked(Aggregate):
     ) -> None:
         super().__init__(method, round, transforms, start)
         self.roster, self.nodes, self._note = roster, nodes, note
-        self.layout = Layout(method, round, roster.partitions)
+        self.layout = Layout(method, round, instructions.method, roster.partitions)
         self.ctx = context_of(roster, instructions, self.layout)
         self.least = max(roster.threshold, self.config.of(SecureSums).min_cohort)
         self._vector = np.zeros(self.layout.size, self.layout.dtype)

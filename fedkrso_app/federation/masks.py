@@ -101,7 +101,7 @@ def enter(
         raise Declined("the roster has this node's key under another node's id.")
     policy.verify(instructions.run, roster.parties)
     Opened(instructions.run, own[0]).check(instructions.round, instructions.version)
-    layout = Layout(method, instructions.round, roster.partitions)
+    layout = Layout(method, instructions.round, instructions.method, roster.partitions)
     ctx = context_of(roster, instructions, layout)
     context.state[_ROUND] = ConfigRecord(
         {

@@ -37,7 +37,8 @@ class Spent(Exception):
 
 
 class Released(Aggregate):
-    """The sums of a round that asks these nodes (``asked``: id -> partitions, of those that each one ``held``).
+    """The sums of a round that asks these nodes (``asked``: id -> partitions, of those that each one ``held``) and has
+    ``told`` them its instructions.
 
     Raises :class:`Spent`, before anything is sent, where the round must not be.
     """
@@ -47,13 +48,14 @@ class Released(Aggregate):
         method: Method,
         round: int,
         start: Arrays,
+        told: Mapping[str, Any],
         asked: Mapping[int, Sequence[int]],
         held: Mapping[int, Sequence[int]],
         spending: Spending,
     ) -> None:
         super().__init__(method, round, (), start)
         self.own, self.spending = self.config.of(Privacy), spending
-        self._shapes = method.layout(round)
+        self._shapes = method.layout(round, told)
         self._sums = FixedPointMeans({key: np.zeros(shape, np.int64) for key, shape in self._shapes.items()})
         self._clips = {p: share(self.config, len(some)) for some in asked.values() for p in some}
         units = [[p] for some in asked.values() for p in some] if simulated(self.config) else [held[n] for n in asked]
@@ -120,6 +122,6 @@ def check_federation(nodes: Nodes, method: Method) -> None:
             f"privacy.delta = {own.delta:g} promises nothing to one of {many} clients: it must be below 1/{many}."
         )
     n = min(many, sampled(config.fraction_train, nodes.joined))
-    size = sum(math.prod(shape) for shape in method.layout(1).values())
+    size = sum(math.prod(shape) for shape in method.layout(1, method.turns()[0]).values())
     text = "%d clients per round: the noise of the mean is %.3g times a full update"
     logger.log(logging.WARNING if n < _FEW else logging.INFO, text, n, noise_over_clip(own.noise, size, n))

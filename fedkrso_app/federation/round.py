@@ -127,8 +127,8 @@ class Round(Strategy):
         start = self._newest_state() if self.transforms or self.config.max_update_norm else {}
         self._sums = Aggregate(self.method, self.round, self.transforms, start)
         if self._by_client:
-            held, spending = self.nodes.partitions, self.host.spending
-            self._sums = released.Released(self.method, self.round, start, asked, held, spending)
+            given, held, spending = self.method.instructions(self.round), self.nodes.partitions, self.host.spending
+            self._sums = released.Released(self.method, self.round, start, given, asked, held, spending)
             self._figures["epsilon"] = spending.epsilon()
         if self.config.secure_aggregation:
             version = self.ledger.version

@@ -269,7 +269,7 @@ class Workplace:
         figures = figures.coarse() if self.private or self.by_client else figures
         if self.config.secure_aggregation:
             weight = figures.num_examples if self.config.weighting == "examples" else 1
-            return Summed(self._summands(arrays, start, instructions.round, rounding), weight, figures, rounding)
+            return Summed(self._summands(arrays, start, rounding), weight, figures, rounding)
         for transform in self.transforms:
             arrays = transform.update(arrays, start)
         if self.by_client:
@@ -282,12 +282,14 @@ class Workplace:
         """What a partition keeps to itself, as it was before ``round``."""
         return {**self.store.personal(partition, before=round), **self.store.memory(partition, round)}
 
-    @staticmethod
-    def _asked(partition: int, instructions: Instructions) -> dict[str, Any]:
-        """What a method tells one of its clients."""
-        return {**instructions.method, "partition": partition}
+    def _asked(self, partition: int, instructions: Instructions) -> dict[str, Any]:
+        """What a method tells one of its clients, and how a session reads the client's labels."""
+        return {**instructions.method, "partition": partition, "labels": functools.partial(self._labels, partition)}
 
-    def _summands(self, arrays: Arrays, start: Arrays, round: int, rounding: np.random.Generator) -> Arrays:
+    def _labels(self, partition: int) -> np.ndarray:
+        return np.asarray(self.share("train", partition)[self.task.label])
+
+    def _summands(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> Arrays:
         """What a server would make of the reply and add up: at 64 bits the same, rounded as the reply would be, and at
         fewer the differences as they are, for those are rounded once."""
         schema = self.method.reply
@@ -297,9 +299,7 @@ class Workplace:
             arrays = wire.decode(wire.encode(arrays, schema, rounding))
             for transform in reversed(self.transforms):
                 arrays = transform.reply(arrays, start)
-        arrays = schema.filled(arrays)
-        self.method.check(arrays, round)
-        return self.method.summands(arrays)
+        return self.method.summands(schema.filled(arrays))
 
     def evaluate(self, partitions: Sequence[int], instructions: Instructions) -> Iterator[Reply]:
         """Judge the model, with each partition's own part of it, on that one's share of the validation rows."""

@@ -109,7 +109,7 @@ def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
                 "rounded as differences to a start that only a server with the model knows."
             )
     if config.secure_aggregation:
-        method.layout(1)
+        method.layout(1, method.turns()[0])
     if protected:
         privacy.check_layout(method)
     return method

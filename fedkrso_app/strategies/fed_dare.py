@@ -106,12 +106,12 @@ class FedDARE(FedIT):
         update[self.mask(arrays)] = arrays["values"]
         return {"update": update, "head": arrays["head"]}
 
-    def layout(self, round: int) -> Mapping[Hashable, tuple[int, ...]]:
+    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
         return {"update": (self.size,), "head": (self.shapes.head,)}
 
-    def reach(self, round: int, partitions: Sequence[int]) -> Mapping[Hashable, float]:
+    def reach(self, round: int, told: Mapping[str, Any], partitions: Sequence[int]) -> Mapping[Hashable, float]:
         """What is kept of an update is multiplied by 1 / (1 − p)."""
-        reach = super().reach(round, partitions)
+        reach = super().reach(round, told, partitions)
         return {**reach, "update": reach["update"] / (1 - self.own.sparsity)}
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:

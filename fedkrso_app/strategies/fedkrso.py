@@ -228,18 +228,18 @@ class FedKRSO(Method):
         by_seed = dict(zip(arrays["seeds"].tolist(), arrays["accumulators"], strict=True))
         return {**by_seed, "head": arrays["head"]}
 
-    def layout(self, round: int) -> Mapping[Hashable, tuple[int, ...]]:
+    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
         Q = self.shapes.outputs(self.own.rank)
         return dict.fromkeys(self.pool(round).tolist(), (Q,)) | {"head": (self.shapes.head,)}
 
-    def reach(self, round: int, partitions: Sequence[int]) -> Mapping[Hashable, float]:
+    def reach(self, round: int, told: Mapping[str, Any], partitions: Sequence[int]) -> Mapping[Hashable, float]:
         """A slot moves for as many steps as it is drawn for: those of the client that draws it most often."""
         pool, own = self.pool(round), self.own
         each = [stream(self.config.seed, "client", round, partition) for partition in partitions]
         turns = [drawn(pool, self.intervals, own.draw, beside(rng)) for rng in each]
         most = {seed: max((one.count(seed) for one in turns), default=0) for seed in pool.tolist()}
         steps = {seed: min(count * own.interval, self.config.local_steps) for seed, count in most.items()}
-        return {key: own.learning_rate * steps.get(key, self.config.local_steps) for key in self.layout(round)}
+        return {key: own.learning_rate * steps.get(key, self.config.local_steps) for key in self.layout(round, told)}
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         used = [seed for seed in self.pool(round).tolist() if seed in means]

@@ -76,7 +76,7 @@ def check_layout(method: Method) -> None:
     """Raise :class:`ConfigError` where the server does not know what the sum of a round consists of before anybody
     replies: noise goes to all of it."""
     try:
-        method.layout(1)
+        method.layout(1, method.turns()[0])
     except ConfigError:
         reason = "what its clients add up depends on what each of them sends"
         raise _refused(method.config, "strategy", method.config.strategy, reason) from None
@@ -118,6 +118,11 @@ def check_example(method: type[Method], config: Config) -> None:
         raise ConfigError(
             f"batch-clients = {config.batch_clients!r} does not go with privacy.unit = 'example', whose clients train "
             "one after another: set it to 'auto'."
+        )
+    if tau := config.to_dict()["client.logit-adjustment"]:
+        raise ConfigError(
+            f"client.logit-adjustment = {tau:g} does not go with privacy.unit = 'example': it would use class counts "
+            "without noise; set it to 0."
         )
     if not can_sample():
         raise ConfigError(f"privacy.unit = 'example' needs dp-accounting: {INSTALL}.")

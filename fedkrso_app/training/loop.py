@@ -15,6 +15,7 @@ from transformers import get_constant_schedule, get_constant_schedule_with_warmu
 from fedkrso_app.config import Config
 from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training.activations import TrainingError, activation_memory
+from fedkrso_app.training.device import sent
 from fedkrso_app.training.vocabulary import without_logits
 
 logger = logging.getLogger("flwr")
@@ -116,7 +117,7 @@ def train(
 
     def loss_of(batch: Mapping[str, Tensor], share: float) -> Tensor:
         with precision(config.compute_dtype, device):
-            return module(**{name: value.to(device) for name, value in batch.items()}).loss * share
+            return module(**{name: sent(value, device) for name, value in batch.items()}).loss * share
 
     with at_work(module, int(rng.integers(2**63)), device, config, dropout=not session.from_losses):
         try:
