@@ -107,7 +107,8 @@ def _server(run: Run, sums: Any, noise: Any, rounds: list[dict[str, Any]]) -> li
     if unit == ROW:
         what = "with noise for every row in it" + (", which it can subtract" if noise["broken"] else "")
     else:
-        what = "before it added noise" if noise else "as they are: labels and words behind them can be inferred, see docs/privacy.md"
+        bare = "as they are: labels and words behind them can be inferred, see docs/privacy.md"
+        what = "before it added noise" if noise else bare
     return [f"{replies} updates of single clients ({size}), {what}."]
 
 
