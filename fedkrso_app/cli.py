@@ -435,6 +435,9 @@ def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
     """What the figures mean and what moves them; each follows from a formula or from the count itself."""
     for name, reason in facts["left_out"].items():
         yield f"{name} is left out: {reason}"
+    if facts["epsilon"]:
+        values = ", ".join(f"{rows:,} rows {value:.2f}" for rows, value in facts["epsilon"].items())
+        yield f"epsilon of the run for each example, by the rows of a client that is asked in every round: {values}."
     yield "trained: numbers with a gradient and moments; moved: weights that change, FedKRSO's along a few directions."
     for row in facts["rows"]:
         if "drawn" in row:

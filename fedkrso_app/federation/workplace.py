@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,18 +26,32 @@ from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.transforms import transforms
 from fedkrso_app.records import protocol, wire
+from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Entry
 from fedkrso_app.records.protocol import TALLY, Figures, Instructions, Status
 from fedkrso_app.records.schema import Field, Schema
+from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Arrays, Shapes
 from fedkrso_app.strategies.privacy import Privacy
+from fedkrso_app.strategies.secure import narrow
 from fedkrso_app.training import graphs, loop, model, static, together
 from fedkrso_app.training.device import device, peak_bytes, release, reset_peak
 
 logger = logging.getLogger("flwr")
 
-Reply = tuple[int, RecordDict | Exception]  # a partition's, or why there is none
+
+@dataclass(frozen=True)
+class Summed:
+    """What a partition adds to the sum of its node, where updates leave that under masks."""
+
+    summands: Arrays
+    weight: int
+    figures: Figures
+    rounding: np.random.Generator
+
+
+Reply = tuple[int, RecordDict | Summed | Exception]  # a partition's, or why there is none
 
 
 class Workplace:
@@ -106,8 +120,11 @@ class Workplace:
     def take(self, content: RecordDict, instructions: Instructions) -> None:
         """Keep what a message brings and advance to the version that it names. Raises :class:`NeedSync`."""
         schema = self.method.entry.travelling
+        history = History(schema, self.store.history())
         for name, record in content.array_records.items():
             kind, _, number = name.partition("-")
+            if kind == "weights" and self.config.secure_aggregation:
+                raise Refused("under masks a node is brought up to date by entries, which all of them can compare")
             if kind == "weights":
                 whole = Schema({"weights": Field("float32", (self.method.weights_size,), "state")})
                 self.store.put_weights(int(number), instructions.stamp, wire.unpack(record, whole)["weights"])
@@ -116,7 +133,10 @@ class Workplace:
                 expected = schema if version else schema.start
                 expected = expected if version == instructions.version else expected.older
                 # A server without a model leaves version 0 to the seed: an entry without arrays.
-                self.store.put(Entry(version, wire.unpack(record, expected) if record else {}))
+                arrays = wire.unpack(record, expected) if record else {}
+                self.store.put(Entry(version, arrays))
+                if self.config.secure_aggregation:
+                    self._follow(history, version, arrays)
         try:
             self.replica.advance(instructions.version)
         except NeedSync:
@@ -128,6 +148,23 @@ class Workplace:
         if self.store.stamp(instructions.version) not in ("", instructions.stamp):
             self.forget()
             raise NeedSync("the files of this node are not those of the server's run")
+
+    def _follow(self, history: History, version: int, arrays: Arrays) -> None:
+        """Take note of an entry in the node's ``history``. Raises :class:`NeedSync` where that has a gap."""
+        try:
+            history.follow(version, arrays)
+        except ValueError:
+            self.forget()
+            raise NeedSync("this node's files do not say what its model was made of") from None
+        self.store.put_history(history.record)
+
+    def history(self, version: int) -> str:
+        """The digest of all that the model at ``version`` was made of. Raises :class:`NeedSync` if it is not known."""
+        history = History(self.method.entry.travelling, self.store.history())
+        if history.version != version:
+            self.forget()
+            raise NeedSync("this node's files do not say what its model was made of")
+        return history.digest
 
     def forget(self) -> None:
         """Be as if this node had never taken part in the run: its files are of another history."""
@@ -157,7 +194,7 @@ class Workplace:
             rest = rest[len(replies) :]
         yield from _one_by_one(rest, lambda partition: self._train(partition, instructions))
 
-    def _train(self, partition: int, instructions: Instructions) -> RecordDict:
+    def _train(self, partition: int, instructions: Instructions) -> RecordDict | Summed:
         started, used = time.monotonic(), device(self.config.device)
         reset_peak(used)
         rng, batches = self._batches(partition, instructions)
@@ -233,25 +270,43 @@ class Workplace:
         seconds: float,
         peak: int,
         epsilon: float | None = None,
-    ) -> RecordDict:
+    ) -> RecordDict | Summed:
         """The reply with an update, once what of it is the partition's own is on this node's disk."""
         if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:
             self.store.put_personal(partition, instructions.round, own)
         if own := {name: arrays.pop(name) for name in self.method.reply.named("memory")}:
             self.store.put_memory(partition, instructions.round, own)
-        update = self._encoded(arrays, start, stream(self.config.seed, "reply", instructions.round, partition))
+        rounding = stream(self.config.seed, "reply", instructions.round, partition)
         figures = Figures(len(self.share("train", partition)), loss, seconds, peak, epsilon)
         figures = self.private.figures(figures) if self.private else figures
+        if self.config.secure_aggregation:
+            weight = figures.num_examples if self.config.weighting == "examples" else 1
+            return Summed(self._summands(arrays, start, rounding), weight, figures, rounding)
+        update = self._encoded(arrays, start, rounding)
         return protocol.trained(Status(instructions.version), update, figures)
 
     def _own(self, partition: int, round: int) -> Arrays:
         """What a partition keeps to itself, as it was before ``round``."""
         return {**self.store.personal(partition, before=round), **self.store.memory(partition, round)}
 
-    @staticmethod
-    def _asked(partition: int, instructions: Instructions) -> dict[str, Any]:
-        """What a method tells one of its clients."""
-        return {**instructions.method, "partition": partition}
+    def _asked(self, partition: int, instructions: Instructions) -> dict[str, Any]:
+        """What a method tells one of its clients, and how a session reads the client's labels."""
+        return {**instructions.method, "partition": partition, "labels": functools.partial(self._labels, partition)}
+
+    def _labels(self, partition: int) -> np.ndarray:
+        return np.asarray(self.share("train", partition)[self.task.label])
+
+    def _summands(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> Arrays:
+        """What a server would make of the reply and add up: at 64 bits the same, rounded as the reply would be, and at
+        fewer the differences as they are, for those are rounded once."""
+        schema = self.method.reply
+        for transform in self.transforms:
+            arrays = transform.update(arrays, start)
+        if not narrow(self.config):
+            arrays = wire.decode(wire.encode(arrays, schema, rounding))
+            for transform in reversed(self.transforms):
+                arrays = transform.reply(arrays, start)
+        return self.method.summands(schema.filled(arrays))
 
     def _encoded(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> ArrayRecord:
         for transform in self.transforms:
@@ -284,7 +339,7 @@ def workplace(run: str, config: Config, partitions: int, folders: tuple[tuple[in
     return Workplace(run, config, partitions, folders)
 
 
-def _one_by_one(partitions: Sequence[int], work: Callable[[int], RecordDict]) -> Iterator[Reply]:
+def _one_by_one(partitions: Sequence[int], work: Callable[[int], RecordDict | Summed]) -> Iterator[Reply]:
     for partition in partitions:
         try:
             yield partition, work(partition)

@@ -74,6 +74,12 @@ class Server:
         if self.replica:
             self.replica.follow(entry.version, arrays)
 
+    def opening(self, round: int, partitions: list[int]) -> None:
+        self.folder.add_opening(round, partitions)
+
+    def opened(self) -> int:
+        return self.folder.opened
+
     def weights(self) -> np.ndarray | None:
         if not self.replica:
             return None

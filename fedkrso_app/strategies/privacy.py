@@ -72,6 +72,11 @@ def check_example(method: type[Method], config: Config) -> None:
             f"batch-clients = {config.batch_clients!r} does not go with privacy.unit = 'example', whose clients train "
             "one after another: set it to 'auto'."
         )
+    if tau := config.to_dict()["client.logit-adjustment"]:
+        raise ConfigError(
+            f"client.logit-adjustment = {tau:g} does not go with privacy.unit = 'example': it would use class counts "
+            "without noise; set it to 0."
+        )
     if not can_sample():
         raise ConfigError(f"privacy.unit = 'example' needs dp-accounting: {INSTALL}.")
 
