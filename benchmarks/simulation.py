@@ -29,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import Interval, simulate
+from benchmarks.clocks import Interval, simulate
 from benchmarks.models import show
 from fedkrso_app.data.embedded import pretraining as embedded
 from fedkrso_app.runs.compare import Settings, settings

@@ -34,7 +34,7 @@ NOT_RUN = {  # first word of a line -> why the test does not run it
 }
 FEDERATION = {field.replace("_", "-") for field in SimulationConfig.DESCRIPTOR.fields_by_name}
 OTHERS = {"partition-id", "partitions", "num-partitions", "share-errors"}
-OTHERS |= {"require", "min-cohort", "key", "peers"} | {
+OTHERS |= {"require", "min-cohort", "key", "peers", "max-epsilon"} | {
     "ssh-keygen",
     "flower-superlink",
     "flwr-simulation",

@@ -79,8 +79,12 @@ class RSO(torch.optim.Optimizer):
             self.M, self.V, self.i = some.new_zeros(sum(self.sizes)), some.new_zeros(sum(self.sizes)), 0
             self.B = self.accumulators.setdefault(seed, torch.zeros_like(self.M))
         for (name, layer), block in zip(self.layers.items(), self.B.split(self.sizes), strict=True):
-            P = projection(seed, name, layer.B.shape[1], layer.W.shape[1], self.kind)  # Alg. 2, l. 4
-            layer.follow(seed, torch.from_numpy(P).to(layer.W), block.view_as(layer.B))
+            P = layer.kept(seed)
+            if P is None:
+                drawn = torch.from_numpy(projection(seed, name, layer.B.shape[1], layer.W.shape[1], self.kind))
+                # pinned, so that a GPU need not finish its work before the next one is drawn
+                P = (drawn.pin_memory() if layer.W.is_cuda else drawn).to(layer.W, non_blocking=True)  # Alg. 2, l. 4
+            layer.follow(seed, P, block.view_as(layer.B))
 
     def _reuse(self, seed: int) -> None:
         """As a new interval begins, where the tensors stay: the accumulator of the live seed is ``B`` itself."""

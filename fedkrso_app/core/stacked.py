@@ -169,10 +169,16 @@ class SubspaceSlice:
     def __init__(self, layer: StackedSubspace, client: int) -> None:
         self.layer, self.client, self.W, self.B = layer, client, layer.W, layer.B.slices[client]
 
+    def kept(self, seed: int) -> Tensor | None:
+        """As :meth:`SubspaceLinear.kept`: drawn once for all clients of a pass."""
+        layer = self.layer
+        return layer.Ps[layer.start(seed, layer.Ps)] if seed in layer.seeds else None
+
     def follow(self, seed: int, P: Tensor, B_k: Tensor) -> None:
         """As :meth:`SubspaceLinear.follow`."""
         self.columns, self.B_k = self.layer.start(seed, P), B_k
-        self.layer.live[self.client] = torch.arange(self.columns.start, self.columns.stop)
+        columns = torch.arange(self.columns.start, self.columns.stop, device=self.layer.live.device)
+        self.layer.live[self.client] = columns
         if self.layer.fixed:
             self.layer.lives[self.client] = False
             self.layer.lives[self.client, 0, self.columns.start // self.layer.rank] = True

@@ -106,6 +106,10 @@ class SubspaceLinear(nn.Module):
         self.P = self.W.new_zeros(self.B.shape[1], self.W.shape[1])
         self.fixed = True
 
+    def kept(self, seed: int) -> Tensor | None:
+        """The projection (r × n) that belongs to ``seed``, where it is here already."""
+        return None
+
     def follow(self, seed: int, P: Tensor, B_k: Tensor) -> None:
         """Train along ``P`` (r × n), which belongs to ``seed``, from now on. ``B_k`` (m × r): the accumulator so far,
         which is going to change in place with every move."""
@@ -142,6 +146,13 @@ class AdapterLinear(SubspaceLinear):
         m, r = self.B.shape
         self.Ps, self.Bs = self.W.new_zeros((seeds + 1) * r, self.W.shape[1]), self.W.new_zeros(m, (seeds + 1) * r)
         self.live, self.own, self.fixed = slice(0, r), slice(0, r), True
+
+    def kept(self, seed: int) -> Tensor | None:
+        if seed not in self.seeds:
+            return None
+        r = self.B.shape[1]
+        start = (self.seeds.index(seed) + self.fixed) * r
+        return self.Ps[start : start + r]
 
     def follow(self, seed: int, P: Tensor, B_k: Tensor) -> None:
         if self.fixed:

@@ -15,6 +15,7 @@ from transformers import get_constant_schedule, get_constant_schedule_with_warmu
 from fedkrso_app.config import Config
 from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training.activations import TrainingError, activation_memory
+from fedkrso_app.training.device import sent
 from fedkrso_app.training.vocabulary import without_logits
 
 logger = logging.getLogger("flwr")
@@ -55,6 +56,10 @@ def deterministic(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
         settings.fill_uninitialized_memory = fills
+
+
+class NotFinite(TrainingError):
+    """All steps are done, and a loss is no number."""
 
 
 @dataclass
@@ -101,8 +106,8 @@ def train(
     The session's parameters are trained (``requires_grad`` is set here and taken back). Unless its rate is constant,
     the learning rate rises over the first ``warmup`` share of the steps and then falls as a cosine to 0, or stays
     (``schedule``). Dropout is drawn
-    from ``rng`` and leaves torch's global generators as they were. Raises :class:`TrainingError` when the loss is no
-    longer finite.
+    from ``rng`` and leaves torch's global generators as they were. Raises :class:`NotFinite` when the loss is no longer
+    finite.
     """
     parameters, steps = session.parameters, config.local_steps
     rates = schedules(session.optimizers, session.constant_rate, config)
@@ -112,7 +117,7 @@ def train(
 
     def loss_of(batch: Mapping[str, Tensor], share: float) -> Tensor:
         with precision(config.compute_dtype, device):
-            return module(**{name: value.to(device) for name, value in batch.items()}).loss * share
+            return module(**{name: sent(value, device) for name, value in batch.items()}).loss * share
 
     with at_work(module, int(rng.integers(2**63)), device, config, dropout=not session.from_losses):
         try:
@@ -203,10 +208,8 @@ def show_progress(j: int, steps: int, loss: Tensor, began: float, shown: float) 
 
 
 def mean_loss(losses: Tensor, config: Config) -> float:
-    """The mean of a client's losses, (steps,). Raises :class:`TrainingError` where one is not finite."""
+    """The mean of a client's losses, (steps,). Raises :class:`NotFinite` where one is not finite."""
     if not torch.isfinite(losses).all():
         bad = int((~torch.isfinite(losses)).nonzero()[0])
-        raise TrainingError(
-            f"the loss is {losses[bad].item()} at step {bad + 1}: lower {config.strategy}'s learning-rate"
-        )
+        raise NotFinite(f"the loss is {losses[bad].item()} at step {bad + 1}: lower {config.strategy}'s learning-rate")
     return float(losses.cpu().double().mean())

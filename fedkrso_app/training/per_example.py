@@ -71,11 +71,13 @@ def train(
     config: Config,
     rng: np.random.Generator,
     mechanism: Mechanism,
+    lengths: np.ndarray | None = None,
 ) -> None:
     """What :func:`training.loop.train` does, with differential privacy for each row; no loss is told.
 
     ``read`` makes a batch, as :func:`data.batches` do, of the rows at the given positions. A step's rows go through the
-    model in parts of at most ``batch-size``, which changes nothing but rounding. A row that cannot be read
+    model in parts of at most ``batch-size``, those of like ``lengths`` (one for each of the client's rows) together,
+    which changes nothing but rounding. A row that cannot be read
     (ValueError), or whose gradient is not finite, counts as one without gradient. Raises :class:`ConfigError` where
     rows have no gradients of their own.
     """
@@ -87,7 +89,9 @@ def train(
             for j in range(steps):
                 session.before_step(j)
                 sums = [torch.zeros_like(parameter) for parameter in parameters]
-                for batch in _parts(read, mechanism.drawn(), config.batch_size):
+                drawn = mechanism.drawn()
+                drawn = drawn if lengths is None else drawn[np.argsort(lengths[drawn], kind="stable")]
+                for batch in _parts(read, drawn, config.batch_size):
                     for total, more in zip(sums, backward(batch).clipped(mechanism.clip), strict=True):
                         if more is not None:
                             total += more

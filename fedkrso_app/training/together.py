@@ -15,6 +15,7 @@ from fedkrso_app.config import Config
 from fedkrso_app.core.stacked import Group, Stack, Unstackable
 from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training import vocabulary
+from fedkrso_app.training.device import sent
 from fedkrso_app.training.loop import Session, at_work, precision, predicted, schedules, show_progress
 
 logger = logging.getLogger("flwr")
@@ -58,8 +59,8 @@ def train(
                 inputs, labels, weights = joined(parts, totals, padding)
                 group.rows = len(labels) // group.clients
                 with precision(config.compute_dtype, device):
-                    logits = module(**{name: value.to(device) for name, value in inputs.items()}).logits
-                    given = logits, labels.to(device), weights.to(device)
+                    logits = module(**{name: sent(value, device) for name, value in inputs.items()}).logits
+                    given = logits, sent(labels, device), sent(weights, device)
                     if output_layer is None:
                         own = client_losses(*given, group.clients)
                     else:
