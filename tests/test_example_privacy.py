@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
@@ -12,6 +13,8 @@ from helpers import digest, play, replayed
 from fedkrso_app.config import ConfigError
 from fedkrso_app.federation import budget
 from fedkrso_app.federation.budget import Event
+from fedkrso_app.federation.discretion import Declined
+from fedkrso_app.federation.policy import Policy
 from fedkrso_app.runs.summary import closing_table
 from fedkrso_app.strategies import parse
 
@@ -69,7 +72,7 @@ def test_a_node_keeps_to_its_own_bound_over_runs(run_config, tmp_path, caplog):
     again = settings | {"run-name": "again", "seed": 1, "partition-seed": 0}  # other noise, the same rows
     second = play(again, nodes=4, prepare=careful).metrics()
     assert [line["clients"] for line in second[1:]] == [4, 3]
-    assert "max-epsilon" in caplog.text and "of this node would be exceeded" in caplog.text
+    assert "this node's max-epsilon would be exceeded" in caplog.text
     assert len(books(tmp_path / "cache" / "privacy.jsonl")) == len(spent) + 1 + 2
 
 
@@ -84,7 +87,7 @@ def test_the_book_adds_up_what_concerns_the_same_rows():
     assert spend(event(round=1), 1e-3) == pytest.approx(epsilon_of(40, 8, 8), abs=1e-3)  # the round is done again
     assert spend(event(run="b"), 1e-3) == pytest.approx(epsilon_of(40, 8, 4), abs=1e-3)  # ε of a run is its own
     most = (epsilon_of(40, 8, 12) + epsilon_of(40, 8, 16)) / 2
-    with pytest.raises(ConfigError, match=r"has spent .* in all runs"):
+    with pytest.raises(ConfigError, match="this node's max-epsilon would be exceeded"):
         spend(event(run="c"), 1e-3, most)
     assert len(budget.known(budget.book())) == 4  # nothing was written
     spend(event(run="c", data="other"), 1e-3, most)
@@ -135,6 +138,27 @@ REFUSED = {
     "clip": ({"privacy.clip": 0.0}, "needs privacy.clip and privacy.noise above 0"),
     "delta": ({"privacy.delta": 0.0}, "above 0 and below 1"),
 }
+
+
+DECLINED = {
+    "no noise": ({"privacy.unit": "none"}, "only takes part in runs with privacy.unit = 'example'"),
+    "known noise": ({"privacy.randomness": "seed"}, "set privacy.randomness = 'os'"),
+    "nothing": ({}, ""),
+}
+
+
+@pytest.mark.parametrize("changes, message", DECLINED.values(), ids=DECLINED)
+@pytest.mark.parametrize("own", [{"max-epsilon": 3}, {"require": "example-privacy"}], ids=str)
+def test_a_node_with_a_bound_takes_part_in_private_runs_alone(own, changes, message, run_config):
+    config, policy = parse(run_config | PRIVATE | changes), Policy.of(own)
+    with pytest.raises(Declined, match=message) if message else nullcontext():
+        policy.check(config)
+
+
+@pytest.mark.parametrize("own", [{"max-epsilon": "3"}, {"max-epsilon": True}, {"max_epsilon": 3}], ids=str)
+def test_a_bound_that_cannot_be_read_is_said(own):
+    with pytest.raises(Declined, match=r"is not a number|did you mean 'max-epsilon'"):
+        Policy.of(own)
 
 
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)

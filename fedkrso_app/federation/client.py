@@ -14,7 +14,6 @@ from fedkrso_app.data import hub
 from fedkrso_app.federation import budget, masks
 from fedkrso_app.federation.discretion import Declined, shown_to_server
 from fedkrso_app.federation.policy import Policy
-from fedkrso_app.federation.private import max_epsilon
 from fedkrso_app.federation.replica import NeedSync
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.workplace import Reply, Summed, Workplace, workplace
@@ -78,7 +77,7 @@ def workplace_of(context: Any, run: str, held: tuple[int, ...], total: int) -> W
 def bounded(place: Workplace, node_config: Mapping[str, Any]) -> Workplace:
     """``place`` with the node's own bound on ε."""
     if place.private:
-        place.private.most = max_epsilon(node_config)
+        place.private.most = Policy.of(node_config).max_epsilon
     return place
 
 
