@@ -43,7 +43,10 @@ def test_a_run_tells_the_epsilon_of_its_rounds_and_no_loss(strategy, run_config,
         assert line["client_seconds"] % 10 == 0 and line["client_peak_bytes"] == 0
     assert digest(run) == replayed(run)
     assert f"{lines[-1]['epsilon']:.1f} at delta = 0.001 for each example" in closing_table(run, "accuracy")
-    assert not list(tmp_path.glob("cache/privacy*/*"))  # books of a simulation end with it
+    (folder,) = (tmp_path / "cache" / "privacy").iterdir()  # the books of a simulation are each run's own
+    assert sorted(file.name for file in folder.iterdir()) == [f"{i}.jsonl" for i in range(4)]
+    more = run_config | PRIVATE | {"strategy": strategy, "resume": str(run.path)}  # three rounds
+    assert play(more, nodes=4).metrics()[-1]["epsilon"] >= epsilon_of(40, 8, 12) - 1e-3
 
 
 def test_the_seed_repeats_a_run_and_the_operating_system_does_not(run_config):
@@ -135,6 +138,7 @@ REFUSED = {
     "passes": ({"batch-clients": "4"}, "one after another"),
     "noise": ({"privacy.noise": 0.0}, "needs privacy.clip and privacy.noise above 0"),
     "little noise": ({"privacy.noise": 0.2}, "must be at least 0.3"),
+    "another unit": ({"privacy.unit": "client"}, "is not one of none, example"),
     "clip": ({"privacy.clip": 0.0}, "needs privacy.clip and privacy.noise above 0"),
     "delta": ({"privacy.delta": 0.0}, "above 0 and below 1"),
 }

@@ -8,8 +8,8 @@ A book has a line for each client and round, written and synced before the first
 of one ``folder`` where the node has data of its own, whatever was in it: rows that stayed are in both. A round that is
 done again is a line of its own, with other noise.
 
-A node with data or a bound of its own has one book for all runs, ``<cache>/privacy.jsonl``: whoever deletes it deletes
-what was spent. For others, as in a simulation, a book ends with its run.
+A node with data or a bound of its own has one book for all runs, ``<cache>/privacy.jsonl``. Others, as those of a
+simulation, have one for each run and partition in ``<cache>/privacy``. Whoever deletes a book deletes what was spent.
 """
 
 import fcntl
@@ -59,13 +59,8 @@ def book() -> Path:
 
 
 def book_of_run(run: str, partition: int) -> Path:
-    return cache() / "privacy" / f"{run}-{partition}.jsonl"
-
-
-def close(run: str) -> None:
-    """Remove the books that end with ``run``."""
-    for path in (cache() / "privacy").glob(f"{run}-*.jsonl"):
-        path.unlink(missing_ok=True)
+    """One that stays when the run is over, which may be continued with more rounds."""
+    return cache() / "privacy" / run / f"{partition}.jsonl"
 
 
 def digest(examples: datasets.Dataset) -> str:

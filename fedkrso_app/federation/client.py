@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.projection import probe
 from fedkrso_app.data import hub
-from fedkrso_app.federation import budget, masks
+from fedkrso_app.federation import masks
 from fedkrso_app.federation.discretion import Declined, shown_to_server
 from fedkrso_app.federation.policy import Policy
 from fedkrso_app.federation.replica import NeedSync
@@ -121,7 +121,6 @@ def join(message: Message, context: Any) -> Answer:
 def leave(message: Message, context: Any) -> None:
     """Remove this run's files: it is over."""
     run = str(message.content.config_records["leave"]["run"])
-    budget.close(run)
     if released := NodeStore(run).clear():
         logger.info("What partitions keep of the model to themselves is in %s", released)
 
