@@ -14,7 +14,9 @@ from fedkrso_app.core.rso import RSO
 from fedkrso_app.federation import masked
 from fedkrso_app.federation.masked import Masked
 from fedkrso_app.federation.workplace import Workplace
+from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Ledger
+from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.strategies import parse
 from fedkrso_app.training.loop import TrainingError
@@ -291,6 +293,38 @@ def test_a_node_answers_one_statement_per_round_and_trains_for_no_old_round_or_p
     assert len(answers) == len(reasons)
     for answer, reason in zip(answers, reasons, strict=True):
         assert reason in answer
+
+
+def test_a_node_that_is_told_another_learning_rate_keeps_the_sum_closed(settings, caplog):
+    """A server that has all the others train to nothing would read this node's update off the sum."""
+
+    def prepare(grid):
+        grid.contexts[102].run_config["fedkrso.learning-rate"] = 1e-9
+
+    with pytest.raises(TrainingError):
+        play(settings | ON | {"num-server-rounds": 1}, 4, prepare)
+    assert "the shares of the node at place 2 were not made for this round" in caplog.text
+
+
+def test_histories_differ_by_any_entry_that_counts_and_not_by_states_that_a_later_one_replaced():
+    schema = Schema({"B": Field("float32", (2,)), "head": Field("float32", (1,), "state")})
+    entry = lambda b, head: {"B": np.full(2, b, np.float32), "head": np.full(1, head, np.float32)}  # noqa: E731
+
+    def digest_of(*entries):
+        history = History(schema)
+        for version, arrays in enumerate(entries):
+            history = History(schema, json.loads(json.dumps(history.record)))  # as a fresh process finds it
+            history.follow(version, arrays)
+        return history.digest
+
+    whole = [{"head": np.ones(1, np.float32)}, entry(1, 5), entry(2, 6)]
+    assert digest_of(*whole) == digest_of({}, {"B": whole[1]["B"]}, whole[2])  # as a node gets them that comes late
+    assert digest_of(*whole) != digest_of(whole[0], entry(9, 5), whole[2])
+    assert digest_of(*whole) != digest_of(*whole[:2], entry(2, 7))
+    with pytest.raises(ValueError, match="entry 2 does not follow entry 0"):
+        history = History(schema)
+        history.follow(0, whole[0])
+        history.follow(2, whole[2])
 
 
 # ── A node's own policy ──────────────────────────────────────────────────────────────────────────────────────────────

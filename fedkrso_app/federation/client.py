@@ -113,6 +113,7 @@ def join(message: Message, context: Any) -> Answer:
         if not config.secure_aggregation:
             return answer
         key, signature = masks.key_of(context, policy, asked.run)
+        masks.model_of(context, place)  # now that it is known
         return replace(answer, key=key, signature=signature)
     except ConfigError as error:
         return replace(answer, error=shown_to_server(error, context.node_config))
@@ -145,6 +146,7 @@ def up_to_date(
         place = workplace_of(context, instructions.run, held, total)
     try:
         place.take(message.content, instructions)
+        history = place.history(instructions.version) if config.secure_aggregation else ""
     except NeedSync:
         return RecordDict({"status": Status(place.replica.version, need_sync=True).record()})
     if config.secure_aggregation:
@@ -153,7 +155,8 @@ def up_to_date(
         if masks.lost_key(context):
             signed = masks.key_of(context, policy, instructions.run)
             return RecordDict({"status": Status(instructions.version, False, *signed).record()})
-        session = masks.enter(message.content, context, policy, place.method, instructions, partitions)
+        story = masks.story_of(instructions, history, masks.model_of(context, place), config)
+        session = masks.enter(message.content, context, policy, place.method, instructions, partitions, story)
         sealed = session.seal(work(place, partitions, instructions))
         return RecordDict({"status": Status(instructions.version).record(), **sealed})
     replies = {}

@@ -12,13 +12,12 @@ from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core import ring, shamir
 from fedkrso_app.federation.aggregate import Aggregate, Unopened
 from fedkrso_app.federation.layout import Layout, told
-from fedkrso_app.federation.masks import context_of
 from fedkrso_app.federation.nodes import Nodes, sampled
 from fedkrso_app.federation.opening import Opening
-from fedkrso_app.federation.sealing import CHECK, MOST, bundle_size
+from fedkrso_app.federation.sealing import CHECK, MOST, bundle_size, context
 from fedkrso_app.federation.transforms import Transform
 from fedkrso_app.records import wire
-from fedkrso_app.records.protocol import Instructions
+from fedkrso_app.records.protocol import TRAIN
 from fedkrso_app.records.sealed import ROSTER, SESSION, TAIL, UNMASK, Party, Roster, Sealed, Shares, Unmask
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Method
@@ -34,8 +33,8 @@ _PARTITIONS = 256  # of one round: so many of the largest values have room in 63
 class Masked(Aggregate):
     """Sealed vectors are added as they come and not kept; :meth:`open` takes the masks off their sum.
 
-    ``note`` is called with the partitions of the survivors before anything is asked of the nodes: it puts them down
-    where a resumed run finds them.
+    ``story`` is that of :func:`masks.story_of`. ``note`` is called with the partitions of the survivors before anything
+    is asked of the nodes: it puts them down where a resumed run finds them.
     """
 
     def __init__(
@@ -45,14 +44,14 @@ class Masked(Aggregate):
         transforms: Sequence[Transform],
         start: Arrays,
         roster: Roster,
-        instructions: Instructions,
+        story: str,
         note: Callable[[list[int]], None],
         nodes: Nodes,
     ) -> None:
         super().__init__(method, round, transforms, start)
         self.roster, self.nodes, self._note = roster, nodes, note
-        self.layout = Layout(method, round, instructions.method, roster.partitions)
-        self.ctx = context_of(roster, instructions, self.layout)
+        self.layout = Layout(method, round, method.instructions(round), roster.partitions)
+        self.ctx = context(roster, round, TRAIN, str(self.layout), story)
         self.least = max(roster.threshold, self.config.of(SecureSums).min_cohort)
         self._vector = np.zeros(self.layout.size, self.layout.dtype)
         self._tail = np.zeros(TAIL, np.dtype("<u8"))

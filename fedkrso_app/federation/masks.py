@@ -12,12 +12,13 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
+from fedkrso_app.config import Config
 from fedkrso_app.federation import sealing
 from fedkrso_app.federation.discretion import Declined
 from fedkrso_app.federation.layout import Layout, Words
 from fedkrso_app.federation.opened import Opened
 from fedkrso_app.federation.policy import Policy, claim
-from fedkrso_app.federation.workplace import Reply, Summed
+from fedkrso_app.federation.workplace import Reply, Summed, Workplace
 from fedkrso_app.records.protocol import TRAIN, Instructions
 from fedkrso_app.records.sealed import Roster, Shares, Unmask
 from fedkrso_app.strategies.base import Method
@@ -26,6 +27,7 @@ from fedkrso_app.strategies.secure import SecureSums
 logger = logging.getLogger("flwr")
 
 _STATE, _ROUND = "masks", "masked-round"  # records of the context's state
+_PLACES = ("data-dir", "model", "model-revision", "dataset", "dataset-revision")  # a node's own, or with a commit
 _TENS = 10  # seconds to which a training time is rounded up
 
 
@@ -84,10 +86,25 @@ class Session:
         return replace(sealed, seconds=tens, epsilon=epsilon).records()
 
 
+def model_of(context: Any, place: Workplace) -> str:
+    """The digest of W^0, computed once: it takes seconds for a large model, and each message may meet a new process."""
+    state, name = context.state[_STATE], place.config.model
+    if state.get("name") != name:
+        state["name"], state["model"] = name, place.digest
+    return state["model"]
+
+
 def enter(
-    content: RecordDict, context: Any, policy: Policy, method: Method, instructions: Instructions, own: Sequence[int]
+    content: RecordDict,
+    context: Any,
+    policy: Policy,
+    method: Method,
+    instructions: Instructions,
+    own: Sequence[int],
+    story: str,
 ) -> Session:
-    """Check the round that a train message is about, of whose partitions this node's ``own`` are asked.
+    """Check the round that a train message is about, of whose partitions this node's ``own`` are asked; ``story`` as
+    :func:`story_of` tells it.
 
     Raises :class:`Declined` or :class:`Refused`.
     """
@@ -102,7 +119,7 @@ def enter(
     policy.verify(instructions.run, roster.parties)
     Opened(instructions.run, own[0]).check(instructions.round, instructions.version)
     layout = Layout(method, instructions.round, instructions.method, roster.partitions)
-    ctx = context_of(roster, instructions, layout)
+    ctx = sealing.context(roster, instructions.round, TRAIN, str(layout), story)
     context.state[_ROUND] = ConfigRecord(
         {
             "run": instructions.run,
@@ -119,11 +136,13 @@ def enter(
     return Session(context, roster, layout, place, ctx)
 
 
-def context_of(roster: Roster, instructions: Instructions, layout: Layout) -> bytes:
-    """What all masks of a round depend on, from what the train message says: the same at the server."""
+def story_of(instructions: Instructions, history: str, model: str, config: Config) -> str:
+    """What the nodes of a round must all have been told, the same at the server: W^0 and every entry since, all
+    settings but where data and model are found, and the round's instructions. A server that trains one node at other
+    settings than the rest would read its update off the sum."""
+    settings = {key: value for key, value in config.to_dict().items() if key not in _PLACES}
     i = instructions
-    about = sorted(i.method.items())
-    return sealing.context(roster, i.round, TRAIN, i.run, i.version, i.stamp, about, str(layout))
+    return repr((i.run, i.version, i.stamp, sorted(i.method.items()), model, history, sorted(settings.items())))
 
 
 def unmask(content: RecordDict, context: Any) -> RecordDict:

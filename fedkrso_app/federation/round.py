@@ -14,12 +14,14 @@ from flwr.serverapp.strategy import Strategy
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.projection import stream
-from fedkrso_app.federation import masked
+from fedkrso_app.federation import masked, masks, released
 from fedkrso_app.federation.aggregate import Aggregate, Unopened
 from fedkrso_app.federation.nodes import UNKNOWN_HISTORY, Nodes, sampled
 from fedkrso_app.federation.replica import first_needed
+from fedkrso_app.federation.spending import Spending
 from fedkrso_app.federation.transforms import Transform
 from fedkrso_app.records import protocol, wire
+from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Instructions, Status
 from fedkrso_app.records.schema import Schema, superseded
@@ -34,6 +36,7 @@ class Host(Protocol):
     """What the rounds need of the server that they run on."""
 
     tally_schema: Schema  # what a client says of an evaluation; such arrays are added up
+    spending: Spending  # what the run has spent, where each client is protected
 
     def report(self, figures: dict[str, Any]) -> None:
         """Take note of a round's figures; ``tally`` is the sum of its clients' evaluations, if there are any."""
@@ -64,7 +67,8 @@ class Round(Strategy):
     ) -> None:
         self.method, self.transforms, self.ledger, self.kept = method, transforms, ledger, kept
         self.config, self.nodes, self.host = method.config, nodes, host
-        self._by_example = self.config.of(Privacy).unit == "example"
+        unit = self.config.of(Privacy).unit
+        self._by_example, self._by_client = unit == "example", unit == "client"
         done = int(ledger.read(ledger.version).record["round"])
         self.first_round = 1 + done  # later than 1 in a resumed run
         if (opened := host.opened() if self.config.secure_aggregation else 0) > done:
@@ -75,6 +79,9 @@ class Round(Strategy):
             )
             self.first_round = 1 + opened
         self.span = method.entry.span
+        self._history = History(method.entry.travelling)
+        for version in ledger.versions() if self.config.secure_aggregation else ():
+            self._history.follow(version, ledger.read(version).arrays)
         method.replies = int(ledger.read(ledger.version).record["clients"])
         if ledger.version > 0 and method.entry.named("server"):
             method.kept = dict(kept.read(ledger.version).arrays)
@@ -104,6 +111,8 @@ class Round(Strategy):
                 )
             if self.config.secure_aggregation:
                 masked.check_federation(self.nodes, self.config)
+            if self._by_client:
+                released.check_federation(self.nodes, self.method)
         else:
             self.nodes.welcome(grid, again=True)
             self.nodes.wait_online(grid, least)
@@ -117,16 +126,22 @@ class Round(Strategy):
         return self._ask(TRAIN, asked, self.round, self.method.instructions(self.round))
 
     def begin(self, asked: Mapping[int, Sequence[int]]) -> None:
-        """Make the sums of the round that asks these nodes (id -> partitions). Raises :class:`Unopened`."""
+        """Make the sums of the round that asks these nodes (id -> partitions). Raises :class:`Unopened`, and
+        :class:`released.Spent` where the round must not be."""
         start = self._newest_state() if self.transforms or self.config.max_update_norm else {}
         self._sums = Aggregate(self.method, self.round, self.transforms, start)
+        if self._by_client:
+            given, held, spending = self.method.instructions(self.round), self.nodes.partitions, self.host.spending
+            self._sums = released.Released(self.method, self.round, start, given, asked, held, spending)
+            self._figures["epsilon"] = spending.epsilon()
         if self.config.secure_aggregation:
             version = self.ledger.version
             method = self.method.instructions(self.round)
             told = Instructions(self.nodes.run, version, self.ledger.stamp(version), round=self.round, method=method)
             roster = masked.roster_of(asked, self.nodes, self.config)
+            story = masks.story_of(told, self._history.digest, self.nodes.model, self.config)
             note = functools.partial(self.host.opening, self.round)
-            self._sums = masked.Masked(self.method, self.round, self.transforms, start, roster, told, note, self.nodes)
+            self._sums = masked.Masked(self.method, self.round, self.transforms, start, roster, story, note, self.nodes)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -231,7 +246,8 @@ class Round(Strategy):
             arrays = {name: value for name, value in entry.items() if name not in dropped}
             content[f"entry-{version}"] = wire.pack(arrays)
             size += sum(value.nbytes for value in arrays.values())
-            if self.span is None and version > first and size > 4 * self.method.weights_size:
+            smaller = self.span is None and version > first and size > 4 * self.method.weights_size
+            if smaller and not self.config.secure_aggregation:  # nodes compare entries there
                 weights = self.host.weights()
                 if weights is not None:
                     return RecordDict({f"weights-{newest}": wire.pack({"weights": weights})})
@@ -359,6 +375,8 @@ class Round(Strategy):
             arrays = transform.mean(arrays, self._sums.start)
         stored = wire.encode(arrays, schema, stream(self.config.seed, "broadcast", self.round))
         self.ledger.append(Entry(version, stored, figures))
+        if self.config.secure_aggregation:
+            self._history.follow(version, stored)
         self.method.observe(version, schema.filled(wire.decode(stored)))
         self.method.replies = figures["clients"]
 

@@ -171,7 +171,8 @@ def create(config: Config, model_digest: str, commits: Mapping[str, str] | None 
     except OSError as error:
         raise ConfigError(f"output-dir = {config.output_dir!r}: {path} cannot be made ({error.strerror}).") from None
     libraries = {}
-    for library in _LIBRARIES:
+    accountant = ["dp-accounting"] if config.to_dict()["privacy.unit"] != "none" else []
+    for library in [*_LIBRARIES, *accountant]:
         try:
             libraries[library] = version(library)
         except PackageNotFoundError:
