@@ -12,7 +12,7 @@ from fedkrso_app.strategies.base import Lora, Method
 
 logger = logging.getLogger("flwr")
 
-UNITS = ("none", "example")
+UNITS = ("none", "example", "client")
 _LEAST_NOISE = 0.3  # below, ε of a round is above 30, and computing it fills the memory
 _FEW_STEPS = 20  # between two starts of Adam's moments: fewer average too few draws of noise
 
