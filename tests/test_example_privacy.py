@@ -136,6 +136,7 @@ REFUSED = {
     "max-grad-norm": ({"max-grad-norm": 1.0}, "set it to 0"),
     "ranks": ({"strategy": "hetlora", "lora.ranks": "2,1"}, "leave it empty"),
     "passes": ({"batch-clients": "4"}, "one after another"),
+    "graphs": ({"captured-steps": "on"}, "batches have no fixed size"),
     "noise": ({"privacy.noise": 0.0}, "needs privacy.clip and privacy.noise above 0"),
     "little noise": ({"privacy.noise": 0.2}, "must be at least 0.3"),
     "clip": ({"privacy.clip": 0.0}, "needs privacy.clip and privacy.noise above 0"),
