@@ -97,12 +97,13 @@ def test_the_book_adds_up_what_concerns_the_same_rows():
     assert (budget.book().stat().st_mode & 0o777) == 0o600
 
 
-def test_a_run_keeps_to_its_own_bound(run_config):
+def test_a_run_keeps_to_its_own_bound_and_ends_there(run_config, caplog):
     bound = (epsilon_of(40, 8, 8) + epsilon_of(40, 8, 12)) / 2
-    run = play(run_config | PRIVATE | {"privacy.max-epsilon": bound}, nodes=4)
+    run = play(run_config | PRIVATE | {"privacy.max-epsilon": bound, "num-server-rounds": 6}, nodes=4)
     lines = run.metrics()
     assert [line["clients"] for line in lines] == [0, 4, 4, 0] and lines[-1]["version"] == 2
     assert max(line.get("epsilon", 0.0) for line in lines) <= bound + 0.1
+    assert run.status == "completed" and "for each client; the run ends here" in caplog.text
 
 
 def test_a_folder_counts_whatever_was_in_it():

@@ -32,6 +32,8 @@ from fedkrso_app.federation.discretion import Declined
 
 logger = logging.getLogger("flwr")
 
+OF_THE_RUN = "privacy.max-epsilon"  # a node's reason names it, and so the server knows
+
 
 @dataclass(frozen=True)
 class Event:
