@@ -11,6 +11,7 @@ from test_card import read
 from test_cli import call
 from test_report import make, page
 
+from fedkrso_app.core.shamir import honest, usual_threshold
 from fedkrso_app.runs import privacy
 from fedkrso_app.strategies.privacy import UNITS
 
@@ -91,7 +92,7 @@ def test_the_log_of_spending_counts_the_client_that_was_asked_most_and_repeated_
     """Also for a round that was written down and never finished: its noise may have been released."""
     event = {"unit": "client", "noise": 5.0, "clip": 1.0}
     asked = [(1, [0, 1]), (2, [1, 2]), (2, [1, 2]), (3, [0, 3])]
-    events = [event | {"round": number, "asked": clients} for number, clients in asked]
+    events = [event | {"round": number, "asked": [[client] for client in clients]} for number, clients in asked]
     run = make(tmp_path / "run", status="running", **CLIENT)
     cut = "".join(json.dumps(each) + "\n" for each in events) + '{"round": 4, "as'
     rewrite(run, [line(0), line(1), line(2)], privacy=cut)
@@ -122,8 +123,8 @@ def test_the_smallest_honest_group_is_that_of_the_protocols_table():
     table = {3: (3, 3, 2), 4: (3, 3, 2), 5: (4, 4, 3), 6: (5, 5, 4), 8: (7, 7, 6), 10: (8, 8, 7)}
     table |= {16: (13, 13, 12), 32: (26, 25, 24), 100: (80, 75, 74)}
     for n, (t, alone, with_one) in table.items():
-        assert (privacy.threshold(n), privacy.honest(n, t, 0), privacy.honest(n, t, 1)) == (t, alone, with_one)
-    assert (privacy.honest(10, 7, 3), privacy.honest(10, 8, 3), privacy.honest(10, 8, 8)) == (2, 5, 0)
+        assert (usual_threshold(n), honest(n, t, 0), honest(n, t, 1)) == (t, alone, with_one)
+    assert (honest(10, 7, 3), honest(10, 8, 3), honest(10, 8, 8)) == (2, 5, 0)
 
 
 def test_a_folder_without_rounds_or_of_older_settings_is_no_guarantee(tmp_path):

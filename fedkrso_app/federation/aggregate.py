@@ -55,10 +55,7 @@ class Aggregate:
     def accept(self, content: RecordDict, node: int, partitions: Sequence[int]) -> dict[int, dict[str, float]]:
         """Check one part of a ``node``'s reply and add it; returns figures by partition. Raises :class:`Refused`."""
         (partition,) = partitions
-        update, figures = (
-            protocol.arrays(content, UPDATE),
-            Figures.read(content, self.config.of(Privacy).unit == "example"),
-        )
+        update, figures = protocol.arrays(content, UPDATE), Figures.read(content, self.config.of(Privacy).unit)
         schema = self.method.reply_of(partition)
         arrays = schema.filled(wire.decode(wire.unpack(update, schema.travelling)))
         self.method.check(arrays, self.round)

@@ -7,7 +7,6 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from fedkrso_app.core.projection import stream
 from fedkrso_app.data.batching import batch, lengths
 from fedkrso_app.federation import budget
 from fedkrso_app.federation.budget import Event
-from fedkrso_app.records.protocol import Figures
 from fedkrso_app.strategies.base import Local
 from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.training import per_example
@@ -77,10 +75,6 @@ class ExampleLevel:
         read = self._reader(partition)
         per_example.train(local.module, read, session, self.config, rng, mechanism, characters)
         return budget.told(spent)
-
-    def figures(self, own: Figures) -> Figures:
-        """What the server may know: seconds up to the next ten and no memory: both follow the rows drawn."""
-        return replace(own, train_seconds=10.0 * math.ceil(own.train_seconds / 10), peak_bytes=0)
 
     def _book(self, partition: int) -> Path:
         own = bool(self.folders or self.most)

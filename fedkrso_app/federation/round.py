@@ -14,10 +14,11 @@ from flwr.serverapp.strategy import Strategy
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.projection import stream
-from fedkrso_app.federation import masked, masks
+from fedkrso_app.federation import masked, masks, released
 from fedkrso_app.federation.aggregate import Aggregate, Unopened
 from fedkrso_app.federation.nodes import UNKNOWN_HISTORY, Nodes, sampled
 from fedkrso_app.federation.replica import first_needed
+from fedkrso_app.federation.spending import Spending
 from fedkrso_app.federation.transforms import Transform
 from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.history import History
@@ -35,6 +36,7 @@ class Host(Protocol):
     """What the rounds need of the server that they run on."""
 
     tally_schema: Schema  # what a client says of an evaluation; such arrays are added up
+    spending: Spending  # what the run has spent, where each client is protected
 
     def report(self, figures: dict[str, Any]) -> None:
         """Take note of a round's figures; ``tally`` is the sum of its clients' evaluations, if there are any."""
@@ -65,7 +67,8 @@ class Round(Strategy):
     ) -> None:
         self.method, self.transforms, self.ledger, self.kept = method, transforms, ledger, kept
         self.config, self.nodes, self.host = method.config, nodes, host
-        self._by_example = self.config.of(Privacy).unit == "example"
+        unit = self.config.of(Privacy).unit
+        self._by_example, self._by_client = unit == "example", unit == "client"
         done = int(ledger.read(ledger.version).record["round"])
         self.first_round = 1 + done  # later than 1 in a resumed run
         if (opened := host.opened() if self.config.secure_aggregation else 0) > done:
@@ -108,6 +111,8 @@ class Round(Strategy):
                 )
             if self.config.secure_aggregation:
                 masked.check_federation(self.nodes, self.config)
+            if self._by_client:
+                released.check_federation(self.nodes, self.method)
         else:
             self.nodes.welcome(grid, again=True)
             self.nodes.wait_online(grid, least)
@@ -121,9 +126,14 @@ class Round(Strategy):
         return self._ask(TRAIN, asked, self.round, self.method.instructions(self.round))
 
     def begin(self, asked: Mapping[int, Sequence[int]]) -> None:
-        """Make the sums of the round that asks these nodes (id -> partitions). Raises :class:`Unopened`."""
+        """Make the sums of the round that asks these nodes (id -> partitions). Raises :class:`Unopened`, and
+        :class:`released.Spent` where the round must not be."""
         start = self._newest_state() if self.transforms or self.config.max_update_norm else {}
         self._sums = Aggregate(self.method, self.round, self.transforms, start)
+        if self._by_client:
+            given, held, spending = self.method.instructions(self.round), self.nodes.partitions, self.host.spending
+            self._sums = released.Released(self.method, self.round, start, given, asked, held, spending)
+            self._figures["epsilon"] = spending.epsilon()
         if self.config.secure_aggregation:
             version = self.ledger.version
             method = self.method.instructions(self.round)

@@ -6,6 +6,7 @@ reply.
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -14,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import RecordDict
 
 from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.projection import stream
 from fedkrso_app.core.stacked import Group, Unstackable
-from fedkrso_app.federation import evaluation
+from fedkrso_app.federation import evaluation, released
 from fedkrso_app.federation.private import ExampleLevel
 from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.federation.store import NodeStore
@@ -80,6 +81,7 @@ class Workplace:
         self.store = NodeStore(run, keep=span + 1) if span else NodeStore(run)
         by_example = config.of(Privacy).unit == "example"
         self.private = ExampleLevel(self, run, self._folders) if by_example else None
+        self.by_client = config.of(Privacy).unit == "client"
         self.at_once = 1 if by_example else self.at_once  # coins, clips and noise are each client's own
 
     @functools.cached_property
@@ -206,9 +208,9 @@ class Workplace:
                 if self.private:
                     epsilon = self.private.train(partition, instructions.round, local, session, rng)
                 elif (losses := self._recorded(local.module, [batches], [session], Group(1), [], [rng])) is None:
-                    loss = loop.train(local.module, batches, session, self.config, rng)
+                    loss = self._loss(loop.train, local.module, batches, session, self.config, rng)
                 else:
-                    loss = loop.mean_loss(losses[0], self.config)
+                    loss = self._loss(loop.mean_loss, losses[0], self.config)
                 arrays = session.update()
         seconds = time.monotonic() - started
         return self._trained(partition, instructions, arrays, start, loss, seconds, peak_bytes(used), epsilon)
@@ -232,7 +234,7 @@ class Workplace:
                 losses = together.train(local.module, batches, of_each, group, stacks, c, rngs, padding)
             for own, session in zip(losses, of_each, strict=True):
                 try:
-                    updates.append((loop.mean_loss(own, c), session.update()))
+                    updates.append((self._loss(loop.mean_loss, own, c), session.update()))
                 except Exception as error:
                     updates.append(error)
         seconds, peak = (time.monotonic() - started) / len(partitions), peak_bytes(used)
@@ -251,6 +253,16 @@ class Workplace:
         """The losses of steps that are recorded and repeated; None, and nothing done, where they are not."""
         given = module, batches, sessions, group, stacks, self.config, rngs, self.task, self.model.tokenizer
         return static.attempt(self.recorder, *given)
+
+    def _loss(self, measure: Callable[..., float], *given: Any) -> float:
+        """What ``measure`` finds; NaN for a loss that is not finite where nobody may know that."""
+        try:
+            return measure(*given)
+        except loop.NotFinite as error:
+            if not self.by_client:
+                raise
+            logger.warning("%s; zeros are sent", error)
+            return math.nan
 
     def _batches(
         self, partition: int, instructions: Instructions
@@ -272,17 +284,23 @@ class Workplace:
         epsilon: float | None = None,
     ) -> RecordDict | Summed:
         """The reply with an update, once what of it is the partition's own is on this node's disk."""
-        if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:
+        lost = loss is not None and math.isnan(loss)  # then nothing is kept, and zeros are sent
+        if (own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}) and not lost:
             self.store.put_personal(partition, instructions.round, own)
-        if own := {name: arrays.pop(name) for name in self.method.reply.named("memory")}:
+        if (own := {name: arrays.pop(name) for name in self.method.reply.named("memory")}) and not lost:
             self.store.put_memory(partition, instructions.round, own)
         rounding = stream(self.config.seed, "reply", instructions.round, partition)
         figures = Figures(len(self.share("train", partition)), loss, seconds, peak, epsilon)
-        figures = self.private.figures(figures) if self.private else figures
+        figures = figures.coarse() if self.private or self.by_client else figures
         if self.config.secure_aggregation:
             weight = figures.num_examples if self.config.weighting == "examples" else 1
             return Summed(self._summands(arrays, start, rounding), weight, figures, rounding)
-        update = self._encoded(arrays, start, rounding)
+        for transform in self.transforms:
+            arrays = transform.update(arrays, start)
+        if self.by_client:
+            clip = released.share(self.config, len(instructions.partitions))
+            arrays = released.clipped(arrays, clip, lost)
+        update = wire.pack(wire.encode(arrays, self.method.reply, rounding))
         return protocol.trained(Status(instructions.version), update, figures)
 
     def _own(self, partition: int, round: int) -> Arrays:
@@ -307,11 +325,6 @@ class Workplace:
             for transform in reversed(self.transforms):
                 arrays = transform.reply(arrays, start)
         return self.method.summands(schema.filled(arrays))
-
-    def _encoded(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> ArrayRecord:
-        for transform in self.transforms:
-            arrays = transform.update(arrays, start)
-        return wire.pack(wire.encode(arrays, self.method.reply, rounding))
 
     def evaluate(self, partitions: Sequence[int], instructions: Instructions) -> Iterator[Reply]:
         """Judge the model, with each partition's own part of it, on that one's share of the validation rows."""

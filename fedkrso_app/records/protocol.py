@@ -10,8 +10,9 @@ or the weights that they lead to (``weights-<version>``). A node that holds seve
 and answers for each (:func:`together`).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -162,21 +163,26 @@ class Figures:
         """What is said."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
+    def coarse(self) -> "Figures":
+        """Those that may be told where rows or clients are protected: the time up to the next ten seconds, no loss and
+        no memory, for they follow the rows."""
+        return replace(self, train_loss=None, train_seconds=10.0 * math.ceil(self.train_seconds / 10), peak_bytes=0)
+
     def record(self) -> MetricRecord:
         return MetricRecord({key.replace("_", "-"): value for key, value in self.known().items()})
 
     @classmethod
-    def read(cls, content: RecordDict, private: bool = False) -> "Figures":
-        """``private``: each row is protected."""
+    def read(cls, content: RecordDict, unit: str = "none") -> "Figures":
+        """``unit``: what is protected, each "example" or each "client"."""
         record = content.get("metrics")
         if not isinstance(record, MetricRecord):
             raise Refused("record 'metrics' is missing")
         return cls(
             number(record, "num-examples", int, 1, 2**31),
-            None if private else number(record, "train-loss", float, -1e30, 1e30),
+            number(record, "train-loss", float, -1e30, 1e30) if unit == "none" else None,
             number(record, "train-seconds", float, 0, 1e9),
             number(record, "peak-bytes", int, 0, 2**62),
-            number(record, "epsilon", float, 0, 1e9) if private else None,
+            number(record, "epsilon", float, 0, 1e9) if unit == "example" else None,
         )
 
 

@@ -6,11 +6,11 @@ the run has left a trace of it: settings alone protect nothing.
 """
 
 import json
-import math
 from typing import Any
 
 from fedkrso_app.config import ConfigError
-from fedkrso_app.core.accounting import Releases, epsilon
+from fedkrso_app.core.shamir import honest, usual_threshold
+from fedkrso_app.federation.spending import Spending
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.results import asked_in
 
@@ -22,8 +22,8 @@ SEEDED = "the noise follows from the run's seed, so whoever knows the settings c
 def epsilons(run: Run) -> dict[int, float]:
     """ε after each round, of a run with differential privacy: by the server's log of spending where there is one, else
     as the nodes told it. Empty for other runs."""
-    if events := _events(run, "privacy.jsonl"):
-        return _spent(events, float(run.info["config"]["privacy.delta"]))
+    if (run.path / "privacy.jsonl").is_file():
+        return _spent(run, float(run.info["config"]["privacy.delta"]))
     return {line["round"]: line["epsilon"] for line in run.metrics() if line["round"] and "epsilon" in line}
 
 
@@ -115,7 +115,7 @@ def sums_of(run: Run, rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
     published = {number for number in versions if number and versions[number] > versions.get(number - 1, -1)}
     asked, sizes = {each["round"] for each in opened}, [len(each["partitions"]) for each in opened]
     n = max((asked_in(line) for line in rounds), default=0) if settings.get("clients-per-node") == 1 else 0
-    t = settings["secagg.threshold"] or threshold(n)
+    t = settings["secagg.threshold"] or usual_threshold(n)
     return {
         "name": "secure sums",
         "unit": "the update of one node",
@@ -139,17 +139,6 @@ def sums_of(run: Run, rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-def threshold(n: int) -> int:
-    """How many of ``n`` nodes open a sum by default."""
-    return 2 * n // 3 + 1 if n <= 6 else math.ceil(0.8 * n)
-
-
-def honest(n: int, t: int, c: int) -> int:
-    """Honest nodes in the smallest sum that a lying server with ``c`` of the ``n`` nodes can open: the largest flow
-    where every other honest node must be left out by t - c answers, each of at most n - t."""
-    return max(0, min(t - c, -(-(n - c) * (2 * t - n - c) // (t - c)))) if t > c else 0
-
-
 def _events(run: Run, name: str) -> list[dict[str, Any]]:
     """The lines of a log of the run; a last line that was cut short was never acted on."""
     file, found = run.path / name, []
@@ -164,12 +153,11 @@ def _events(run: Run, name: str) -> list[dict[str, Any]]:
     return found
 
 
-def _spent(events: list[dict[str, Any]], delta: float) -> dict[int, float]:
+def _spent(run: Run, delta: float) -> dict[int, float]:
     """ε after each round of the client that was asked most; a round that was done again is paid for twice."""
-    releases: dict[int, list[Releases]] = {}
-    spent = {}
-    for event in events:
-        for client in event["asked"]:
-            releases.setdefault(client, []).append(Releases(float(event["noise"])))
-        spent[int(event["round"])] = max((epsilon(each, delta) for each in releases.values()), default=0.0)
+    log, spent = Spending(run.path / "privacy.jsonl", delta), {}
+    releases, log.releases = log.releases, []
+    for release in releases:
+        log.releases.append(release)
+        spent[release.round] = log.epsilon()
     return spent

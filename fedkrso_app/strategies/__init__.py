@@ -93,10 +93,16 @@ def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
             f"evaluate = 'server' does not go with {config.strategy}, which leaves a part of the model at each client: "
             "set evaluate = 'clients'."
         )
-    if judged and config.evaluate != "server" and config.wire_dtype != "float32":
+    protected = config.of(privacy.Privacy).unit == "client"
+    if judged and config.evaluate != "server" and (config.wire_dtype != "float32" or protected):
         entry = method.entry.travelling
         every = {name for name in entry.named("state") if not entry.fields[name].optional}
         unknown = (every | set(method.reply.travelling.named("state"))) - method.known_start().keys()
+        if unknown and protected:
+            raise ConfigError(
+                f"privacy.unit = 'client' needs evaluate = 'server': {', '.join(sorted(unknown))} would be clipped as "
+                "a difference to a start that only a server with the model knows."
+            )
         if unknown:
             raise ConfigError(
                 f"wire-dtype = {config.wire_dtype!r} needs evaluate = 'server': {', '.join(sorted(unknown))} would be "
@@ -104,4 +110,6 @@ def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
             )
     if config.secure_aggregation:
         method.layout(1, method.turns()[0])
+    if protected:
+        privacy.check_layout(method)
     return method

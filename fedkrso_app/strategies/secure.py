@@ -6,6 +6,7 @@ from typing import Any
 from fedkrso_app.config import Config, ConfigError, Settings, need
 from fedkrso_app.core.ring import BITS
 from fedkrso_app.strategies.base import Method
+from fedkrso_app.strategies.privacy import Privacy
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def narrow(config: Config) -> bool:
 
 def by_difference(config: Config) -> bool:
     """Whether states travel as differences to the newest ones (:mod:`federation.transforms`)."""
-    return config.wire_dtype != "float32" or narrow(config)
+    return config.wire_dtype != "float32" or narrow(config) or config.of(Privacy).unit == "client"
 
 
 def check(method: type[Method], config: Config) -> None:
