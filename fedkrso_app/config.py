@@ -82,6 +82,7 @@ class Config:
     resume: str
     tracker: str
     client_metrics: bool
+    secure_aggregation: bool
     tables: tuple[Settings, ...]
 
     def of(self, kind: type[S]) -> S:

@@ -12,6 +12,7 @@ from helpers import digest, play, replayed
 from fedkrso_app.config import ConfigError
 from fedkrso_app.federation import budget
 from fedkrso_app.federation.budget import Event
+from fedkrso_app.runs.summary import closing_table
 from fedkrso_app.strategies import parse
 
 PRIVATE = {"privacy.unit": "example", "privacy.clip": 1.0, "privacy.noise": 1.0, "privacy.delta": 1e-3}
@@ -38,9 +39,8 @@ def test_a_run_tells_the_epsilon_of_its_rounds_and_no_loss(strategy, run_config,
         assert line["train_loss"] is None and line["clients"] == 4
         assert line["client_seconds"] % 10 == 0 and line["client_peak_bytes"] == 0
     assert digest(run) == replayed(run)
-    events = books(tmp_path / "cache" / "privacy.jsonl")
-    assert len(events) == 8 and {event["rate"] for event in events} == {0.2}
-    assert len({event["data"] for event in events}) == 4
+    assert f"{lines[-1]['epsilon']:.1f} at delta = 0.001 for each example" in closing_table(run, "accuracy")
+    assert not list(tmp_path.glob("cache/privacy*/*"))  # books of a simulation end with it
 
 
 def test_the_seed_repeats_a_run_and_the_operating_system_does_not(run_config):
@@ -53,22 +53,24 @@ def test_the_seed_repeats_a_run_and_the_operating_system_does_not(run_config):
 
 
 def test_a_node_keeps_to_its_own_bound_over_runs(run_config, tmp_path, caplog):
-    """Two rounds cost 40 rows ε; a node with a bound between one run and two takes part in one."""
-    bound = (epsilon_of(40, 8, 8) + epsilon_of(40, 8, 16)) / 2
+    """Runs of two rounds: a node whose bound is between three and four rounds leaves in the fourth."""
+    bound = (epsilon_of(40, 8, 12) + epsilon_of(40, 8, 16)) / 2
 
     def careful(grid):
         grid.contexts[101].node_config["max-epsilon"] = bound
+        grid.contexts[102].node_config["max-epsilon"] = 1000
 
     settings = run_config | PRIVATE | {"num-server-rounds": 2}
     first = play(settings | {"run-name": "first"}, nodes=4, prepare=careful).metrics()
     assert [line["clients"] for line in first[1:]] == [4, 4]
-    spent = (tmp_path / "cache" / "privacy.jsonl").read_bytes()
+    spent = books(tmp_path / "cache" / "privacy.jsonl")
+    assert len(spent) == 4 and len({event["data"] for event in spent}) == 2
+    assert {event["rate"] for event in spent} == {0.2} and {event["steps"] for event in spent} == {4}
     again = settings | {"run-name": "again", "seed": 1, "partition-seed": 0}  # other noise, the same rows
     second = play(again, nodes=4, prepare=careful).metrics()
-    declined = [line["clients"] for line in second[1:]]
-    assert declined[-1] == 3 and "max-epsilon" in caplog.text and "of this node would be exceeded" in caplog.text
-    events = books(tmp_path / "cache" / "privacy.jsonl")
-    assert len(events) == len(spent.splitlines()) + sum(declined)
+    assert [line["clients"] for line in second[1:]] == [4, 3]
+    assert "max-epsilon" in caplog.text and "of this node would be exceeded" in caplog.text
+    assert len(books(tmp_path / "cache" / "privacy.jsonl")) == len(spent) + 1 + 2
 
 
 def event(run="a", round=1, data="d", folder="", rows=40, noise=1.0, steps=4) -> Event:
@@ -76,7 +78,7 @@ def event(run="a", round=1, data="d", folder="", rows=40, noise=1.0, steps=4) ->
 
 
 def test_the_book_adds_up_what_concerns_the_same_rows():
-    spend = budget.spend
+    spend = functools.partial(budget.spend, budget.book())
     assert spend(event(), 1e-3) == pytest.approx(epsilon_of(40, 8, 4), abs=1e-3)
     assert spend(event(data="other"), 1e-3) == pytest.approx(epsilon_of(40, 8, 4), abs=1e-3)
     assert spend(event(round=1), 1e-3) == pytest.approx(epsilon_of(40, 8, 8), abs=1e-3)  # the round is done again
@@ -84,9 +86,9 @@ def test_the_book_adds_up_what_concerns_the_same_rows():
     most = (epsilon_of(40, 8, 12) + epsilon_of(40, 8, 16)) / 2
     with pytest.raises(ConfigError, match=r"has spent .* in all runs"):
         spend(event(run="c"), 1e-3, most)
-    assert len(budget.known()) == 4  # nothing was written
+    assert len(budget.known(budget.book())) == 4  # nothing was written
     spend(event(run="c", data="other"), 1e-3, most)
-    assert (budget.file().stat().st_mode & 0o777) == 0o600
+    assert (budget.book().stat().st_mode & 0o777) == 0o600
 
 
 def test_a_run_keeps_to_its_own_bound(run_config):
@@ -98,26 +100,26 @@ def test_a_run_keeps_to_its_own_bound(run_config):
 
 
 def test_a_folder_counts_whatever_was_in_it():
-    budget.spend(event(data="yesterday", folder="/data"), 1e-3)
+    budget.spend(budget.book(), event(data="yesterday", folder="/data"), 1e-3)
     with pytest.raises(ConfigError, match="would be exceeded"):
-        budget.spend(event(data="today", folder="/data"), 1e-3, epsilon_of(40, 8, 4) + 0.1)
-    budget.spend(event(data="today", folder="/elsewhere"), 1e-3, epsilon_of(40, 8, 4) + 0.1)
+        budget.spend(budget.book(), event(data="today", folder="/data"), 1e-3, epsilon_of(40, 8, 4) + 0.1)
+    budget.spend(budget.book(), event(data="today", folder="/elsewhere"), 1e-3, epsilon_of(40, 8, 4) + 0.1)
 
 
 def test_a_line_that_was_cut_short_was_not_spent_and_a_broken_one_is_said():
-    budget.spend(event(), 1e-3)
-    whole = budget.file().read_bytes()
-    budget.file().write_bytes(whole + whole[:20])
-    budget.spend(event(round=2), 1e-3)
-    assert [e.round for e in budget.known()] == [1, 2]
-    budget.file().write_bytes(b"{}\n" + whole)
+    budget.spend(budget.book(), event(), 1e-3)
+    whole = budget.book().read_bytes()
+    budget.book().write_bytes(whole + whole[:20])
+    budget.spend(budget.book(), event(round=2), 1e-3)
+    assert [e.round for e in budget.known(budget.book())] == [1, 2]
+    budget.book().write_bytes(b"{}\n" + whole)
     with pytest.raises(ConfigError, match="line 1 cannot be read"):
-        budget.known()
+        budget.known(budget.book())
 
 
 def test_delta_must_promise_something_to_a_client_of_so_many_rows():
     with pytest.raises(ConfigError, match="below 1/1000"):
-        budget.spend(event(rows=1000), 1e-3)
+        budget.spend(budget.book(), event(rows=1000), 1e-3)
     assert [budget.told(value) for value in (0.0, 0.31, 0.4, 2.05)] == [0.0, 0.4, 0.4, 2.1]
     assert budget.told(math.inf) == math.inf
 

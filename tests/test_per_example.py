@@ -12,6 +12,7 @@ from test_together import ends, exact
 from torch import nn
 
 from fedkrso_app.config import ConfigError
+from fedkrso_app.core.accounting import gaussian_epsilon
 from fedkrso_app.core.noise import NoiseStream
 from fedkrso_app.training import loop, per_example
 from fedkrso_app.training.loop import Session
@@ -179,3 +180,45 @@ def test_families_are_looked_at_before_they_train(family, refused, model_folder,
             return per_example.check(local.module, reader(0 if family == "llama" else 2), ROWS, session, config)
         with pytest.raises(ConfigError, match=refused):
             per_example.check(local.module, reader(), ROWS, session, config)
+
+
+def test_what_an_attacker_sees_of_a_row_stays_below_the_epsilon_claimed(config):
+    """An audit: steps with and without a canary of full clip, told apart by the move along its gradient.
+
+    Of all thresholds, the best lower bound on ε (log of true over false positives, less than their 99 % limits allow)
+    must stay below what the accountant says; without noise it does not.
+    """
+    net, games, delta = Net(), 100, 1e-2
+    config = replace(config, local_steps=1)
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    along = None
+
+    def moved(rows, key, noise):
+        nonlocal along
+        net.load_state_dict(start)
+        session = net.session()
+        before = torch.cat([p.detach().flatten().clone() for p in session.parameters])
+        mechanism = Mechanism(rows, rows, 0.05, noise, NoiseStream(key))
+        per_example.train(net, reader(), session, config, np.random.default_rng(0), mechanism)
+        return before - torch.cat([p.detach().flatten() for p in session.parameters])
+
+    def bound(noise):
+        scores = np.zeros((2, games))
+        for game in range(games if noise else 1):  # without noise all games are the same
+            for there in (0, 1):
+                key = np.random.default_rng([game, there]).bytes(32)
+                # with the divisor of one row less, as both worlds have it
+                scores[there, game] = moved(ROWS - 1 + there, key, noise) @ along * (ROWS - 1 + there)
+        scores = scores if noise else np.repeat(scores[:, :1], games, axis=1)
+        best = 0.0
+        for threshold in np.quantile(scores, [0.05, 0.2, 0.5, 0.8, 0.95]):
+            hits, alarms = (scores[1] > threshold).sum(), (scores[0] > threshold).sum()
+            least = scipy.stats.beta.ppf(0.01, hits, games - hits + 1) if hits else 0.0
+            most = scipy.stats.beta.ppf(0.99, alarms + 1, games - alarms) if alarms < games else 1.0
+            best = max(best, np.log(max(least - delta, 1e-12) / most))
+        return best
+
+    with_it, without = moved(ROWS, KEY, 0.0) * ROWS, moved(ROWS - 1, KEY, 0.0) * (ROWS - 1)
+    along = (with_it - without) / (with_it - without).norm()
+    claimed = gaussian_epsilon(1.0, delta)
+    assert 0 < bound(1.0) < claimed < bound(0.0)

@@ -1,12 +1,15 @@
-"""What the rows of a node have spent of their privacy, over all runs, on the node's own disk.
+"""What the rows of a node have spent of their privacy, on the node's own disk.
 
-``<cache>/privacy.jsonl`` has a line for each client and round, written and synced before the first step is taken:
+A book has a line for each client and round, written and synced before the first step is taken:
 
     {"run", "round", "data", "folder", "rows", "noise", "clip", "rate", "steps", "time"}
 
 ``data`` is the digest of the rows, in any order. The events of all lines with the same rows count together; so do those
 of one ``folder`` where the node has data of its own, whatever was in it: rows that stayed are in both. A round that is
-done again is a line of its own, with other noise. Whoever deletes the file deletes what was spent.
+done again is a line of its own, with other noise.
+
+A node with data or a bound of its own has one book for all runs, ``<cache>/privacy.jsonl``: whoever deletes it deletes
+what was spent. For others, as in a simulation, a book ends with its run.
 """
 
 import fcntl
@@ -46,8 +49,19 @@ class Event:
         return Releases(self.noise, self.rate, self.steps)
 
 
-def file() -> Path:
+def book() -> Path:
+    """The one of all runs."""
     return cache() / "privacy.jsonl"
+
+
+def book_of_run(run: str, partition: int) -> Path:
+    return cache() / "privacy" / f"{run}-{partition}.jsonl"
+
+
+def close(run: str) -> None:
+    """Remove the books that end with ``run``."""
+    for path in (cache() / "privacy").glob(f"{run}-*.jsonl"):
+        path.unlink(missing_ok=True)
 
 
 def digest(examples: datasets.Dataset) -> str:
@@ -59,17 +73,16 @@ def digest(examples: datasets.Dataset) -> str:
     return hashlib.sha256(b"".join([repr(names).encode(), *rows])).hexdigest()
 
 
-def spend(event: Event, delta: float, most: float = 0.0, of_the_run: float = 0.0) -> float:
-    """Write ``event`` down as spent; ε of its run so far at ``delta``, this event included.
+def spend(path: Path, event: Event, delta: float, most: float = 0.0, of_the_run: float = 0.0) -> float:
+    """Write ``event`` down as spent in the book ``path``; ε of its run so far at ``delta``, this event included.
 
     ``most`` is the node's own bound on ε over all runs, ``of_the_run`` the run's own; 0: none. Raises
     :class:`ConfigError` and writes nothing where the event would exceed one, or where ``delta`` promises nothing.
     """
-    path = file()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(path, "a+b", opener=_private) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        known = list(_events(handle))
+        known = list(_events(path, handle))
         check(event, known, delta, most, of_the_run)
         handle.seek(0, os.SEEK_END)
         handle.write(json.dumps({**vars(event), "time": int(time.time())}).encode() + b"\n")
@@ -113,28 +126,28 @@ def told(value: float) -> float:
     return math.ceil(value * 10 - 1e-9) / 10 if value < math.inf else value
 
 
-def known() -> list[Event]:
-    """All events so far."""
-    if not file().exists():
+def known(path: Path) -> list[Event]:
+    """All events in a book."""
+    if not path.exists():
         return []
-    with open(file(), "rb") as handle:
-        return list(_events(handle))
+    with open(path, "rb") as handle:
+        return list(_events(path, handle))
 
 
-def _events(handle: Any) -> Iterator[Event]:
+def _events(path: Path, handle: Any) -> Iterator[Event]:
     """Those in an open file. A last line that was cut short was never spent: nothing begins before it is written."""
     handle.seek(0)
     text = handle.read()
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
-            if hasattr(handle, "truncate") and handle.writable():
+            if handle.writable():
                 handle.truncate(len(text) - len(line))
             return
         try:
             yield _event(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{file()}, line {number} cannot be read ({error}): restore it; it says what was spent of privacy."
+                f"{path}, line {number} cannot be read ({error}): restore it; it says what was spent of privacy."
             ) from None
 
 

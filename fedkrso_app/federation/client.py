@@ -11,13 +11,15 @@ from flwr.app import Message, RecordDict
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.projection import probe
 from fedkrso_app.data import hub
-from fedkrso_app.federation.discretion import shown_to_server
+from fedkrso_app.federation import budget, masks
+from fedkrso_app.federation.discretion import Declined, shown_to_server
+from fedkrso_app.federation.policy import Policy
 from fedkrso_app.federation.private import max_epsilon
 from fedkrso_app.federation.replica import NeedSync
 from fedkrso_app.federation.store import NodeStore
-from fedkrso_app.federation.workplace import Reply, Workplace, workplace
+from fedkrso_app.federation.workplace import Reply, Summed, Workplace, workplace
 from fedkrso_app.records import protocol
-from fedkrso_app.records.protocol import Answer, Instructions, Question, Status
+from fedkrso_app.records.protocol import TRAIN, Answer, Instructions, Question, Status
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import parse
 from fedkrso_app.training import threads
@@ -84,6 +86,8 @@ def join(message: Message, context: Any) -> Answer:
     """Say who this node is and what it holds, once its settings, data and model are known to be good."""
     asked, answer = Question.read(message.content), Answer()
     try:
+        policy, config = Policy.of(context.node_config), parse(context.run_config)
+        policy.check(config)
         held, total = identity(context.node_config, context.run_config)
         answer = Answer(held, total)
         NodeStore(asked.run).pin(asked.commits)
@@ -106,7 +110,12 @@ def join(message: Message, context: Any) -> Answer:
             place.private.check(held)
         version = place.store.version
         dataset = "" if "data-dir" in context.node_config else hub.rows_of(place.config)
-        return replace(answer, model=place.digest, version=version, stamp=place.store.stamp(version), dataset=dataset)
+        answer = replace(answer, model=place.digest, version=version, stamp=place.store.stamp(version), dataset=dataset)
+        if not config.secure_aggregation:
+            return answer
+        key, signature = masks.key_of(context, policy, asked.run)
+        masks.model_of(context, place)  # now that it is known
+        return replace(answer, key=key, signature=signature)
     except ConfigError as error:
         return replace(answer, error=shown_to_server(error, context.node_config))
 
@@ -114,6 +123,7 @@ def join(message: Message, context: Any) -> Answer:
 def leave(message: Message, context: Any) -> None:
     """Remove this run's files: it is over."""
     run = str(message.content.config_records["leave"]["run"])
+    budget.close(run)
     if released := NodeStore(run).clear():
         logger.info("What partitions keep of the model to themselves is in %s", released)
 
@@ -122,7 +132,11 @@ def up_to_date(
     message: Message, context: Any, work: Callable[[Workplace, Sequence[int], Instructions], Iterator[Reply]]
 ) -> RecordDict:
     """Bring W to the version that a train or evaluate message names and do the ``work`` of its partitions there; or ask
-    to be brought up to date."""
+    to be brought up to date, or say that the key for masks is lost.
+
+    Raises :class:`Declined` where this node does not take part in what the message asks for."""
+    policy, config = Policy.of(context.node_config), parse(context.run_config)
+    policy.check(config)
     instructions = Instructions.read(message.content, message.metadata.message_type)
     held, total = identity(context.node_config, context.run_config)
     place = workplace_of(context, instructions.run, held, total)
@@ -134,10 +148,22 @@ def up_to_date(
         place = workplace_of(context, instructions.run, held, total)
     try:
         place.take(message.content, instructions)
+        history = place.history(instructions.version) if config.secure_aggregation else ""
     except NeedSync:
         return RecordDict({"status": Status(place.replica.version, need_sync=True).record()})
+    if config.secure_aggregation:
+        if message.metadata.message_type != TRAIN:
+            raise Declined("this node only sends sealed updates, and this message asks for something in clear.")
+        if masks.lost_key(context):
+            signed = masks.key_of(context, policy, instructions.run)
+            return RecordDict({"status": Status(instructions.version, False, *signed).record()})
+        story = masks.story_of(instructions, history, masks.model_of(context, place), config)
+        session = masks.enter(message.content, context, policy, place.method, instructions, partitions, story)
+        sealed = session.seal(work(place, partitions, instructions))
+        return RecordDict({"status": Status(instructions.version).record(), **sealed})
     replies = {}
     for partition, reply in work(place, partitions, instructions):
+        assert not isinstance(reply, Summed)
         if isinstance(reply, Exception):
             if len(partitions) == 1:
                 raise reply

@@ -7,7 +7,6 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from fedkrso_app.core.projection import stream
 from fedkrso_app.data.batching import batch, lengths
 from fedkrso_app.federation import budget
 from fedkrso_app.federation.budget import Event
-from fedkrso_app.records.protocol import Figures
 from fedkrso_app.strategies.base import Local
 from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.training import per_example
@@ -54,7 +52,7 @@ class ExampleLevel:
         """
         for partition in partitions:
             event = self._event(partition, 1)
-            budget.check(event, budget.known(), self.own.delta, self.most, self.own.max_epsilon)
+            budget.check(event, budget.known(self._book(partition)), self.own.delta, self.most, self.own.max_epsilon)
         if self._looked:
             return
         instructions = {**self.place.method.turns()[0], "partition": partitions[0]}
@@ -70,7 +68,7 @@ class ExampleLevel:
         Raises :class:`ConfigError`, before anything is trained, where the node's bound would be exceeded.
         """
         event = self._event(partition, round)
-        spent = budget.spend(event, self.own.delta, self.most, self.own.max_epsilon)
+        spent = budget.spend(self._book(partition), event, self.own.delta, self.most, self.own.max_epsilon)
         logger.info("partition %d: epsilon of this run is %.2f at delta = %g", partition, spent, self.own.delta)
         mechanism = Mechanism(event.rows, self._batch, self.own.clip, self.own.noise, self._stream(partition, round))
         characters = lengths(self.place.share("train", partition), self.place.task)
@@ -78,9 +76,9 @@ class ExampleLevel:
         per_example.train(local.module, read, session, self.config, rng, mechanism, characters)
         return budget.told(spent)
 
-    def figures(self, own: Figures) -> Figures:
-        """What the server may know: seconds up to the next ten and no memory: both follow the rows drawn."""
-        return replace(own, train_seconds=10.0 * math.ceil(own.train_seconds / 10), peak_bytes=0)
+    def _book(self, partition: int) -> Path:
+        own = bool(self.folders or self.most)
+        return budget.book() if own else budget.book_of_run(self.run, partition)
 
     @property
     def _batch(self) -> int:

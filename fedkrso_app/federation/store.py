@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -150,6 +151,19 @@ class NodeStore:
                 f"{self.folder} cannot be written ({error.strerror}); set FEDKRSO_CACHE to a folder that this node may "
                 "write to."
             ) from None
+
+    def put_history(self, record: Mapping[str, Any]) -> None:
+        """Keep the record of a :class:`History`."""
+        _private(self.folder)
+        temporary = self.folder / f"history.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(dict(record)))
+        os.replace(temporary, self.folder / "history.json")
+
+    def history(self) -> Mapping[str, Any] | None:
+        """What :meth:`put_history` kept; None if there is nothing that can be read."""
+        with suppress(OSError, ValueError):
+            return json.loads((self.folder / "history.json").read_text())
+        return None
 
     def commits(self) -> Mapping[str, str]:
         """What :meth:`pin` kept; nothing if the file is missing."""

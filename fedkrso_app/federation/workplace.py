@@ -6,38 +6,53 @@ reply.
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import RecordDict
 
 from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.projection import stream
 from fedkrso_app.core.stacked import Group, Unstackable
-from fedkrso_app.federation import evaluation
+from fedkrso_app.federation import evaluation, released
 from fedkrso_app.federation.private import ExampleLevel
 from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.transforms import transforms
 from fedkrso_app.records import protocol, wire
+from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Entry
 from fedkrso_app.records.protocol import TALLY, Figures, Instructions, Status
 from fedkrso_app.records.schema import Field, Schema
+from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Arrays, Shapes
 from fedkrso_app.strategies.privacy import Privacy
+from fedkrso_app.strategies.secure import narrow
 from fedkrso_app.training import graphs, loop, model, static, together
 from fedkrso_app.training.device import device, peak_bytes, release, reset_peak
 
 logger = logging.getLogger("flwr")
 
-Reply = tuple[int, RecordDict | Exception]  # a partition's, or why there is none
+
+@dataclass(frozen=True)
+class Summed:
+    """What a partition adds to the sum of its node, where updates leave that under masks."""
+
+    summands: Arrays
+    weight: int
+    figures: Figures
+    rounding: np.random.Generator
+
+
+Reply = tuple[int, RecordDict | Summed | Exception]  # a partition's, or why there is none
 
 
 class Workplace:
@@ -66,6 +81,7 @@ class Workplace:
         self.store = NodeStore(run, keep=span + 1) if span else NodeStore(run)
         by_example = config.of(Privacy).unit == "example"
         self.private = ExampleLevel(self, run, self._folders) if by_example else None
+        self.by_client = config.of(Privacy).unit == "client"
         self.at_once = 1 if by_example else self.at_once  # coins, clips and noise are each client's own
 
     @functools.cached_property
@@ -106,8 +122,11 @@ class Workplace:
     def take(self, content: RecordDict, instructions: Instructions) -> None:
         """Keep what a message brings and advance to the version that it names. Raises :class:`NeedSync`."""
         schema = self.method.entry.travelling
+        history = History(schema, self.store.history())
         for name, record in content.array_records.items():
             kind, _, number = name.partition("-")
+            if kind == "weights" and self.config.secure_aggregation:
+                raise Refused("under masks a node is brought up to date by entries, which all of them can compare")
             if kind == "weights":
                 whole = Schema({"weights": Field("float32", (self.method.weights_size,), "state")})
                 self.store.put_weights(int(number), instructions.stamp, wire.unpack(record, whole)["weights"])
@@ -116,7 +135,10 @@ class Workplace:
                 expected = schema if version else schema.start
                 expected = expected if version == instructions.version else expected.older
                 # A server without a model leaves version 0 to the seed: an entry without arrays.
-                self.store.put(Entry(version, wire.unpack(record, expected) if record else {}))
+                arrays = wire.unpack(record, expected) if record else {}
+                self.store.put(Entry(version, arrays))
+                if self.config.secure_aggregation:
+                    self._follow(history, version, arrays)
         try:
             self.replica.advance(instructions.version)
         except NeedSync:
@@ -128,6 +150,23 @@ class Workplace:
         if self.store.stamp(instructions.version) not in ("", instructions.stamp):
             self.forget()
             raise NeedSync("the files of this node are not those of the server's run")
+
+    def _follow(self, history: History, version: int, arrays: Arrays) -> None:
+        """Take note of an entry in the node's ``history``. Raises :class:`NeedSync` where that has a gap."""
+        try:
+            history.follow(version, arrays)
+        except ValueError:
+            self.forget()
+            raise NeedSync("this node's files do not say what its model was made of") from None
+        self.store.put_history(history.record)
+
+    def history(self, version: int) -> str:
+        """The digest of all that the model at ``version`` was made of. Raises :class:`NeedSync` if it is not known."""
+        history = History(self.method.entry.travelling, self.store.history())
+        if history.version != version:
+            self.forget()
+            raise NeedSync("this node's files do not say what its model was made of")
+        return history.digest
 
     def forget(self) -> None:
         """Be as if this node had never taken part in the run: its files are of another history."""
@@ -157,7 +196,7 @@ class Workplace:
             rest = rest[len(replies) :]
         yield from _one_by_one(rest, lambda partition: self._train(partition, instructions))
 
-    def _train(self, partition: int, instructions: Instructions) -> RecordDict:
+    def _train(self, partition: int, instructions: Instructions) -> RecordDict | Summed:
         started, used = time.monotonic(), device(self.config.device)
         reset_peak(used)
         rng, batches = self._batches(partition, instructions)
@@ -169,9 +208,9 @@ class Workplace:
                 if self.private:
                     epsilon = self.private.train(partition, instructions.round, local, session, rng)
                 elif (losses := self._recorded(local.module, [batches], [session], Group(1), [], [rng])) is None:
-                    loss = loop.train(local.module, batches, session, self.config, rng)
+                    loss = self._loss(loop.train, local.module, batches, session, self.config, rng)
                 else:
-                    loss = loop.mean_loss(losses[0], self.config)
+                    loss = self._loss(loop.mean_loss, losses[0], self.config)
                 arrays = session.update()
         seconds = time.monotonic() - started
         return self._trained(partition, instructions, arrays, start, loss, seconds, peak_bytes(used), epsilon)
@@ -195,7 +234,7 @@ class Workplace:
                 losses = together.train(local.module, batches, of_each, group, stacks, c, rngs, padding)
             for own, session in zip(losses, of_each, strict=True):
                 try:
-                    updates.append((loop.mean_loss(own, c), session.update()))
+                    updates.append((self._loss(loop.mean_loss, own, c), session.update()))
                 except Exception as error:
                     updates.append(error)
         seconds, peak = (time.monotonic() - started) / len(partitions), peak_bytes(used)
@@ -215,6 +254,16 @@ class Workplace:
         given = module, batches, sessions, group, stacks, self.config, rngs, self.task, self.model.tokenizer
         return static.attempt(self.recorder, *given)
 
+    def _loss(self, measure: Callable[..., float], *given: Any) -> float:
+        """What ``measure`` finds; NaN for a loss that is not finite where nobody may know that."""
+        try:
+            return measure(*given)
+        except loop.NotFinite as error:
+            if not self.by_client:
+                raise
+            logger.warning("%s; zeros are sent", error)
+            return math.nan
+
     def _batches(
         self, partition: int, instructions: Instructions
     ) -> tuple[np.random.Generator, Iterator[dict[str, torch.Tensor]]]:
@@ -233,15 +282,25 @@ class Workplace:
         seconds: float,
         peak: int,
         epsilon: float | None = None,
-    ) -> RecordDict:
+    ) -> RecordDict | Summed:
         """The reply with an update, once what of it is the partition's own is on this node's disk."""
-        if own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}:
+        lost = loss is not None and math.isnan(loss)  # then nothing is kept, and zeros are sent
+        if (own := {name: arrays.pop(name) for name in self.method.reply.named("personal")}) and not lost:
             self.store.put_personal(partition, instructions.round, own)
-        if own := {name: arrays.pop(name) for name in self.method.reply.named("memory")}:
+        if (own := {name: arrays.pop(name) for name in self.method.reply.named("memory")}) and not lost:
             self.store.put_memory(partition, instructions.round, own)
-        update = self._encoded(arrays, start, stream(self.config.seed, "reply", instructions.round, partition))
+        rounding = stream(self.config.seed, "reply", instructions.round, partition)
         figures = Figures(len(self.share("train", partition)), loss, seconds, peak, epsilon)
-        figures = self.private.figures(figures) if self.private else figures
+        figures = figures.coarse() if self.private or self.by_client else figures
+        if self.config.secure_aggregation:
+            weight = figures.num_examples if self.config.weighting == "examples" else 1
+            return Summed(self._summands(arrays, start, rounding), weight, figures, rounding)
+        for transform in self.transforms:
+            arrays = transform.update(arrays, start)
+        if self.by_client:
+            clip = released.share(self.config, len(instructions.partitions))
+            arrays = released.clipped(arrays, clip, lost)
+        update = wire.pack(wire.encode(arrays, self.method.reply, rounding))
         return protocol.trained(Status(instructions.version), update, figures)
 
     def _own(self, partition: int, round: int) -> Arrays:
@@ -255,10 +314,17 @@ class Workplace:
     def _labels(self, partition: int) -> np.ndarray:
         return np.asarray(self.share("train", partition)[self.task.label])
 
-    def _encoded(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> ArrayRecord:
+    def _summands(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> Arrays:
+        """What a server would make of the reply and add up: at 64 bits the same, rounded as the reply would be, and at
+        fewer the differences as they are, for those are rounded once."""
+        schema = self.method.reply
         for transform in self.transforms:
             arrays = transform.update(arrays, start)
-        return wire.pack(wire.encode(arrays, self.method.reply, rounding))
+        if not narrow(self.config):
+            arrays = wire.decode(wire.encode(arrays, schema, rounding))
+            for transform in reversed(self.transforms):
+                arrays = transform.reply(arrays, start)
+        return self.method.summands(schema.filled(arrays))
 
     def evaluate(self, partitions: Sequence[int], instructions: Instructions) -> Iterator[Reply]:
         """Judge the model, with each partition's own part of it, on that one's share of the validation rows."""
@@ -286,7 +352,7 @@ def workplace(run: str, config: Config, partitions: int, folders: tuple[tuple[in
     return Workplace(run, config, partitions, folders)
 
 
-def _one_by_one(partitions: Sequence[int], work: Callable[[int], RecordDict]) -> Iterator[Reply]:
+def _one_by_one(partitions: Sequence[int], work: Callable[[int], RecordDict | Summed]) -> Iterator[Reply]:
     for partition in partitions:
         try:
             yield partition, work(partition)

@@ -349,6 +349,23 @@ class Method(ABC):
         """What is to be averaged of a checked reply."""
         return arrays
 
+    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
+        """The summands of ``round`` with their shapes: those that all replies together can have, from what clients are
+        ``told`` (:meth:`instructions`) alone. Raises ConfigError where the replies decide that."""
+        shapes = {name: self.reply.fields[name].shape for name in self.reply.named("update", "state")}
+        if type(self).summands is not Method.summands or not all(type(n) is int for s in shapes.values() for n in s):
+            raise ConfigError(
+                f"secure-aggregation does not work with strategy = {self.config.strategy!r}: what its clients add up "
+                "depends on what each of them sends."
+            )
+        return shapes  # type: ignore[return-value]
+
+    def reach(self, round: int, told: Mapping[str, Any], partitions: Sequence[int]) -> Mapping[Hashable, float]:
+        """How far each of the :meth:`layout` moves in a client at most, in learning rate times steps, if ``partitions``
+        are asked."""
+        rate = float(self.config.to_dict()[self.learning_rate_key])
+        return dict.fromkeys(self.layout(round, told), rate * self.config.local_steps)
+
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         """The arrays of the next ledger entry."""
         return {name: means.mean(name) for name in self.reply.travelling.fields if name in means}

@@ -25,6 +25,7 @@ from fedkrso_app.core.flat import flatten, storage, unflatten
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.data import tasks
 from fedkrso_app.records.schema import Field, Schema
+from fedkrso_app.strategies import secure
 from fedkrso_app.strategies.base import Arrays, Local, Means, Method, Shapes
 from fedkrso_app.strategies.label_skew import AdjustedLocal, HeadRateLocal
 from fedkrso_app.strategies.local_head import LocalHead, LocalHeadLocal
@@ -194,7 +195,7 @@ class _Moving(Method):
     @property
     def _by_difference(self) -> bool:
         """Whether states travel as differences to the newest (:mod:`federation.transforms`), in entries too."""
-        return self.config.wire_dtype != "float32"
+        return secure.by_difference(self.config)
 
     def moves(self, arrays: Arrays) -> dict[str, np.ndarray]:
         """What the means ``arrays`` come to as differences to the newest entry, float64."""

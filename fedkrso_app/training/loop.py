@@ -58,6 +58,10 @@ def deterministic(device: torch.device) -> Iterator[None]:
         settings.fill_uninitialized_memory = fills
 
 
+class NotFinite(TrainingError):
+    """All steps are done, and a loss is no number."""
+
+
 @dataclass
 class Session:
     """One client's round, for whoever drives it: optimizers, what happens before a step, and the update at the end.
@@ -102,8 +106,8 @@ def train(
     The session's parameters are trained (``requires_grad`` is set here and taken back). Unless its rate is constant,
     the learning rate rises over the first ``warmup`` share of the steps and then falls as a cosine to 0, or stays
     (``schedule``). Dropout is drawn
-    from ``rng`` and leaves torch's global generators as they were. Raises :class:`TrainingError` when the loss is no
-    longer finite.
+    from ``rng`` and leaves torch's global generators as they were. Raises :class:`NotFinite` when the loss is no longer
+    finite.
     """
     parameters, steps = session.parameters, config.local_steps
     rates = schedules(session.optimizers, session.constant_rate, config)
@@ -204,10 +208,8 @@ def show_progress(j: int, steps: int, loss: Tensor, began: float, shown: float) 
 
 
 def mean_loss(losses: Tensor, config: Config) -> float:
-    """The mean of a client's losses, (steps,). Raises :class:`TrainingError` where one is not finite."""
+    """The mean of a client's losses, (steps,). Raises :class:`NotFinite` where one is not finite."""
     if not torch.isfinite(losses).all():
         bad = int((~torch.isfinite(losses)).nonzero()[0])
-        raise TrainingError(
-            f"the loss is {losses[bad].item()} at step {bad + 1}: lower {config.strategy}'s learning-rate"
-        )
+        raise NotFinite(f"the loss is {losses[bad].item()} at step {bad + 1}: lower {config.strategy}'s learning-rate")
     return float(losses.cpu().double().mean())
