@@ -30,7 +30,6 @@ from fedkrso_app.federation.transforms import transforms
 from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.ledger import Entry
 from fedkrso_app.records.protocol import TALLY, Answer, Figures, Instructions, Question, Status
-from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Arrays, Shapes
@@ -107,8 +106,9 @@ class Workplace:
         for name, record in content.array_records.items():
             kind, _, number = name.partition("-")
             if kind == "weights":
-                whole = Schema({"weights": Field("float32", (self.method.weights_size,), "state")})
-                self.store.put_weights(int(number), instructions.stamp, wire.unpack(record, whole)["weights"])
+                arrays = wire.unpack(record, self.method.weights)
+                parts = {name: [values] for name, values in arrays.items()}
+                self.store.put_weights(int(number), instructions.stamp, parts)
             else:
                 version = int(number)
                 expected = schema if version else schema.start

@@ -37,8 +37,8 @@ class Host(Protocol):
     def report(self, figures: dict[str, Any]) -> None:
         """Take note of a round's figures; ``tally`` is the sum of its clients' evaluations, if there are any."""
 
-    def weights(self) -> np.ndarray | None:
-        """All shared tensors at the newest version as one vector; None where the server has no model."""
+    def weights(self) -> Arrays | None:
+        """All shared tensors at the newest version (:attr:`Method.weights`); None where the server has no model."""
 
     def score(self, tally: np.ndarray) -> tuple[float, float]:
         """Metric and loss. Raises ValueError for a tally that cannot be."""
@@ -192,10 +192,10 @@ class Round(Strategy):
             arrays = {name: value for name, value in entry.items() if name not in dropped}
             content[f"entry-{version}"] = wire.pack(arrays)
             size += sum(value.nbytes for value in arrays.values())
-            if self.span is None and version > first and size > 4 * self.method.weights_size:
+            if self.span is None and version > first and size > self.method.weights_bytes:
                 weights = self.host.weights()
                 if weights is not None:
-                    return RecordDict({f"weights-{newest}": wire.pack({"weights": weights})})
+                    return RecordDict({f"weights-{newest}": wire.pack(weights)})
         return content
 
     def _newest_state(self) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.runs import card
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.summary import closing_table, line
-from fedkrso_app.strategies.base import Method
+from fedkrso_app.strategies.base import Arrays, Method
 from fedkrso_app.training import metrics, model
 from fedkrso_app.training.activations import TrainingError
 
@@ -74,7 +74,7 @@ class Server:
         if self.replica:
             self.replica.follow(entry.version, arrays)
 
-    def weights(self) -> np.ndarray | None:
+    def weights(self) -> Arrays | None:
         if not self.replica:
             return None
         self.replica.advance(self.ledger.version)
