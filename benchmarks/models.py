@@ -116,6 +116,15 @@ class Peer:
 def medians(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median CPU seconds of each call on one thread. Calls are interleaved, so that a slow phase affects all of them;
     each is warmed up once. CPU time depends least on what else the machine does."""
+    return {name: statistics.median(values) for name, values in _seconds(calls, repeats).items()}
+
+
+def best(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The least CPU seconds of each call, as :func:`medians`: for a ratio on a machine that does other work too."""
+    return {name: min(values) for name, values in _seconds(calls, repeats).items()}
+
+
+def _seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
@@ -124,7 +133,7 @@ def medians(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, f
             call()
             if repeat:
                 times[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:

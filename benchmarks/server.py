@@ -140,6 +140,8 @@ def _aggregate(method: FedKRSO, pool: list[Arrays], clients: int, beside: Callab
         strategy.round, strategy._started, strategy._figures = 1, time.monotonic(), no_figures()
         strategy._asked, strategy._training = [(message, (node, [node])) for node, message in enumerate(asked)], True
         strategy.nodes.partitions = {node: (node,) for node in range(clients)}
+        strategy.begin({node: [node] for node in range(clients)})
+        strategy._grid = None
         start = time.process_time()
         strategy.aggregate_train(1, replies(asked))
         total = time.process_time() - start

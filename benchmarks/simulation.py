@@ -29,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import Interval, simulate
+from benchmarks.clocks import Interval, simulate
 from benchmarks.models import show
 from fedkrso_app.data.embedded import pretraining as embedded
 from fedkrso_app.runs.compare import Settings, settings
@@ -41,11 +41,11 @@ APPS: dict[str, Any] = {
         "client_parts": {
             "fedkrso_app.federation.replica:Replica.advance": "rebuild",
             "fedkrso_app.training.loop:train": "train",
-            "fedkrso_app.federation.client:Workplace._encoded": "pack",
+            "fedkrso_app.federation.workplace:Workplace._encoded": "pack",
         },
         "server_parts": {
             "fedkrso_app.federation.round:Round._ask": "aggregate",
-            "fedkrso_app.federation.round:Round._accept": "aggregate",
+            "fedkrso_app.federation.aggregate:Aggregate.accept": "aggregate",
             "fedkrso_app.federation.round:Round._close": "aggregate",
             "fedkrso_app.training.metrics:tally": "evaluate",
         },

@@ -338,6 +338,25 @@ def ledger(
         raise typer.Exit(0 if facts["verified"] else 1)
 
 
+@app.command()
+def privacy(run: RunFolder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what each party saw of the data in a run, what was guaranteed, what went in clear, what is not covered.
+
+    It reads the settings, the rounds and the logs of what was spent and opened in the run's folder, also of an
+    interrupted run. A guarantee is named with its assumptions, and only where the run has left a trace of it.
+    """
+    with explained():
+        from fedkrso_app.runs import exposure as e
+        from fedkrso_app.runs.folder import Run
+
+        facts = e.facts(Run(run))
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for line in e.lines(facts):
+        out.print(line, markup=False, highlight=False)
+
+
 def _entries_table(facts: Mapping[str, Any]) -> Table:
     table = Table(title=f"{facts['run']}: {facts['status']}")
     for head in ("version", "round", "took part", "arrays", "on disk, MB", "up, MB", "down, MB", "norm of the update"):
@@ -416,6 +435,9 @@ def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
     """What the figures mean and what moves them; each follows from a formula or from the count itself."""
     for name, reason in facts["left_out"].items():
         yield f"{name} is left out: {reason}"
+    if facts["epsilon"]:
+        values = ", ".join(f"{rows:,} rows {value:.2f}" for rows, value in facts["epsilon"].items())
+        yield f"epsilon of the run for each example, by the rows of a client that is asked in every round: {values}."
     yield "trained: numbers with a gradient and moments; moved: weights that change, FedKRSO's along a few directions."
     for row in facts["rows"]:
         if "drawn" in row:

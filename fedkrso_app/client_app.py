@@ -3,7 +3,7 @@
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkrso_app.federation import client, discretion
+from fedkrso_app.federation import client, discretion, masks
 
 app = ClientApp(mods=[discretion.careful])
 
@@ -19,6 +19,12 @@ def leave(message: Message, context: Context) -> Message:
     """Remove this run's files: it is over."""
     client.leave(message, context)
     return Message(RecordDict(), reply_to=message)
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Say what opens the sum of those whose updates have arrived, where updates travel under masks."""
+    return Message(masks.unmask(message.content, context), reply_to=message)
 
 
 @app.train()

@@ -70,6 +70,7 @@ class Config:
     torch_threads: int
     clients_per_node: int
     batch_clients: str
+    captured_steps: str
     weighting: str
     aggregation: str
     max_update_norm: float
@@ -82,6 +83,7 @@ class Config:
     resume: str
     tracker: str
     client_metrics: bool
+    secure_aggregation: bool
     tables: tuple[Settings, ...]
 
     def of(self, kind: type[S]) -> S:
@@ -272,6 +274,7 @@ def _check(c: Config) -> None:
         need_positive(key, values[key])
     if c.batch_clients != "auto" and not re.fullmatch("[1-9][0-9]*", c.batch_clients):
         raise ConfigError(f"batch-clients = {c.batch_clients!r} is neither 'auto' nor a number of clients in quotes.")
+    choice("captured-steps", c.captured_steps, ["auto", "on", "off"])
     need(c.rows >= 0, "rows", c.rows, "0 (all) or above")
     need(c.max_length >= 4, "max-length", c.max_length, "at least 4 tokens")
     need(1 <= c.torch_threads <= 1024, "torch-threads", c.torch_threads, "between 1 and 1024")

@@ -18,7 +18,7 @@ from fedkrso_app.federation.streaming import StreamingGrid
 from fedkrso_app.runs import folder as run
 from fedkrso_app.runs import tracking
 from fedkrso_app.runs.server import Server
-from fedkrso_app.strategies import make, parse
+from fedkrso_app.strategies import make, parse, privacy
 from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import model, threads
 from fedkrso_app.training.activations import TrainingError
@@ -34,6 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         config = asked = parse(context.run_config)
         tracking.check(config.tracker)
+        privacy.warn(config)
         threads.hold(config.torch_threads)
         here = config.evaluate == "server"  # otherwise there need be no data and no weights on the server
         look = here or bool(config.data_dir or config.dataset)

@@ -14,7 +14,7 @@ from flwr.app import Message
 
 from fedkrso_app import client_app, data, server_app
 from fedkrso_app.config import resolved_path
-from fedkrso_app.federation import client, local
+from fedkrso_app.federation import client, evaluation, local
 from fedkrso_app.federation.replica import Replica
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs.folder import Run
@@ -78,6 +78,7 @@ def play(run_config: dict, nodes: int = 4, prepare: Callable[[Grid], None] = lam
     prepare(grid)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "load", _once(model.load))
+        patch.setattr(evaluation, "trial", _tried_once(evaluation.trial))
         local.play(server_app.app, grid, run_config)
     return Run(resolved_path(run_config["output-dir"]) / run_config["run-name"])
 
@@ -99,6 +100,21 @@ def _once(load: Callable[..., model.LoadedModel]) -> Callable[..., model.LoadedM
         return copy.deepcopy(_LOADED[key])
 
     return loaded
+
+
+_TRIED: set[tuple] = set()
+
+
+def _tried_once(trial: Callable[..., None]) -> Callable[..., None]:
+    """``trial``, but nothing where the same rows have been through the same model without an error before."""
+
+    def tried(loaded, examples, task, config, split):
+        key = (trial, config.model, config.compute_dtype, config.max_length, task, split, examples._fingerprint)
+        if key not in _TRIED:
+            trial(loaded, examples, task, config, split)
+            _TRIED.add(key)
+
+    return tried
 
 
 def digest(run: Run) -> str:

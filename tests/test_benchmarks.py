@@ -11,12 +11,14 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from helpers import play
+from recorder import record
 
-from benchmarks import clients, growth, memory, models, peer, replica, server, simulation, step
+from benchmarks import engine, growth, memory, models, peer, per_example, replica, server, simulation, step
 from fedkrso_app.federation import local
 from fedkrso_app.federation.streaming import StreamingGrid
 from fedkrso_app.runs.memory import Storage
 from fedkrso_app.strategies import parse
+from fedkrso_app.training.static import Recorder
 
 DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
@@ -29,6 +31,11 @@ def test_step_relates_every_peer_to_the_others():
     rows = by_peer(step.rows("tiny", rows=2, tokens=8, repeats=1))
     assert {*models.PEERS, "fedkrso, recompute", "fedkrso, checkpoint"} == set(rows)
     assert all(row["seconds"] > 0 for row in rows.values()) and rows["full"]["÷ full"] == 1
+
+
+def test_a_step_by_rows_is_beside_the_plain_step_of_each_peer():
+    rows = by_peer(per_example.rows("tiny", rows=2, tokens=8, repeats=1))
+    assert {*per_example.PEERS} == set(rows) and all(row["noise"] > 0 and row["÷ plain"] > 0 for row in rows.values())
 
 
 def test_all_peers_compute_the_same_loss_and_move_what_they_say():
@@ -79,9 +86,15 @@ def test_a_missed_round_costs_one_product_a_layer_over_all_seeds():
     assert rows["advance"]["products"] == rows["apply"]["products"] == rows["fold"]["products"] == targets
 
 
-def test_a_pass_is_timed_beside_its_clients_one_by_one():
-    row = clients.row("tiny", "fedkrso", "float32", clients=2, rows=2, tokens=6, steps=2, repeats=1)
-    assert row["×"] == pytest.approx(row["ms one by one"] / row["ms in a pass"]) and row["ms in a pass"] > 0
+@pytest.mark.parametrize("strategy, dtype", [("fedkrso", "bfloat16"), ("fedfft", "float32")])
+def test_each_way_to_train_a_round_is_timed_beside_one_by_one_and_eager(strategy, dtype):
+    """Steps are recorded as they are on a GPU, by the tests' own means."""
+    recorder = Recorder(record)
+    row = engine.row("tiny", strategy, dtype, (2, 6), (1, 2), 3, 1, recorder)
+    passes = {"pass", "both"} if strategy == "fedkrso" else set()
+    assert {"eager", "captured", *passes} == set(row) & set(engine.WAYS) and recorder.record
+    for way in {"captured", *passes}:
+        assert row[f"× {way}"] == pytest.approx(row["eager"] / row[way]) and row[way] > 0
 
 
 def test_the_servers_memory_does_not_grow_with_the_replies():

@@ -43,7 +43,7 @@ def exported(folder) -> str:
     return model.state_digest(AutoModelForSequenceClassification.from_pretrained(folder).state_dict())
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["compare"], ["report"], ["export"], ["ledger"]])
+@pytest.mark.parametrize("command", [[], ["plan"], ["compare"], ["report"], ["export"], ["ledger"], ["privacy"]])
 def test_every_command_has_help(command):
     result = call(*command, "--help")
     assert result.exit_code == 0 and "Usage" in result.stdout

@@ -19,6 +19,7 @@ from helpers import ON_SERVER, arrays_of, default_config, digest, play, replayed
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from fedkrso_app import data
+from fedkrso_app.config import ConfigError
 from fedkrso_app.federation import client
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
@@ -180,6 +181,42 @@ def test_same_seed_same_bits_whatever_the_order_of_arrival(plain, settings):
     other = {"num-server-rounds": 2, "run-name": "reversed"}
     again = watch(settings | PLAIN | other, 3, order=lambda replies: replies[::-1])
     assert same(again.entries, {version: plain.entries[version] for version in (0, 1, 2)})
+
+
+SEALED = {
+    "fedkrso",
+    "fedfft",
+    "fedit",
+    "ffa-lora",
+    "rolora",
+    "fedsvd",
+    "fr-lora",
+    "federa",
+    "fedblock",
+    "fed-dare",
+    "fedmezo",
+}
+SEALED |= {"separate"}
+
+
+def test_under_masks_the_model_is_the_same_to_the_bit_or_the_method_is_refused(request, settings):
+    sealed = settings | PLAIN | {"secure-aggregation": True, "num-server-rounds": 2, "run-name": "sealed"}
+    if settings["strategy"] not in SEALED:
+        with pytest.raises(ConfigError, match="secure-aggregation does not work with strategy"):
+            play(sealed, 3)
+        return
+    plain = request.getfixturevalue("plain")
+    again = watch_entries(sealed)
+    assert same(again, {version: plain.entries[version] for version in (0, 1, 2)})
+
+
+def watch_entries(settings: dict) -> dict[int, dict]:
+    """The ledger's entries of a run whose replies nobody can look into."""
+    entries, append = {}, Ledger.append
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "append", lambda self, e: (entries.update({e.version: dict(e.arrays)}), append(self, e)))
+        play(settings, 3)
+    return entries
 
 
 @pytest.mark.parametrize("settings", KINDS_OF_METHOD, indirect=True)
@@ -384,7 +421,9 @@ def test_a_reply_that_does_not_count_changes_nothing_but_the_divisor(settings, c
 
 def test_identical_clients_equal_one(settings, monkeypatch):
     """Clients that train on the same rows with the same randomness: their mean is each of them."""
-    monkeypatch.setattr(client, "stream", lambda seed, label, round, partition: np.random.default_rng(round))
+    monkeypatch.setattr(
+        "fedkrso_app.federation.workplace.stream", lambda seed, label, round, partition: np.random.default_rng(round)
+    )
     monkeypatch.setattr("fedkrso_app.data.partition", lambda train, task, n, *rest: [np.arange(40)] * n)
     settings = settings | {"num-server-rounds": 1, "local-steps": 2}
     one = play(settings | {"run-name": "one"}, nodes=1)

@@ -74,25 +74,29 @@ def federation(request, tmp_path_factory):
 
 
 def test_three_devices_with_a_file_or_three_give_the_bits_of_one_process_with_the_whole(federation, sites, tmp_path):
-    """The last device holds three partitions, with a folder for each."""
-    settings, own_files = sites[0] | {"run-name": "devices"}, sites[1]
+    """The last device holds three partitions, with a folder for each. In clear and under masks."""
+    settings, own_files = sites[0], sites[1]
     for i, own in enumerate(own_files):
         folder = federation.folder / (f"data-{i}" if i < NODES - 1 else f"data-{NODES - 1}/{i}")
         shutil.copytree(own, folder, dirs_exist_ok=True)
-    file = tmp_path / "settings.toml"
-    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
-    ended = federation.flwr("run", ROOT, "devices", "--stream", "--run-config", file, timeout=400)
-    run = Run(Path(settings["output-dir"]) / "devices")
-    said = ended.stdout[-3000:] + ended.stderr[-3000:] + (federation.folder / "superlink.log").read_text()[-2000:]
-    assert run.path.is_dir() and run.status == "completed", said
-    assert [line["clients"] for line in run.metrics()[1:]] == [CLIENTS, CLIENTS]
-    assert re.search(r"server\.pem is valid\s+until", ended.stdout), ended.stdout
+    runs = []
+    for name, masks in (("devices", False), ("masked", True)):
+        file, own = tmp_path / f"{name}.toml", settings | {"run-name": name, "secure-aggregation": masks}
+        file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in own.items()))
+        ended = federation.flwr("run", ROOT, "devices", "--stream", "--run-config", file, timeout=400)
+        run = Run(Path(settings["output-dir"]) / name)
+        said = ended.stdout[-3000:] + ended.stderr[-3000:] + (federation.folder / "superlink.log").read_text()[-2000:]
+        assert run.path.is_dir() and run.status == "completed", said
+        assert [line["clients"] for line in run.metrics()[1:]] == [CLIENTS, CLIENTS]
+        assert re.search(r"server\.pem is valid\s+until", ended.stdout), ended.stdout
+        runs.append(run)
     assert "server.pem is valid until" in (federation.folder / "superlink.log").read_text()
     assert not [path for i in range(NODES) for path in (federation.folder / f"cache-{i}").glob("nodes/*/*")]
     for own in own_files:
         longest = max((own / "train.csv").read_bytes().splitlines(), key=len)
         assert not files_with(longest.split(b",")[0], federation.folder)
-    assert digest(run) == digest(play(settings | {"run-name": "process"}, nodes=CLIENTS))
+    process = digest(play(settings | {"run-name": "process"}, nodes=CLIENTS))
+    assert [digest(run) for run in runs] == [process, process]
 
 
 def files_with(text: bytes, folder: Path) -> list[Path]:

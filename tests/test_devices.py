@@ -6,7 +6,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fedkrso_app.federation.aggregate import aggregate
+from fedkrso_app.federation.aggregate import Aggregate
 from fedkrso_app.records import wire
 from fedkrso_app.strategies import STRATEGIES, make, parse
 from fedkrso_app.strategies.base import Shapes
@@ -66,7 +66,7 @@ def test_no_method_needs_float64_on_the_device(run_config, strategy):
         arrays = {name: arrays[name] for name in method.reply.travelling.fields if name in arrays}
         wire.pack(wire.encode(arrays, method.reply, rng))
         method.observe(0, local.state())
-        sums = aggregate(method)
+        sums = Aggregate(method)
         sums.add(method.summands(arrays), arrays, 1, 0)
         entry = method.conclude(sums, 1)
         local.apply({name: entry[name] for name in method.entry.travelling.fields if name in entry})

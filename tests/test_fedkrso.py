@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from fedkrso_app.core.projection import projection
 from fedkrso_app.core.subspace import matrix
-from fedkrso_app.federation.aggregate import aggregate
+from fedkrso_app.federation.aggregate import Aggregate
 from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Entry, Ledger
@@ -46,7 +46,7 @@ def update(method, ks, value=1.0):
 
 
 def test_a_seed_that_a_client_did_not_draw_counts_as_zero_and_the_divisor_is_everyone(method):
-    sums = aggregate(method)
+    sums = Aggregate(method)
     for partition, (reply, weight) in enumerate(
         [(update(method, [0, 2]), 1), (update(method, [2]), 1), (update(method, [2], value=4.0), 2)]
     ):

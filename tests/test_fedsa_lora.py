@@ -128,7 +128,7 @@ def test_only_A_travels_and_it_is_8A_bytes_both_ways(settings):
 
 
 def test_identical_clients_with_one_head_are_those_of_fedit(settings, monkeypatch):
-    monkeypatch.setattr("fedkrso_app.federation.client.stream", lambda *labels: np.random.default_rng(labels[2]))
+    monkeypatch.setattr("fedkrso_app.federation.workplace.stream", lambda *labels: np.random.default_rng(labels[2]))
     monkeypatch.setattr("fedkrso_app.data.partition", lambda train, task, n, *rest: [np.arange(40)] * n)
     alike = settings | {"client.head": "shared"}
     run = play(alike)

@@ -7,7 +7,7 @@ from helpers import arrays_of, digest, play, replayed, replica
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.directions import vectors
-from fedkrso_app.federation.aggregate import aggregate
+from fedkrso_app.federation.aggregate import Aggregate
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
@@ -36,7 +36,7 @@ def reply(method, seeds, scalars) -> dict[str, np.ndarray]:
 
 
 def concluded(method, *replies) -> dict[str, np.ndarray]:
-    sums = aggregate(method)
+    sums = Aggregate(method)
     for partition, arrays in enumerate(replies):
         method.check(arrays, 1)
         sums.add(method.summands(arrays), arrays, 1, partition)
@@ -112,7 +112,7 @@ def test_the_variance_is_that_of_the_clients_mean_estimates_on_one_tensor(settin
     changes = {"local-steps": 2, "fwdllm.threshold": 1.0, "fwdllm.learning-rate": 0.5}
     method = make(parse(settings | changes), SHAPES)
     replies = reply(method, [1, 2], [0.1, 0.2]), reply(method, [3, 4], [-0.3, 0.1])
-    sums = aggregate(method)
+    sums = Aggregate(method)
     for partition, arrays in enumerate(replies):
         sums.add(method.summands(arrays), arrays, 1, partition)
     estimates = []

@@ -33,7 +33,8 @@ NOT_RUN = {  # first word of a line -> why the test does not run it
     "tensorboard": "a server that does not end by itself",
 }
 FEDERATION = {field.replace("_", "-") for field in SimulationConfig.DESCRIPTOR.fields_by_name}
-OTHERS = {"partition-id", "partitions", "num-partitions", "share-errors"} | {
+OTHERS = {"partition-id", "partitions", "num-partitions", "share-errors"}
+OTHERS |= {"require", "min-cohort", "key", "peers", "max-epsilon"} | {
     "ssh-keygen",
     "flower-superlink",
     "flwr-simulation",

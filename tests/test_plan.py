@@ -234,3 +234,13 @@ def test_a_method_that_does_not_go_with_the_model_is_left_out_with_its_reason(ru
     assert facts["left_out"].keys() == {"separate"} and "below 16" in facts["left_out"]["separate"]
     with pytest.raises(ConfigError, match=r"separate\.rank = 16 is impossible"):
         plan.plan(narrow, ["separate"], clients=2)
+
+
+def test_the_plan_of_a_private_run_has_the_epsilon_of_its_steps(run_config):
+    """500 steps with q = 0.008: 1.047 by privacy loss distributions, 1.401 by Rényi divergences."""
+    private = {"privacy.unit": "example", "privacy.clip": 1.0, "privacy.noise": 1.0, "batch-size": 8}
+    own = {"gradient-accumulation": 2, "local-steps": 50, "num-server-rounds": 10}
+    found = plan.epsilon_by_rows(parse(run_config | private | own))
+    assert found[2000] == pytest.approx(1.047, abs=2e-3) and sorted(found.values(), reverse=True) == [*found.values()]
+    assert max(plan.epsilon_by_rows(parse(run_config | private | {"privacy.delta": 1e-3}))) == 500
+    assert plan.epsilon_by_rows(parse(run_config)) == {}

@@ -10,7 +10,7 @@ from fedkrso_app.config import ConfigError
 from fedkrso_app.core.directions import move, seeds_of
 from fedkrso_app.core.flat import flatten
 from fedkrso_app.core.subspace import matrix
-from fedkrso_app.federation.aggregate import aggregate
+from fedkrso_app.federation.aggregate import Aggregate
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
@@ -180,7 +180,7 @@ def reply(method, indices, scalars, slopes=None, counts=None) -> dict[str, np.nd
 
 
 def concluded(method, replies, round=1) -> dict[str, np.ndarray]:
-    sums = aggregate(method)
+    sums = Aggregate(method)
     for partition, arrays in enumerate(replies):
         method.check(arrays, round)
         sums.add(method.summands(arrays), arrays, 1, partition)

@@ -10,9 +10,10 @@ from helpers import digest, play, replayed
 from test_families import DECODERS, FAMILIES, build
 from torch import nn
 
+from fedkrso_app.core import rso
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.stacked import Group, Stack, StackedLinear, Unstackable
-from fedkrso_app.federation.client import Workplace
+from fedkrso_app.federation.workplace import Workplace
 from fedkrso_app.strategies import STRATEGIES, make, parse
 from fedkrso_app.strategies.base import Local, Shapes
 from fedkrso_app.training import loop, model, together
@@ -242,6 +243,22 @@ def test_methods_whose_clients_train_everything_take_turns(run_config, caplog):
     turns = play(settings | IN_ONE | {"clients-per-node": 4})
     assert caplog.text.count("Clients train one after another: each of its clients trains the whole model") == 1
     assert digest(turns) == digest(play(settings | {"run-name": "alone"}, run_id=2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pass_draws_each_projection_once_however_many_clients_follow_it(dtype, model_folder, run_config, monkeypatch):
+    drawn, draw = [], rso.projection
+    monkeypatch.setattr(
+        rso, "projection", lambda seed, name, *rest: drawn.append((seed, name)) or draw(seed, name, *rest)
+    )
+    changes = {"local-steps": 6, "fedkrso.interval": 1, "fedkrso.num-seeds": 2, "compute-dtype": dtype}
+    local, instructions, config = exact(model_folder, 2, run_config | changes)
+    in_one_pass(local, instructions, config, 2)
+    assert len(drawn) == len(set(drawn)) == 2 * len(local.targets)
+    if dtype == "bfloat16":  # alone, the projections stay beside W too
+        drawn.clear()
+        alone(local, instructions, config, 2)
+        assert len(drawn) == len(set(drawn)) * CLIENTS == 2 * CLIENTS * len(local.targets)
 
 
 def test_layers_refuse_rows_that_are_no_clients():

@@ -18,11 +18,14 @@ _NEAR = 2.0**51 / GRID  # it holds below this size
 
 
 class FixedPointMeans:
-    """Σ w·x / W by key, for integer weights w ≥ 1. Each key's array has one shape and costs 8 bytes an element."""
+    """Σ w·x / W by key, for integer weights w ≥ 1. Each key's array has one shape and costs 8 bytes an element.
 
-    def __init__(self) -> None:
-        self._sums: dict[Hashable, np.ndarray] = {}
-        self._offsets: dict[Hashable, int] = {}  # how many offsets are in a sum
+    ``into``: arrays to sum in, int64 zeros, for keys that are known before.
+    """
+
+    def __init__(self, into: Mapping[Any, np.ndarray] | None = None) -> None:
+        self._sums: dict[Hashable, np.ndarray] = dict(into or {})
+        self._offsets: dict[Hashable, int] = dict.fromkeys(self._sums, 0)  # how many offsets are in a sum
         self._bounds: dict[Hashable, int] = {}  # no element of a sum can be larger
         self._buffer = np.empty(_CHUNK)
 
@@ -56,9 +59,18 @@ class FixedPointMeans:
 
     def mean(self, key: Hashable, total_weight: int) -> np.ndarray:
         """The sum divided by ``total_weight``, float32: whoever added nothing under ``key`` counts as zero."""
+        return divided(self.steps(key), total_weight)
+
+    def steps(self, key: Hashable) -> np.ndarray:
+        """The sum in steps of 1/GRID, int64: as it is kept, so that it changes with the next one that is added."""
         self._sums[key] -= np.int64((self._offsets[key] * _OFFSET_BITS + 2**63) % 2**64 - 2**63)  # as it is in 64 bits
         self._offsets[key] = 0
-        return (self._sums[key] / (total_weight * GRID)).astype(np.float32)
+        return self._sums[key]
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._sums
+
+
+def divided(steps: np.ndarray, total_weight: int) -> np.ndarray:
+    """A sum in steps of 1/GRID (int64) divided by the weight in it, float32."""
+    return (steps / (total_weight * GRID)).astype(np.float32)

@@ -1,8 +1,8 @@
 """A W in bfloat16 that entries move without bias: float32 sums, rounded up or down by chance, the same chance for all.
 
-bfloat16 keeps 8 bits of a number, so that rounding to the nearest loses most of what a round adds. Here the sum is made in
-float32, one layer at a time, and rounded with probabilities that make its mean the sum itself. The chance is drawn from
-(run seed, version, layer): every copy of the model rounds alike, and an entry leads all of them to the same bits.
+bfloat16 keeps 8 bits of a number, so that rounding to the nearest loses most of what a round adds. Here the sum is made
+in float32, one layer at a time, and rounded with probabilities that make its mean the sum itself. The chance is drawn
+from (run seed, version, layer): every copy of the model rounds alike, and an entry leads all of them to the same bits.
 """
 
 from collections.abc import Iterator

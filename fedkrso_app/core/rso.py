@@ -15,16 +15,19 @@ from fedkrso_app.core.subspace import SubspaceLinear
 
 
 def adam_update(
-    G: Tensor, M: Tensor, V: Tensor, i: int, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    G: Tensor, M: Tensor, V: Tensor, i: int | Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
 ) -> Tensor:
     """U, the bias-corrected Adam direction at step i = 1, 2, … of an interval; M and V are updated in place.
 
-    All tensors have the shape of G.
+    All tensors have the shape of G; ``i`` may be a float64 tensor that broadcasts to it.
     """
     M.mul_(betas[0]).add_(G, alpha=1 - betas[0])
     V.mul_(betas[1]).addcmul_(G, G, value=1 - betas[1])
-    M_hat = M / (1 - betas[0] ** i)  # Alg. 2, l. 11
-    V_hat = V / (1 - betas[1] ** i)  # Alg. 2, l. 12
+    first, second = (1 - beta**i for beta in betas)
+    if isinstance(first, Tensor) and isinstance(second, Tensor):  # float32 would lose them: .999 is so near to 1
+        first, second = first.to(M.dtype), second.to(V.dtype)
+    M_hat = M / first  # Alg. 2, l. 11
+    V_hat = V / second  # Alg. 2, l. 12
     return M_hat / (V_hat.sqrt() + eps)
 
 
@@ -33,10 +36,11 @@ class RSO(torch.optim.Optimizer):
 
     ``accumulators`` maps each seed used so far to B_k, a vector of Q = Σ m·r values: every layer's m × r block, row by
     row, in the order of ``layers``. At any time W = W_start + Σ_k B_k P_k. ``betas=None`` takes plain gradient steps
-    instead of Adam's, as the paper's theory does.
+    instead of Adam's, as the paper's theory does. ``seeds``: how many there are, and how many it may follow at most.
     """
 
     accumulators: dict[int, Tensor]
+    i: int | Tensor
 
     def __init__(
         self,
@@ -45,20 +49,55 @@ class RSO(torch.optim.Optimizer):
         kind: str = "gaussian",
         betas: tuple[float, float] | None = (0.9, 0.999),
         eps: float = 1e-8,
+        seeds: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__([layer.B for layer in layers.values()], {"lr": lr})
         self.layers, self.kind, self.betas, self.eps = dict(layers), kind, betas, eps
-        self.sizes = [layer.B.numel() for layer in layers.values()]
+        self.sizes, self.seeds, self.fixed = [layer.B.numel() for layer in layers.values()], seeds, False
         self.accumulators = {}
+
+    def fix(self, *state: Tensor) -> None:
+        """From now on every tensor of a step stays in its place, as a step that is recorded once and replayed needs.
+
+        ``state``: M, V and B (Q values each) and i (float64, one) to take; without it they are made here, and those of
+        the layers too. Call it before the first interval.
+        """
+        self.fixed = True
+        if not state:
+            some = next(iter(self.layers.values())).B
+            state = *(some.new_zeros(3, sum(self.sizes))), some.new_zeros((), dtype=torch.float64)
+            for layer in self.layers.values():
+                layer.fix(min(self.seeds))
+        self.M, self.V, self.B, self.i = state
 
     def start_interval(self, seed: int) -> None:
         """Project along ``seed`` from now on: new P_k, moments at zero, B_k continued if the seed was used before."""
-        some = next(iter(self.layers.values())).B
-        self.M, self.V, self.i = some.new_zeros(sum(self.sizes)), some.new_zeros(sum(self.sizes)), 0
-        self.B = self.accumulators.setdefault(seed, torch.zeros_like(self.M))
+        if self.fixed:
+            self._reuse(seed)
+        else:
+            some = next(iter(self.layers.values())).B
+            self.M, self.V, self.i = some.new_zeros(sum(self.sizes)), some.new_zeros(sum(self.sizes)), 0
+            self.B = self.accumulators.setdefault(seed, torch.zeros_like(self.M))
         for (name, layer), block in zip(self.layers.items(), self.B.split(self.sizes), strict=True):
-            P = projection(seed, name, layer.B.shape[1], layer.W.shape[1], self.kind)  # Alg. 2, l. 4
-            layer.follow(seed, torch.from_numpy(P).to(layer.W), block.view_as(layer.B))
+            P = layer.kept(seed)
+            if P is None:
+                drawn = torch.from_numpy(projection(seed, name, layer.B.shape[1], layer.W.shape[1], self.kind))
+                # pinned, so that a GPU need not finish its work before the next one is drawn
+                P = (drawn.pin_memory() if layer.W.is_cuda else drawn).to(layer.W, non_blocking=True)  # Alg. 2, l. 4
+            layer.follow(seed, P, block.view_as(layer.B))
+
+    def _reuse(self, seed: int) -> None:
+        """As a new interval begins, where the tensors stay: the accumulator of the live seed is ``B`` itself."""
+        for tensor in (self.M, self.V, cast(Tensor, self.i)):
+            tensor.zero_()
+        live = next((key for key, value in self.accumulators.items() if value is self.B), None)
+        if live is not None:
+            self.accumulators[live] = self.B.clone()
+        if seed in self.accumulators:
+            self.B.copy_(self.accumulators[seed])
+        else:
+            self.B.zero_()
+        self.accumulators[seed] = self.B
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedkrso_app.core.rso import RSO, adam_update
 from fedkrso_app.core.subspace import matrix
 
 
@@ -113,6 +114,8 @@ class StackedSubspace(nn.Module):
     the gradients along each client's live seed.
     """
 
+    fixed = False
+
     def __init__(self, layer: nn.Module, rank: int, group: Group) -> None:
         super().__init__()
         self.W, self.bias, self.group, self.rank = matrix(layer), layer.bias, group, rank
@@ -134,12 +137,30 @@ class StackedSubspace(nn.Module):
 
     def start(self, seed: int, P: Tensor) -> slice:
         """The columns of ``Bs`` that belong to ``seed``, whose projection is ``P`` (r × n)."""
-        if seed not in self.seeds:
+        new = seed not in self.seeds
+        if new:
             self.seeds.append(seed)
+        first = self.seeds.index(seed) * self.rank
+        columns = slice(first, first + self.rank)
+        if new and self.fixed:
+            self.Ps[columns] = P
+        elif new:
             self.Ps = torch.cat([self.Ps, P])
             self.Bs = torch.cat([self.Bs, self.Bs.new_zeros(*self.Bs.shape[:2], len(P))], dim=2)
-        first = self.seeds.index(seed) * self.rank
-        return slice(first, first + self.rank)
+        return columns
+
+    def fix(self, seeds: int, B: Tensor) -> None:
+        """Keep every tensor in its place from now on; at most ``seeds`` projections will be followed. ``B`` (N × m × r)
+        will hold each client's accumulator along its live seed."""
+        self.Ps = self.W.new_zeros(seeds * self.rank, self.W.shape[1])
+        self.Bs = self.W.new_zeros(*B.shape[:2], seeds * self.rank)
+        self.lives = torch.zeros(B.shape[0], 1, seeds, 1, dtype=torch.bool, device=B.device)  # which seed it is
+        self.of_live, self.fixed = B, True
+
+    def settle(self) -> None:
+        """Take over the accumulators of all clients at once."""
+        by_seed = self.Bs.view(*self.Bs.shape[:2], -1, self.rank)
+        by_seed.copy_(torch.where(self.lives, self.of_live.unsqueeze(2).to(by_seed.dtype), by_seed))
 
 
 class SubspaceSlice:
@@ -148,14 +169,56 @@ class SubspaceSlice:
     def __init__(self, layer: StackedSubspace, client: int) -> None:
         self.layer, self.client, self.W, self.B = layer, client, layer.W, layer.B.slices[client]
 
+    def kept(self, seed: int) -> Tensor | None:
+        """As :meth:`SubspaceLinear.kept`: drawn once for all clients of a pass."""
+        layer = self.layer
+        return layer.Ps[layer.start(seed, layer.Ps)] if seed in layer.seeds else None
+
     def follow(self, seed: int, P: Tensor, B_k: Tensor) -> None:
         """As :meth:`SubspaceLinear.follow`."""
         self.columns, self.B_k = self.layer.start(seed, P), B_k
-        self.layer.live[self.client] = torch.arange(self.columns.start, self.columns.stop)
+        columns = torch.arange(self.columns.start, self.columns.stop, device=self.layer.live.device)
+        self.layer.live[self.client] = columns
+        if self.layer.fixed:
+            self.layer.lives[self.client] = False
+            self.layer.lives[self.client, 0, self.columns.start // self.layer.rank] = True
 
     def move(self, step: Tensor) -> None:
         """As :meth:`core.subspace.AdapterLinear.move`."""
         self.layer.Bs[self.client][:, self.columns] = self.B_k.to(self.layer.Bs.dtype)
+
+
+class StackedRSO(torch.optim.Optimizer):
+    """The RSOs of all clients of a pass as one, with every tensor in its place (:meth:`RSO.fix`); each still opens its
+    own intervals. Its state is N × Q, a row for each client."""
+
+    def __init__(self, each: Sequence[RSO]) -> None:
+        self.each = list(each)
+        self.layers = [cast(SubspaceSlice, part).layer for part in each[0].layers.values()]
+        super().__init__([layer.B.whole for layer in self.layers], {"lr": each[0].param_groups[0]["lr"]})
+        pool, followed = each[0].seeds
+        N, seeds = len(each), min(pool, len(each) * followed)
+        whole = self.layers[0].B.whole
+        self.M, self.V, self.B = whole.new_zeros(3, N, sum(each[0].sizes))
+        self.i = whole.new_zeros(N, 1, dtype=torch.float64)
+        for rso, *rows, i in zip(each, self.M, self.V, self.B, self.i, strict=True):
+            rso.fix(*rows, i)
+        for layer, block in zip(self.layers, self.B.split(each[0].sizes, dim=1), strict=True):
+            layer.fix(seeds, block.view(layer.B.whole.shape))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """As :meth:`RSO.step`, for every client."""
+        for rso in self.each:
+            for hook in rso._optimizer_step_pre_hooks.values():
+                hook(rso, (), {})
+        self.i += 1
+        G = torch.cat([cast(Tensor, layer.B.whole.grad).flatten(1) for layer in self.layers], dim=1)
+        first = self.each[0]
+        U = G if first.betas is None else adam_update(G, self.M, self.V, self.i, first.betas, first.eps)
+        self.B += U.mul_(-self.param_groups[0]["lr"])
+        for layer in self.layers:
+            layer.settle()
 
 
 def stacked_linears(

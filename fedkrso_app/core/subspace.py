@@ -7,7 +7,7 @@ Two forms, equal except for rounding: :class:`SubspaceLinear` moves W itself at 
 leaves W alone and adds Σ_k B_k P_k beside it, for a W of few bits (bfloat16), which would round most of a step away.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,12 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+# What backward makes of P x (r × tokens) and dY (tokens × m): G_B (m × r), or None if it is kept elsewhere, row by row.
+Gradient = Callable[[Tensor, Tensor], Tensor | None]
+
 
 class _ProjectedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, P: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, P: Tensor, gradient: Gradient
+    ) -> Tensor:
         # r × tokens and r × m, not their transposes: the long side along memory is two to three times faster on a CPU.
         ctx.save_for_backward(weight, P @ x.T)
+        ctx.gradient = gradient
         return functional.linear(x, weight, bias)
 
     @staticmethod
@@ -28,14 +34,23 @@ class _ProjectedLinear(torch.autograd.Function):
         weight, projected = ctx.saved_tensors
         dY = grads[0]
         dX = dY @ weight if ctx.needs_input_grad[0] else None  # not in the first block, whose input is not trained
-        return dX, None, None, (projected @ dY).T, None
+        return dX, None, None, ctx.gradient(projected, dY), None, None
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, Bs: Tensor, Ps: Tensor, live: slice
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        B: Tensor,
+        Bs: Tensor,
+        Ps: Tensor,
+        live: slice,
+        gradient: Gradient,
     ) -> Tensor:
+        ctx.gradient = gradient
         projected = x @ Ps.T
         ctx.save_for_backward(weight, Bs, Ps, projected[:, live].T.contiguous())
         return functional.linear(x, weight, bias).addmm_(projected, Bs.T)
@@ -45,7 +60,12 @@ class _AdaptedLinear(torch.autograd.Function):
         weight, Bs, Ps, projected = ctx.saved_tensors
         dY = grads[0]
         dX = (dY @ weight).addmm_(dY @ Bs, Ps) if ctx.needs_input_grad[0] else None
-        return dX, None, None, (projected @ dY).T, None, None, None
+        return dX, None, None, ctx.gradient(projected, dY), None, None, None, None
+
+
+def summed(projected: Tensor, dY: Tensor) -> Tensor:
+    """G_B of all tokens, m × r, from P x (r × tokens) and dY (tokens × m)."""
+    return (projected @ dY).T
 
 
 class SubspaceLinear(nn.Module):
@@ -58,6 +78,8 @@ class SubspaceLinear(nn.Module):
 
     P: Tensor
     W: Tensor  # m × n, the weight's own memory
+    gradient: Gradient = staticmethod(summed)
+    fixed = False
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()
@@ -77,12 +99,24 @@ class SubspaceLinear(nn.Module):
 
     def rows(self, x: Tensor) -> Tensor:
         """y, tokens × m, of x, tokens × n."""
-        return cast(Tensor, _ProjectedLinear.apply(x, self.W, self.bias, self.B, self.P))
+        return cast(Tensor, _ProjectedLinear.apply(x, self.W, self.bias, self.B, self.P, self.gradient))
+
+    def fix(self, seeds: int) -> None:
+        """Keep every tensor in its place from now on; at most ``seeds`` projections will be followed."""
+        self.P = self.W.new_zeros(self.B.shape[1], self.W.shape[1])
+        self.fixed = True
+
+    def kept(self, seed: int) -> Tensor | None:
+        """The projection (r × n) that belongs to ``seed``, where it is here already."""
+        return None
 
     def follow(self, seed: int, P: Tensor, B_k: Tensor) -> None:
         """Train along ``P`` (r × n), which belongs to ``seed``, from now on. ``B_k`` (m × r): the accumulator so far,
         which is going to change in place with every move."""
-        self.P = P
+        if self.fixed:
+            self.P.copy_(P)
+        else:
+            self.P = P
 
     def move(self, step: Tensor) -> None:
         """Take ``step`` (m × r) along P, after it was added to the accumulator."""
@@ -90,7 +124,11 @@ class SubspaceLinear(nn.Module):
 
 
 class AdapterLinear(SubspaceLinear):
-    """The same layer with W at rest: y = x(W + Σ_k B_k P_k)ᵀ + b over all seeds that it has followed."""
+    """The same layer with W at rest: y = x(W + Σ_k B_k P_k)ᵀ + b over all seeds that it has followed.
+
+    Each seed has its columns of ``Bs``. Where they are fixed, the first r are the live seed's, whichever that is, and
+    its own are 0 meanwhile.
+    """
 
     Ps: Tensor  # R × n and m × R, R = r times the seeds so far, in W's dtype
     Bs: Tensor
@@ -101,14 +139,40 @@ class AdapterLinear(SubspaceLinear):
         self.Ps, self.Bs, self.seeds = self.W.new_zeros(0, n), self.W.new_zeros(m, 0), cast(list[int], [])
 
     def rows(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _AdaptedLinear.apply(x, self.W, self.bias, self.B, self.Bs, self.Ps, self.live))
+        factors = self.B, self.Bs, self.Ps, self.live
+        return cast(Tensor, _AdaptedLinear.apply(x, self.W, self.bias, *factors, self.gradient))
+
+    def fix(self, seeds: int) -> None:
+        m, r = self.B.shape
+        self.Ps, self.Bs = self.W.new_zeros((seeds + 1) * r, self.W.shape[1]), self.W.new_zeros(m, (seeds + 1) * r)
+        self.live, self.own, self.fixed = slice(0, r), slice(0, r), True
+
+    def kept(self, seed: int) -> Tensor | None:
+        if seed not in self.seeds:
+            return None
+        r = self.B.shape[1]
+        start = (self.seeds.index(seed) + self.fixed) * r
+        return self.Ps[start : start + r]
 
     def follow(self, seed: int, P: Tensor, B_k: Tensor) -> None:
+        if self.fixed:
+            return self._swap(seed, P, B_k)
         if seed not in self.seeds:
             self.seeds.append(seed)
             self.Ps, self.Bs = torch.cat([self.Ps, P]), torch.cat([self.Bs, B_k.to(P)], dim=1)
         start = self.seeds.index(seed) * len(P)
         self.live, self.B_k = slice(start, start + len(P)), B_k
+
+    def _swap(self, seed: int, P: Tensor, B_k: Tensor) -> None:
+        """Let ``seed`` take the live columns, and the seed before it go back to its own."""
+        self.Bs[:, self.own] = self.Bs[:, self.live].clone()
+        if seed not in self.seeds:
+            self.seeds.append(seed)
+        start = (self.seeds.index(seed) + 1) * len(P)
+        self.own, self.B_k = slice(start, start + len(P)), B_k
+        self.Ps[self.own] = self.Ps[self.live] = P
+        self.Bs[:, self.own] = 0
+        self.move(B_k)
 
     def move(self, step: Tensor) -> None:
         self.Bs[:, self.live] = self.B_k.to(self.Bs.dtype)  # rounded from the exact sum, not added up in few bits

@@ -74,7 +74,7 @@ def batch(
     examples: datasets.Dataset, rows: np.ndarray, task: Task, tokenizer: Any, max_length: int
 ) -> dict[str, torch.Tensor]:
     """The batch of ``rows``, (b,) int64, as those of :func:`batches`."""
-    max_length = min(max_length, getattr(tokenizer, "model_max_length", max_length))  # what the model can read
+    max_length = longest(tokenizer, max_length)
     chosen = examples[rows.tolist()]
     texts = [chosen[column] for column in task.columns if column in chosen]
     if task.language:
@@ -82,6 +82,11 @@ def batch(
     encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
     labels = torch.tensor(chosen[task.label], dtype=torch.float32 if task.regression else torch.int64)
     return {**encoded, "labels": labels}
+
+
+def longest(tokenizer: Any, max_length: int) -> int:
+    """``max_length``, or what the model can read if that is less; in tokens."""
+    return min(max_length, getattr(tokenizer, "model_max_length", max_length))
 
 
 def padding(task: Task, tokenizer: Any) -> tuple[dict[str, int], bool]:

@@ -20,6 +20,10 @@ _RAISED = 2  # Flower's own code for an exception in a ClientApp
 _ROOMS = {"fedkrso_app.data": "its data", "fedkrso_app.training.model": "its model"}
 
 
+class Declined(ConfigError):
+    """What this node does not take part in. The text says nothing of its data: the server sees it."""
+
+
 def shares_errors(node_config: Mapping[str, Any]) -> bool:
     """Whether the texts of errors may leave the node: as ``share-errors`` says, else if the data is the run's."""
     return node_config.get("share-errors", "data-dir" not in node_config) is True
@@ -27,7 +31,7 @@ def shares_errors(node_config: Mapping[str, Any]) -> bool:
 
 def shown_to_server(error: BaseException, node_config: Mapping[str, Any]) -> str:
     """What the server may know of ``error``. Where that is not its whole text, this node's log has it."""
-    if shares_errors(node_config):
+    if shares_errors(node_config) or isinstance(error, Declined):
         return str(error)
     logger.error("The text of this error stays on this node:", exc_info=error)
     return f"something is wrong with {_kind(error)}; the node's own log says what"
@@ -38,7 +42,7 @@ def careful(message: Message, context: Context, handle: Callable[[Message, Conte
     try:
         return handle(message, context)
     except Exception as error:
-        if shares_errors(context.node_config):
+        if shares_errors(context.node_config) or isinstance(error, Declined):
             raise
         return Message(Error(_RAISED, shown_to_server(error, context.node_config)), reply_to=message)
 

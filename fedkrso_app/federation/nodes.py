@@ -60,6 +60,8 @@ class Nodes:
         self._problems: dict[int, str] = {}  # node id -> why it cannot take part
         self._absent: dict[int, int] = {}  # node id -> how many partitions it holds, of those that cannot
         self.expected = 0  # partitions of the federation
+        self.keys: dict[int, tuple[bytes, bytes]] = {}  # node id -> its public key for masks, signature
+        self._expelled: set[int] = set()  # node ids
 
     def wait_for_all(self, grid: Any) -> None:
         """Return once every node of the federation has joined, or with fewer (a warning) when that takes too long.
@@ -85,6 +87,11 @@ class Nodes:
         """How many partitions can take part."""
         return len({partition for held in self.partitions.values() for partition in held})
 
+    @property
+    def count(self) -> int:
+        """How many nodes are known, those included that cannot take part now."""
+        return len(self.partitions.keys() | self._absent.keys())
+
     def found(self, node: int, version: int, partitions: Sequence[int]) -> None:
         """Note that ``node`` is at ``version``, as a message about its ``partitions`` says."""
         self.versions[node] = version
@@ -92,7 +99,7 @@ class Nodes:
 
     def welcome(self, grid: Any, again: bool = False) -> None:
         """Ask every node that is not known yet; with ``again`` those too that could not take part when asked before."""
-        known = self.partitions.keys() | (set() if again else self._problems.keys())
+        known = self.partitions.keys() | self._expelled | (set() if again else self._problems.keys())
         new = [node for node in grid.get_node_ids() if node not in known]
         timeout = min(_AGAIN, self._timeout) if again else self._timeout
         content = Question(self.model, probe(), self.run, self.commits).content()
@@ -145,6 +152,12 @@ class Nodes:
                 present[partition] = node
         return present
 
+    def expel(self, node: int, reason: str) -> None:
+        """Ask ``node`` nothing more in this run."""
+        self._complain(node, reason)
+        self._expelled.add(node)
+        self._absent[node] = max(1, len(self.partitions.pop(node, ())))
+
     def dismiss(self, grid: Any) -> None:
         """Have all nodes remove this run's files."""
         record = RecordDict({"leave": ConfigRecord({"run": self.run})})
@@ -173,6 +186,7 @@ class Nodes:
             raise Refused(f"{where}its rows are {answer.dataset}, not {self.commits['dataset']} as the others'")
         known = answer.version < 0 or self._holds(answer.version, answer.stamp)
         self.found(node, answer.version if known else UNKNOWN_HISTORY, answer.partitions)
+        self.keys[node] = answer.key, answer.signature
         self.partitions[node] = answer.partitions
 
     def _holds(self, version: int, stamp: str) -> bool:

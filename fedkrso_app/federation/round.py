@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,16 +14,20 @@ from flwr.serverapp.strategy import Strategy
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.projection import stream
-from fedkrso_app.federation.aggregate import aggregate
+from fedkrso_app.federation import masked, masks, released
+from fedkrso_app.federation.aggregate import Aggregate, Unopened
 from fedkrso_app.federation.nodes import UNKNOWN_HISTORY, Nodes, sampled
 from fedkrso_app.federation.replica import first_needed
-from fedkrso_app.federation.transforms import Differences, Transform
+from fedkrso_app.federation.spending import Spending
+from fedkrso_app.federation.transforms import Transform
 from fedkrso_app.records import protocol, wire
+from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Entry, Ledger
-from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, UPDATE, Figures, Instructions, Status
-from fedkrso_app.records.schema import Schema, differences, superseded
+from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Instructions, Status
+from fedkrso_app.records.schema import Schema, superseded
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Method
+from fedkrso_app.strategies.privacy import Privacy
 
 logger = logging.getLogger("flwr")
 
@@ -33,9 +36,16 @@ class Host(Protocol):
     """What the rounds need of the server that they run on."""
 
     tally_schema: Schema  # what a client says of an evaluation; such arrays are added up
+    spending: Spending  # what the run has spent, where each client is protected
 
     def report(self, figures: dict[str, Any]) -> None:
         """Take note of a round's figures; ``tally`` is the sum of its clients' evaluations, if there are any."""
+
+    def opening(self, round: int, partitions: list[int]) -> None:
+        """Put down, to stay, that the sum of these partitions is about to be opened."""
+
+    def opened(self) -> int:
+        """The last round whose sum was, or may have been, opened; 0 if none was."""
 
     def weights(self) -> Arrays | None:
         """All shared tensors at the newest version (:attr:`Method.weights`); None where the server has no model."""
@@ -57,8 +67,21 @@ class Round(Strategy):
     ) -> None:
         self.method, self.transforms, self.ledger, self.kept = method, transforms, ledger, kept
         self.config, self.nodes, self.host = method.config, nodes, host
-        self.first_round = 1 + int(ledger.read(ledger.version).record["round"])  # later than 1 in a resumed run
+        unit = self.config.of(Privacy).unit
+        self._by_example, self._by_client = unit == "example", unit == "client"
+        done = int(ledger.read(ledger.version).record["round"])
+        self.first_round = 1 + done  # later than 1 in a resumed run
+        if (opened := host.opened() if self.config.secure_aggregation else 0) > done:
+            logger.warning(
+                "Round %d was opened and has no entry: it is not done again, and the model will differ from that of a "
+                "run without an interruption",
+                opened,
+            )
+            self.first_round = 1 + opened
         self.span = method.entry.span
+        self._history = History(method.entry.travelling)
+        for version in ledger.versions() if self.config.secure_aggregation else ():
+            self._history.follow(version, ledger.read(version).arrays)
         method.replies = int(ledger.read(ledger.version).record["clients"])
         if ledger.version > 0 and method.entry.named("server"):
             method.kept = dict(kept.read(ledger.version).arrays)
@@ -86,24 +109,52 @@ class Round(Strategy):
                     f"min-replies = {least} is out of reach: fraction-train = {fraction:g} of "
                     f"{self.nodes.expected} clients are {most} per round; lower it, or start more nodes."
                 )
+            if self.config.secure_aggregation:
+                masked.check_federation(self.nodes, self.config)
+            if self._by_client:
+                released.check_federation(self.nodes, self.method)
         else:
             self.nodes.welcome(grid, again=True)
             self.nodes.wait_online(grid, least)
-        self._figures = no_figures()
+        self._figures, self._grid = no_figures(), grid
         asked = self.nodes.sample(grid, fraction, self.config.seed, self.round)
+        try:
+            self.begin(asked)
+        except Unopened as reason:
+            logger.warning("nobody is asked: %s", reason)
+            asked = {}
         return self._ask(TRAIN, asked, self.round, self.method.instructions(self.round))
+
+    def begin(self, asked: Mapping[int, Sequence[int]]) -> None:
+        """Make the sums of the round that asks these nodes (id -> partitions). Raises :class:`Unopened`, and
+        :class:`released.Spent` where the round must not be."""
+        start = self._newest_state() if self.transforms or self.config.max_update_norm else {}
+        self._sums = Aggregate(self.method, self.round, self.transforms, start)
+        if self._by_client:
+            given, held, spending = self.method.instructions(self.round), self.nodes.partitions, self.host.spending
+            self._sums = released.Released(self.method, self.round, start, given, asked, held, spending)
+            self._figures["epsilon"] = spending.epsilon()
+        if self.config.secure_aggregation:
+            version = self.ledger.version
+            method = self.method.instructions(self.round)
+            told = Instructions(self.nodes.run, version, self.ledger.stamp(version), round=self.round, method=method)
+            roster = masked.roster_of(asked, self.nodes, self.config)
+            story = masks.story_of(told, self._history.digest, self.nodes.model, self.config)
+            note = functools.partial(self.host.opening, self.round)
+            self._sums = masked.Masked(self.method, self.round, self.transforms, start, roster, story, note, self.nodes)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        self._sums = aggregate(self.method)
-        self._start = self._newest_state() if self.transforms or self.config.max_update_norm else {}
         accepted: dict[int, dict[str, float]] = {}  # partition id -> figures
         self._to_evaluate: dict[int, list[int]] = {}
-        for node, partition, content, size in self._received(replies):
-            with self._refusing(partition):
-                accepted[partition] = {**self._accept(content, node, partition), "uplink_bytes": size}
-                self._to_evaluate.setdefault(node, []).append(partition)
+        for node, partitions, content, size in self._received(replies):
+            with self._refusing(partitions):
+                version = self._check_version(content, node, partitions)
+                figures = self._sums.accept(content, node, partitions)
+                self.nodes.found(node, version, partitions)
+                accepted |= {partition: {**each, "uplink_bytes": size} for partition, each in figures.items()}
+                self._to_evaluate.setdefault(node, []).extend(partitions)
         self._close(accepted)
         return None, None
 
@@ -115,10 +166,10 @@ class Round(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         tallies: dict[int, np.ndarray] = {}
         scores: dict[int, float] = {}
-        for node, partition, content, size in self._received(replies):
+        for node, (partition,), content, size in self._received(replies):
             figures: dict[str, float] = {}
-            with self._refusing(partition):
-                version = self._check_version(content, node, partition)
+            with self._refusing([partition]):
+                version = self._check_version(content, node, [partition])
                 tally = wire.unpack(protocol.arrays(content, TALLY), self.host.tally_schema)["tally"]
                 try:
                     figures = dict(zip(("metric", "eval_loss"), self.host.score(tally), strict=True))
@@ -163,7 +214,8 @@ class Round(Strategy):
         def content(since: int, partitions: tuple[int, ...] = ()) -> RecordDict:
             afresh = since == UNKNOWN_HISTORY
             told = Instructions(self.nodes.run, version, stamp, afresh, round, method, partitions)
-            return RecordDict({**entries(since), kind: told.record()})
+            more = self._sums.records if kind == TRAIN else {}
+            return RecordDict({**entries(since), kind: told.record(), **more})
 
         messages = []
         for node, partitions in asked.items():
@@ -171,6 +223,8 @@ class Round(Strategy):
             text = content(self.nodes.versions[node], () if alone else tuple(partitions))
             messages.append(Message(text, node, kind, group_id=str(self.round)))
         behind = [self.nodes.alone[node, partition] for node, partitions in asked.items() for partition in partitions]
+        if self.config.secure_aggregation:  # where a node is one
+            behind = [self.nodes.versions[node] for node in asked]
         sizes = {since: wire.measured_bytes(content(since)) for since in dict.fromkeys(behind)}
         self._figures["downlink_bytes"] += sum(sizes[since] for since in behind)
         if missed := [since for since in behind if since < version - 1]:
@@ -192,7 +246,8 @@ class Round(Strategy):
             arrays = {name: value for name, value in entry.items() if name not in dropped}
             content[f"entry-{version}"] = wire.pack(arrays)
             size += sum(value.nbytes for value in arrays.values())
-            if self.span is None and version > first and size > self.method.weights_bytes:
+            smaller = self.span is None and version > first and size > self.method.weights_bytes
+            if smaller and not self.config.secure_aggregation:  # nodes compare entries there
                 weights = self.host.weights()
                 if weights is not None:
                     return RecordDict({f"weights-{newest}": wire.pack(weights)})
@@ -213,9 +268,9 @@ class Round(Strategy):
 
     # What comes back
 
-    def _received(self, replies: Iterable[Message]) -> Iterator[tuple[int, int, RecordDict, int]]:
-        """The replies that are no errors, partition by partition: node, partition, content, its bytes. Errors and
-        silence are logged and counted."""
+    def _received(self, replies: Iterable[Message]) -> Iterator[tuple[int, Sequence[int], RecordDict, int]]:
+        """The replies that are no errors, partition by partition unless they are under masks: node, partitions,
+        content, its bytes. Errors and silence are logged and counted."""
         waiting: dict[str, tuple[int, Sequence[int]]] = {}
         told = False
         for reply in replies:
@@ -227,97 +282,73 @@ class Round(Strategy):
                 logger.warning("a reply that nobody is waiting for was dropped")
             elif reply.has_error():
                 reason = f"{reply.error.reason or 'no reason given'} (code {reply.error.code})"
-                for partition in partitions:
-                    self._without(partition, "failed", f"failed: {reason.strip()}")
+                self._without(partitions, "failed", f"failed: {reason.strip()}")
             else:
-                for partition, content in protocol.apart(reply.content, partitions):
+                for some, content in self._sums.apart(reply.content, partitions):
                     if reason_given := protocol.reason_of_failure(content):
-                        self._without(partition, "failed", f"failed: {reason_given}")
+                        self._without(some, "failed", f"failed: {reason_given}")
                         continue
                     size = wire.measured_bytes(content)
                     self._figures["uplink_bytes"] += size
-                    yield node, partition, content, size
+                    yield node, some, content, size
         silent = waiting.values() if told else [asked for _, asked in self._asked]
-        for partition in [partition for _, partitions in silent for partition in partitions]:
-            self._without(partition, "failed", f"sent no reply within {self.config.round_timeout:g} s")
+        for _, partitions in silent:
+            self._without(partitions, "failed", f"sent no reply within {self.config.round_timeout:g} s")
         self._asked = []
 
-    def _without(self, partition: int, counter: str, reason: str) -> None:
+    def _without(self, partitions: Sequence[int], counter: str, reason: str) -> None:
         """Log why a reply does not count; in training it is counted, as ``refused`` or ``failed``."""
-        logger.warning("partition %s %s", partition, reason)
-        if self._training:
-            self._figures[counter] += 1
+        for partition in partitions:
+            logger.warning("partition %s %s", partition, reason)
+            if self._training:
+                self._figures[counter] += 1
 
     @contextmanager
-    def _refusing(self, partition: int) -> Iterator[None]:
+    def _refusing(self, partitions: Sequence[int]) -> Iterator[None]:
         try:
             yield
         except Refused as reason:
-            self._without(partition, "refused", f"refused: {reason}")
+            self._without(partitions, "refused", f"refused: {reason}")
 
-    def _check_version(self, content: RecordDict, node: int, partition: int) -> int:
+    def _check_version(self, content: RecordDict, node: int, partitions: Sequence[int]) -> int:
         """The version that a reply was made at, if it is the newest; else :class:`Refused`."""
         status = Status.read(content, self.ledger.version)
+        if status.key:
+            self.nodes.keys[node] = status.key, status.signature
+            raise Refused("has lost its key for masks and made a new one: it takes part in the next round")
         if status.need_sync:
-            self.nodes.found(node, status.version, [partition])
+            self.nodes.found(node, status.version, partitions)
             raise Refused(f"is at version {status.version} and asks to be brought up to date")
         if status.version != self.ledger.version:
             raise Refused(f"is at version {status.version}, expected {self.ledger.version}")
         return status.version
 
-    def _accept(self, content: RecordDict, node: int, partition: int) -> dict[str, float]:
-        """Check one reply and add it to the sums; returns its figures."""
-        version = self._check_version(content, node, partition)
-        update, figures = protocol.arrays(content, UPDATE), Figures.read(content)
-        schema = self.method.reply_of(partition)
-        arrays = schema.filled(wire.decode(wire.unpack(update, schema.travelling)))
-        self.method.check(arrays, self.round)
-        if self.config.max_update_norm:
-            norm = self._norm(arrays)
-            if norm > self.config.max_update_norm:
-                raise Refused(
-                    f"its update has norm {norm:.4g}, above max-update-norm = {self.config.max_update_norm:g}"
-                )
-        for transform in reversed(self.transforms):
-            arrays = dict(transform.reply(arrays, self._start))
-        weight = figures.num_examples if self.config.weighting == "examples" else 1
-        try:
-            self._sums.add(self.method.summands(arrays), arrays, weight, partition)
-        except OverflowError as error:
-            hint = "; set weighting = 'uniform'" if weight > 1 else ""
-            raise Refused(f"{error}{hint}") from None
-        self.nodes.found(node, version, [partition])
-        return {**vars(figures), "weight": weight}
-
-    def _norm(self, arrays: Arrays) -> float:
-        """L2 norm of what a reply would move: its updates, and the differences of its states to the newest ones."""
-        schema, moved = self.method.reply.only(arrays), arrays
-        if not any(isinstance(transform, Differences) for transform in self.transforms):
-            # A server that began without a model knows no states in round 1.
-            known = [name for name in arrays if name not in schema.named("state") or name in self._start]
-            moved = differences({name: arrays[name] for name in known}, self._start, schema)
-        floats = [value for value in moved.values() if value.dtype == np.float32]
-        return math.sqrt(sum(float(np.square(part, dtype=np.float64).sum()) for part in floats))
-
     def _close(self, accepted: dict[int, dict[str, float]]) -> None:
         """Publish the next entry if enough replies count."""
-        total = int(sum(figures["weight"] for figures in accepted.values()))
-        loss = sum(accepted[partition]["train_loss"] * accepted[partition]["weight"] for partition in sorted(accepted))
+        problem, arrays, opened = f"{len(accepted)} good replies, min-replies = {self.config.min_replies}", {}, {}
+        if len(accepted) >= self.config.min_replies:
+            try:
+                opened, problem = self._sums.open(self._grid), ""
+            except Unopened as reason:
+                problem = str(reason)
         figures = self._figures | {
             "round": self.round,
-            "train_loss": loss / total if total else None,
+            "train_loss": self._sums.loss,
             "clients": len(accepted),
             "client_seconds": max((f["train_seconds"] for f in accepted.values()), default=0.0),
             "client_peak_bytes": max((f["peak_bytes"] for f in accepted.values()), default=0),
             "partitions": sorted(accepted),
             "version": self.ledger.version,
+            **opened,
         }
+        if self._by_example:
+            newest = self.ledger.read(self.ledger.version).record.get("epsilon", 0.0)
+            figures["epsilon"] = max([newest, *(figures["epsilon"] for figures in accepted.values())])
         if self.config.client_metrics:
             shown = {p: {key: value for key, value in f.items() if key != "weight"} for p, f in accepted.items()}
             figures["per_client"] = {str(partition): shown[partition] for partition in sorted(shown)}
         figures["paper_bytes"] = self.method.paper_bytes() * (len(accepted) + figures["refused"] + figures["failed"])
-        problem, arrays = f"{len(accepted)} good replies, min-replies = {self.config.min_replies}", {}
-        if len(accepted) >= self.config.min_replies:
+        if not problem:
             arrays = self.method.conclude(self._sums, self.round)
             bad = [name for name, values in arrays.items() if not np.isfinite(values).all()]
             problem = f"the average of {bad[0]} is not finite" if bad else ""
@@ -341,9 +372,11 @@ class Round(Strategy):
                 self.kept.discard(older)
             self.method.kept = own
         for transform in reversed(self.transforms):
-            arrays = transform.mean(arrays, self._start)
+            arrays = transform.mean(arrays, self._sums.start)
         stored = wire.encode(arrays, schema, stream(self.config.seed, "broadcast", self.round))
         self.ledger.append(Entry(version, stored, figures))
+        if self.config.secure_aggregation:
+            self._history.follow(version, stored)
         self.method.observe(version, schema.filled(wire.decode(stored)))
         self.method.replies = figures["clients"]
 

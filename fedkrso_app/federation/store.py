@@ -164,6 +164,19 @@ class NodeStore:
                 "write to."
             ) from None
 
+    def put_history(self, record: Mapping[str, Any]) -> None:
+        """Keep the record of a :class:`History`."""
+        _private(self.folder)
+        temporary = self.folder / f"history.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(dict(record)))
+        os.replace(temporary, self.folder / "history.json")
+
+    def history(self) -> Mapping[str, Any] | None:
+        """What :meth:`put_history` kept; None if there is nothing that can be read."""
+        with suppress(OSError, ValueError):
+            return json.loads((self.folder / "history.json").read_text())
+        return None
+
     def commits(self) -> Mapping[str, str]:
         """What :meth:`pin` kept; nothing if the file is missing."""
         with suppress(FileNotFoundError):
@@ -198,7 +211,7 @@ class NodeStore:
 
 
 def _write(path: Path, arrays: Mapping[str, Sequence[Tensor | np.ndarray]], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, tensor by tensor; the library's own writer wants all bytes at once. The checksum comes last."""
+    """A safetensors file, tensor by tensor; the library's own writer wants all bytes at once. The checksum is last."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, parts in arrays.items():

@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from fedkrso_app.records.schema import differences, sums
+from fedkrso_app.strategies import secure
 from fedkrso_app.strategies.base import Arrays, Method
 
 
@@ -42,4 +43,4 @@ class Differences:
 
 def transforms(method: Method) -> Sequence[Transform]:
     """Those of a run, in the order in which a client applies them."""
-    return [Differences(method)] if method.config.wire_dtype != "float32" else []
+    return [Differences(method)] if secure.by_difference(method.config) else []

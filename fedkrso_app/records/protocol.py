@@ -10,8 +10,9 @@ or the weights that they lead to (``weights-<version>``). A node that holds seve
 and answers for each (:func:`together`).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -42,7 +43,7 @@ class Question:
 
     @classmethod
     def read(cls, content: RecordDict) -> "Question":
-        record = _config(content, "join")
+        record = config(content, "join")
         asked = {key: _text(record, f"{key}-commit") for key in ("model", "dataset") if f"{key}-commit" in record}
         return cls(_text(record, "model"), _text(record, "probe"), _text(record, "run"), asked)
 
@@ -58,6 +59,8 @@ class Answer:
     stamp: str = ""  # of that version's entry
     error: str = ""
     dataset: str = ""  # the hub's, as name@commit, that it reads
+    key: bytes = b""  # the public one of this node's masks, where updates travel under them
+    signature: bytes = b""  # of that key, by the node's own
 
     def content(self) -> RecordDict:
         record = ConfigRecord({"partitions": list(self.partitions), "num-partitions": self.total})
@@ -66,11 +69,12 @@ class Answer:
         else:
             record.update({"model": self.model, "version": self.version, "stamp": self.stamp})
             record.update({"dataset-commit": self.dataset} if self.dataset else {})
+            record.update(_signed(self.key, self.signature))
         return RecordDict({"join": record})
 
     @classmethod
     def read(cls, content: RecordDict) -> "Answer":
-        record = _config(content, "join")
+        record = config(content, "join")
         total = number(record, "num-partitions", int, 0, 2**31)
         partitions = _partitions(record, total)
         if "error" in record:
@@ -80,7 +84,8 @@ class Answer:
         version = number(record, "version", int, -1, _VERSIONS)
         dataset = _text(record, "dataset-commit") if "dataset-commit" in record else ""
         stamp = _text(record, "stamp")
-        return cls(partitions, total, _text(record, "model"), version, stamp, dataset=dataset)
+        signed = _key(record)
+        return cls(partitions, total, _text(record, "model"), version, stamp, "", dataset, *signed)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Instructions:
 
     @classmethod
     def read(cls, content: RecordDict, kind: str) -> "Instructions":
-        record = _config(content, kind)
+        record = config(content, kind)
         known = ("run", "version", "stamp", "round", "afresh", "partitions")
         return cls(
             _text(record, "run"),
@@ -123,44 +128,61 @@ class Instructions:
 
 @dataclass(frozen=True)
 class Status:
-    """At which version a reply was made; or that the node must be brought up to date from there first."""
+    """At which version a reply was made; or that the node must be brought up to date from there first; or, with
+    ``key``, that the one it joined with is lost and this is its new one."""
 
     version: int
     need_sync: bool = False
+    key: bytes = b""
+    signature: bytes = b""
 
     def record(self) -> ConfigRecord:
         record = ConfigRecord({"version": self.version})
         record.update({"need-sync": True} if self.need_sync else {})
+        record.update(_signed(self.key, self.signature))
         return record
 
     @classmethod
     def read(cls, content: RecordDict, newest: int) -> "Status":
-        record = _config(content, "status")
-        return cls(number(record, "version", int, -1, newest), bool(record.get("need-sync")))
+        record = config(content, "status")
+        return cls(number(record, "version", int, -1, newest), bool(record.get("need-sync")), *_key(record))
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a client says of its training: rows, mean loss, seconds, peak memory in bytes."""
+    """What a client says of its training: rows, mean loss, seconds, peak memory in bytes; where each of its rows is
+    protected, no loss but the run's ε for them, rounded up."""
 
     num_examples: int
-    train_loss: float
+    train_loss: float | None
     train_seconds: float
     peak_bytes: int
+    epsilon: float | None = None
+
+    def known(self) -> dict[str, Any]:
+        """What is said."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+    def coarse(self) -> "Figures":
+        """Those that may be told where rows or clients are protected: the time up to the next ten seconds, no loss and
+        no memory, for they follow the rows."""
+        return replace(self, train_loss=None, train_seconds=10.0 * math.ceil(self.train_seconds / 10), peak_bytes=0)
 
     def record(self) -> MetricRecord:
-        return MetricRecord({key.replace("_", "-"): value for key, value in vars(self).items()})
+        return MetricRecord({key.replace("_", "-"): value for key, value in self.known().items()})
 
     @classmethod
-    def read(cls, content: RecordDict) -> "Figures":
+    def read(cls, content: RecordDict, unit: str = "none") -> "Figures":
+        """``unit``: what is protected, each "example" or each "client"."""
         record = content.get("metrics")
         if not isinstance(record, MetricRecord):
             raise Refused("record 'metrics' is missing")
         return cls(
             number(record, "num-examples", int, 1, 2**31),
-            number(record, "train-loss", float, -1e30, 1e30),
+            number(record, "train-loss", float, -1e30, 1e30) if unit == "none" else None,
             number(record, "train-seconds", float, 0, 1e9),
             number(record, "peak-bytes", int, 0, 2**62),
+            number(record, "epsilon", float, 0, 1e9) if unit == "example" else None,
         )
 
 
@@ -198,7 +220,7 @@ def apart(content: RecordDict, partitions: Sequence[int]) -> Iterator[tuple[int,
 
 def reason_of_failure(content: RecordDict) -> str | None:
     """What :func:`failed` was told; None of any other reply."""
-    return _text(_config(content, "failed"), "reason") if "failed" in content else None
+    return _text(config(content, "failed"), "reason") if "failed" in content else None
 
 
 def arrays(content: RecordDict, name: str) -> ArrayRecord:
@@ -209,7 +231,8 @@ def arrays(content: RecordDict, name: str) -> ArrayRecord:
     return record
 
 
-def _config(content: RecordDict, name: str) -> ConfigRecord:
+def config(content: RecordDict, name: str) -> ConfigRecord:
+    """The config record ``name``. Raises :class:`Refused` if it is missing."""
     record = content.get(name)
     if not isinstance(record, ConfigRecord):
         raise Refused(f"record {name!r} is missing")
@@ -230,3 +253,15 @@ def _partitions(record: ConfigRecord, total: int) -> tuple[int, ...]:
     if not isinstance(given, list) or len(set(ids)) < len(given):
         raise Refused(f"partitions = {given!r} is no list of partition ids below {total}, each once")
     return ids
+
+
+def _signed(key: bytes, signature: bytes) -> dict[str, bytes]:
+    return {"key": key, "signature": signature} if key else {}
+
+
+def _key(record: ConfigRecord) -> tuple[bytes, bytes]:
+    """The key for masks and the signature on it; b"" where there are none."""
+    key, signature = record.get("key", b""), record.get("signature", b"")
+    if not isinstance(key, bytes) or not isinstance(signature, bytes) or len(key) not in (0, 32):
+        raise Refused("its key is none")
+    return key, signature

@@ -14,6 +14,7 @@ from fedkrso_app.config import Config, is_local
 from fedkrso_app.data.hub import source
 from fedkrso_app.data.tasks import Task
 from fedkrso_app.runs.folder import Run
+from fedkrso_app.runs.privacy import sentence
 from fedkrso_app.runs.results import asked_in, text
 from fedkrso_app.strategies import STRATEGIES
 
@@ -65,6 +66,7 @@ def write(run: Run, task: Task, round: int, folder: Path) -> None:
         "Clients": _clients(lines),
         "Rounds": f"{round}, each of {config.local_steps} steps per client in batches of {config.batch_size}",
         **_measured(line, config, task),
+        "Privacy": sentence(run, round),
         "Sent per client and round, on average": _bytes(lines),
         "Libraries": ", ".join(f"{library} {version}" for library, version in info["libraries"].items()),
     }

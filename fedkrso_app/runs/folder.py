@@ -128,6 +128,25 @@ class Run:
                 break
         return figures
 
+    def add_opening(self, round: int, partitions: list[int]) -> None:
+        """Append to openings.jsonl, on the disk when this returns, whose sum is about to be opened."""
+        with open(self.path / "openings.jsonl", "a") as file:
+            file.write(json.dumps({"round": round, "partitions": partitions}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @property
+    def opened(self) -> int:
+        """The last round in openings.jsonl; 0 if there is none. Of a line that was cut short nothing was asked yet."""
+        file = self.path / "openings.jsonl"
+        last = 0
+        for line in file.read_text().splitlines() if file.is_file() else ():
+            try:
+                last = max(last, int(json.loads(line)["round"]))
+            except ValueError:
+                continue
+        return last
+
     def add_metrics(self, figures: dict[str, Any]) -> None:
         """Append one line, or replace the lines from its round on (a resumed run does a round again)."""
         kept = [line for line in self.metrics() if line["round"] < figures["round"]]
@@ -152,7 +171,8 @@ def create(config: Config, model_digest: str, commits: Mapping[str, str] | None 
     except OSError as error:
         raise ConfigError(f"output-dir = {config.output_dir!r}: {path} cannot be made ({error.strerror}).") from None
     libraries = {}
-    for library in _LIBRARIES:
+    accountant = ["dp-accounting"] if config.to_dict()["privacy.unit"] != "none" else []
+    for library in [*_LIBRARIES, *accountant]:
         try:
             libraries[library] = version(library)
         except PackageNotFoundError:

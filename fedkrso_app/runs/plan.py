@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError
+from fedkrso_app.core.accounting import Releases, epsilon
 from fedkrso_app.federation.nodes import sampled
 from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Figures, Instructions, Status
@@ -24,7 +25,10 @@ from fedkrso_app.records.schema import Schema
 from fedkrso_app.runs.memory import Memory, client_memory
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Method, Shapes
+from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.training import metrics, model
+
+_CLIENTS_ROWS = (200, 500, 1000, 2000, 5000, 10000, 50000)
 
 
 def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -> dict[str, Any]:
@@ -55,6 +59,21 @@ def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -
         "rounds": config.num_server_rounds,
         "rows": rows,
         "left_out": left_out,
+        "epsilon": epsilon_by_rows(config),
+    }
+
+
+def epsilon_by_rows(config: Config) -> dict[int, float]:
+    """ε of a run that protects each example, by the number of rows of a client that is asked in every round; for the
+    numbers that ``privacy.delta`` says something about. Empty for other runs."""
+    own = config.of(Privacy)
+    if own.unit != "example":
+        return {}
+    batch, steps = config.batch_size * config.gradient_accumulation, config.num_server_rounds * config.local_steps
+    return {
+        rows: epsilon([Releases(own.noise, min(1.0, batch / rows), steps)], own.delta)
+        for rows in _CLIENTS_ROWS
+        if own.delta * rows < 1
     }
 
 
@@ -70,7 +89,8 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
         local = method.local(loaded)
         inputs = batch(loaded, task, config)
     if method.half not in halves:
-        halves[method.half] = heaviest([client_memory(local, inputs, turn) for turn in method.turns()])
+        turns = [{**turn, "labels": lambda: np.zeros(0, np.int64)} for turn in method.turns()]  # a plan has no rows
+        halves[method.half] = heaviest([client_memory(local, inputs, turn) for turn in turns])
     memories, refused = halves[method.half]
     more = method.client_bytes(lengths)
     kinds = ("weights", "gradients", "optimizer", "aside", "activations", "peak", "total")

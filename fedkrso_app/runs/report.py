@@ -1,6 +1,6 @@
 """Runs as one HTML page that needs nothing else: what was learned, sent and spent, and with which settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from jinja2 import Template
 
 from fedkrso_app.runs import pictures
 from fedkrso_app.runs.folder import Run
+from fedkrso_app.runs.privacy import epsilons
 from fedkrso_app.runs.results import Line, lines, mean_sd, plus_minus, text
 
 # Column of the table -> figure of a run, and its digits after the point; means over the seeds.
@@ -71,7 +72,22 @@ def _section(setting: tuple[str, str], here: list[Line]) -> dict[str, Any]:
     head = ["method", "rate", "seeds", metric, *_MEANS, *_SUMS]
     heads = dict.fromkeys(line.config.get("head", "dense") for line in here)
     title = ", ".join([*setting, f"head {' and '.join(heads)}"])
-    return {"title": title, "pictures": pictures.of(here, metric), "tables": [(head, rows)]}
+    return {"title": title, "pictures": pictures.of(here, metric), "tables": [(head, rows), *_spent(here)]}
+
+
+def _spent(here: list[Line]) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """ε after each round, of the lines whose runs have one; the largest of the repeats."""
+    spent: dict[str, dict[int, float]] = {}
+    for line in here:
+        of_line = spent.setdefault(f"ε at δ = {line.config.get('privacy.delta', 0):g}, {line.label}", {})
+        for run in line.runs:
+            for round, value in epsilons(run).items():
+                of_line[round] = max(value, of_line.get(round, 0.0))
+    spent = {name: values for name, values in spent.items() if values}
+    if spent:
+        rounds = sorted(set().union(*spent.values()))
+        cells = [[f"{values[r]:.2f}" if r in values else "–" for values in spent.values()] for r in rounds]
+        yield ["round", *spent], [[str(r), *row] for r, row in zip(rounds, cells, strict=True)]
 
 
 def settings_of(named: Mapping[str, Mapping[str, Any]], what: str) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from fedkrso_app.core.projection import stream
 from fedkrso_app.data import hub
 from fedkrso_app.federation import evaluation
 from fedkrso_app.federation.nodes import Nodes
+from fedkrso_app.federation.released import Spent
 from fedkrso_app.federation.replica import Replica
 from fedkrso_app.federation.round import Round, no_figures
+from fedkrso_app.federation.spending import Spending
 from fedkrso_app.federation.streaming import StreamingGrid
 from fedkrso_app.federation.transforms import transforms
 from fedkrso_app.records import wire
@@ -26,6 +28,7 @@ from fedkrso_app.runs import card
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.summary import closing_table, line
 from fedkrso_app.strategies.base import Arrays, Method
+from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.training import metrics, model
 from fedkrso_app.training.activations import TrainingError
 
@@ -53,6 +56,7 @@ class Server:
         self.ledger = Ledger(folder.ledger, keep=span and span + 1)
         size = metrics.tally_size(task.metric, task.num_labels)
         self.tally_schema = Schema({"tally": Field("float64", (size,), "update")})
+        self.spending = Spending(folder.path / "privacy.jsonl", config.of(Privacy).delta)
         self.replica = None
         if config.evaluate == "server":
             self.replica = Replica(method.local(loaded), self.ledger, span)
@@ -73,6 +77,12 @@ class Server:
         self.method.observe(entry.version, self.method.entry.filled(arrays))
         if self.replica:
             self.replica.follow(entry.version, arrays)
+
+    def opening(self, round: int, partitions: list[int]) -> None:
+        self.folder.add_opening(round, partitions)
+
+    def opened(self) -> int:
+        return self.folder.opened
 
     def weights(self) -> Arrays | None:
         if not self.replica:
@@ -113,7 +123,11 @@ class Server:
             self.report(newest)
         rounds = max(0, self.config.num_server_rounds - round.first_round + 1)
         with ours_only(logger):
-            round.start(grid, ArrayRecord(), rounds, self.config.round_timeout)  # type: ignore[arg-type]
+            try:
+                round.start(grid, ArrayRecord(), rounds, self.config.round_timeout)  # type: ignore[arg-type]
+            except Spent as reason:
+                logger.warning("%s; the run ends here", reason)
+                rounds = 0
         if rounds and self.ledger.version == newest["version"]:
             raise TrainingError(f"none of {rounds} rounds published anything; the warnings above say why")
         self.nodes.dismiss(grid)

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedkrso_app import config as common
 from fedkrso_app.config import Config, ConfigError, Settings, choice
-from fedkrso_app.strategies import options
+from fedkrso_app.strategies import options, privacy, secure
 from fedkrso_app.strategies.base import Lora, Method, Shapes
 from fedkrso_app.strategies.decomfl import DeComFL
 from fedkrso_app.strategies.fed_dare import FedDARE
@@ -60,7 +60,8 @@ STRATEGIES: dict[str, type[Method]] = {
 
 def parse(run_config: Mapping[str, Any]) -> Config:
     """The run config with the settings of every method, checked. Raises :class:`ConfigError`."""
-    tables: dict[type[Settings], None] = dict.fromkeys((options.ClientOptions, options.ServerOptions))
+    common_to_all = (options.ClientOptions, options.ServerOptions, privacy.Privacy, secure.SecureSums)
+    tables: dict[type[Settings], None] = dict.fromkeys(common_to_all)
     for method in STRATEGIES.values():
         tables |= dict.fromkeys(method.settings)
     config = common.parse(run_config, list(tables))
@@ -72,6 +73,8 @@ def parse(run_config: Mapping[str, Any]) -> Config:
             "reply itself: set it to 'mean'."
         )
     options.check(method, config)
+    privacy.check(method, config)
+    secure.check(method, config)
     if Lora in method.settings and config.of(Lora).ranks and not method.ranked:
         raise ConfigError(
             f"lora.ranks = {config.of(Lora).ranks!r} does not go with {config.strategy}, whose clients share one rank: "
@@ -95,13 +98,23 @@ def make(config: Config, shapes: Shapes, judged: bool = True) -> Method:
             f"evaluate = 'server' does not go with {config.strategy}, which leaves a part of the model at each client: "
             "set evaluate = 'clients'."
         )
-    if judged and config.evaluate != "server" and config.wire_dtype != "float32":
+    protected = config.of(privacy.Privacy).unit == "client"
+    if judged and config.evaluate != "server" and (config.wire_dtype != "float32" or protected):
         entry = method.entry.travelling
         every = {name for name in entry.named("state") if not entry.fields[name].optional}
         unknown = (every | set(method.reply.travelling.named("state"))) - method.known_start().keys()
+        if unknown and protected:
+            raise ConfigError(
+                f"privacy.unit = 'client' needs evaluate = 'server': {', '.join(sorted(unknown))} would be clipped as "
+                "a difference to a start that only a server with the model knows."
+            )
         if unknown:
             raise ConfigError(
                 f"wire-dtype = {config.wire_dtype!r} needs evaluate = 'server': {', '.join(sorted(unknown))} would be "
                 "rounded as differences to a start that only a server with the model knows."
             )
+    if config.secure_aggregation:
+        method.layout(1, method.turns()[0])
+    if protected:
+        privacy.check_layout(method)
     return method

@@ -85,6 +85,7 @@ class Local(ABC):
 
     dense: ClassVar[bool] = False  # its sessions train the layers' weights themselves, in float32
     version = -1  # that of the entry which is being applied
+    by_row: ClassVar[bool] = False  # its sessions know the data by gradients of linear layers alone
 
     def __init__(self, loaded: LoadedModel, config: Config) -> None:
         self.module, self.targets, self.head, self.config = loaded.module, loaded.targets, loaded.head, config
@@ -193,6 +194,7 @@ class Lora(Settings):
 class LoraLocal(Local):
     """Client half of the methods that train low-rank factors: LoRA layers on the targets, and their tensors by name."""
 
+    by_row: ClassVar[bool] = True
     factors: ClassVar[tuple[str, ...]] = ("A", "B")  # those that are trained
 
     def __init__(self, loaded: LoadedModel, config: Config) -> None:
@@ -334,11 +336,8 @@ class Method(ABC):
         return Schema({"weights": Field("bfloat16", (few,), "state"), **rest})
 
     @property
-    def weights_size(self) -> int:
-        return sum(self.weights_sizes)
-
-    @property
     def weights_bytes(self) -> int:
+        """Bytes of :attr:`weights`."""
         few, others = self.weights_sizes
         return (4 if self.config.state_dtype == "float32" else 2) * few + 4 * others
 
@@ -376,6 +375,23 @@ class Method(ABC):
     def summands(self, arrays: Arrays) -> Mapping[Any, np.ndarray]:
         """What is to be averaged of a checked reply."""
         return arrays
+
+    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
+        """The summands of ``round`` with their shapes: those that all replies together can have, from what clients are
+        ``told`` (:meth:`instructions`) alone. Raises ConfigError where the replies decide that."""
+        shapes = {name: self.reply.fields[name].shape for name in self.reply.named("update", "state")}
+        if type(self).summands is not Method.summands or not all(type(n) is int for s in shapes.values() for n in s):
+            raise ConfigError(
+                f"secure-aggregation does not work with strategy = {self.config.strategy!r}: what its clients add up "
+                "depends on what each of them sends."
+            )
+        return shapes  # type: ignore[return-value]
+
+    def reach(self, round: int, told: Mapping[str, Any], partitions: Sequence[int]) -> Mapping[Hashable, float]:
+        """How far each of the :meth:`layout` moves in a client at most, in learning rate times steps, if ``partitions``
+        are asked."""
+        rate = float(self.config.to_dict()[self.learning_rate_key])
+        return dict.fromkeys(self.layout(round, told), rate * self.config.local_steps)
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         """The arrays of the next ledger entry."""

@@ -4,7 +4,7 @@ The baseline of that name in FedSRD's comparison (arXiv:2510.04601). A client se
 that are left of A's and B's changes, divided by 1 − p, which keeps their mean. The head is dense.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +105,14 @@ class FedDARE(FedIT):
         update = np.zeros(self.size, np.float32)
         update[self.mask(arrays)] = arrays["values"]
         return {"update": update, "head": arrays["head"]}
+
+    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
+        return {"update": (self.size,), "head": (self.shapes.head,)}
+
+    def reach(self, round: int, told: Mapping[str, Any], partitions: Sequence[int]) -> Mapping[Hashable, float]:
+        """What is kept of an update is multiplied by 1 / (1 − p)."""
+        reach = super().reach(round, told, partitions)
+        return {**reach, "update": reach["update"] / (1 - self.own.sparsity)}
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         A, B = np.split(means.mean("update"), [self.factors["A"].size])

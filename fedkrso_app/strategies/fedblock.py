@@ -9,7 +9,7 @@ A cycle gives each block its turn: the first in ascending order, later ones in a
 client at a time trains a block: that is ``fraction-train`` = 1/N.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +123,9 @@ class FedBlock(Method):
         size = self.shapes.blocks[self.block(round)]
         if len(arrays["values"]) != size:
             raise Refused(f"{len(arrays['values'])} values for a block of {size}")
+
+    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
+        return {"values": (self.shapes.blocks[self.block(round)],), "head": (self.shapes.head,)}
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         return {"block": np.array([self.block(round)], np.uint16), **super().conclude(means, round)}

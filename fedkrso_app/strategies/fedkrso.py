@@ -9,11 +9,11 @@
 B already contains -η; eq. 13 of the paper multiplies by η once more.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class FedKRSOSettings(Settings):
     rank: int  # r
     num_seeds: int  # K
     interval: int  # J, steps along one projection
+    draw: str
     projection: str
     learning_rate: float
 
@@ -44,7 +45,13 @@ class FedKRSOSettings(Settings):
         need(self.rank >= 1, "fedkrso.rank", self.rank, "at least 1")
         need(1 <= self.num_seeds <= 65536, "fedkrso.num-seeds", self.num_seeds, "between 1 and 65536")
         choice("fedkrso.projection", self.projection, ["gaussian", "rademacher", "orthonormal"])
+        choice("fedkrso.draw", self.draw, ["own", "each"])
         need_positive("fedkrso.learning-rate", self.learning_rate)
+
+
+def intervals(config: Config) -> int:
+    """I, of one client and round."""
+    return -(-config.local_steps // config.of(FedKRSOSettings).interval)
 
 
 def draw_seeds(seed: int, round: int, count: int) -> np.ndarray:
@@ -56,6 +63,14 @@ def draw_seeds(seed: int, round: int, count: int) -> np.ndarray:
     return np.array(list(pool), dtype=np.uint64)
 
 
+def drawn(pool: np.ndarray, intervals: int, draw: str, choices: np.random.Generator) -> list[int]:
+    """A client's seed in each of its intervals: one of ``pool`` with replacement ("own"), or all of it in an order of
+    the client's own ("each")."""
+    if draw == "each":
+        return choices.permutation(pool).tolist()
+    return [int(choices.choice(pool)) for _ in range(intervals)]
+
+
 def distinct_seeds(pool: int, draws: int) -> float:
     """Expected number of different seeds among ``draws`` from ``pool`` with replacement: K (1 − (1 − 1/K)^draws)."""
     return pool * (1 - (1 - 1 / pool) ** draws)
@@ -63,6 +78,8 @@ def distinct_seeds(pool: int, draws: int) -> float:
 
 class FedKRSOLocal(Local):
     """Client half: Algorithm 2 on the target layers, dense AdamW on the head."""
+
+    by_row: ClassVar[bool] = True
 
     def state(self) -> dict[str, np.ndarray]:
         return {"head": flatten(self.head.values())}
@@ -86,19 +103,20 @@ class FedKRSOLocal(Local):
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
         pool = np.frombuffer(instructions["seeds"], dtype="<u8")
         settings = self.config.of(FedKRSOSettings)
-        choices = beside(rng)
+        turns = iter(drawn(pool, intervals(self.config), settings.draw, beside(rng)))
         with self._subspaces() as layers:
-            rso = RSO(layers, settings.learning_rate, settings.projection)
+            seeds = len(pool), -(-self.config.local_steps // settings.interval)
+            rso = RSO(layers, settings.learning_rate, settings.projection, seeds=seeds)
 
             def before_step(j: int) -> None:
                 if j % settings.interval == 0:
-                    rso.start_interval(int(choices.choice(pool)))  # with replacement
+                    rso.start_interval(next(turns))
 
             def update() -> dict[str, np.ndarray]:
-                drawn = [seed for seed in pool.tolist() if seed in rso.accumulators]
+                used = [seed for seed in pool.tolist() if seed in rso.accumulators]
                 return {
-                    "seeds": np.array(drawn, dtype=np.uint64),
-                    "accumulators": np.stack([flatten([rso.accumulators[seed]]) for seed in drawn]),
+                    "seeds": np.array(used, dtype=np.uint64),
+                    "accumulators": np.stack([flatten([rso.accumulators[seed]]) for seed in used]),
                     "head": flatten(self.head.values()),
                 }
 
@@ -146,6 +164,10 @@ class FedKRSO(Method):
         J = config.of(FedKRSOSettings).interval
         rule = f"at least 1 and at most local-steps = {config.local_steps}"
         need(1 <= J <= config.local_steps, "fedkrso.interval", J, rule)
+        if config.of(FedKRSOSettings).draw == "each":
+            rule = f"{intervals(config)} with fedkrso.draw = 'each', one for each interval of a round"
+            K = config.of(FedKRSOSettings).num_seeds
+            need(intervals(config) == K, "fedkrso.num-seeds", K, rule)
 
     @property
     def own(self) -> FedKRSOSettings:
@@ -153,8 +175,7 @@ class FedKRSO(Method):
 
     @property
     def intervals(self) -> int:
-        """I, of one client and round."""
-        return -(-self.config.local_steps // self.own.interval)
+        return intervals(self.config)
 
     @property
     def reply(self) -> Schema:
@@ -178,7 +199,10 @@ class FedKRSO(Method):
         return 8 * (self.own.num_seeds * self.shapes.outputs(self.own.rank) + self.shapes.head)
 
     def expected(self, clients: int) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, float]]:
-        drawn, used = (distinct_seeds(self.own.num_seeds, self.intervals * n) for n in (1, clients))
+        K = self.own.num_seeds
+        drawn, used = (distinct_seeds(K, self.intervals * n) for n in (1, clients))
+        if self.own.draw == "each":
+            drawn = used = K
         return {"s": drawn}, {"s": used}, {"drawn": drawn, "used": used}
 
     def client_bytes(self, lengths: Mapping[str, float]) -> int:
@@ -203,6 +227,19 @@ class FedKRSO(Method):
     def summands(self, arrays: Arrays) -> Mapping[Any, np.ndarray]:
         by_seed = dict(zip(arrays["seeds"].tolist(), arrays["accumulators"], strict=True))
         return {**by_seed, "head": arrays["head"]}
+
+    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
+        Q = self.shapes.outputs(self.own.rank)
+        return dict.fromkeys(self.pool(round).tolist(), (Q,)) | {"head": (self.shapes.head,)}
+
+    def reach(self, round: int, told: Mapping[str, Any], partitions: Sequence[int]) -> Mapping[Hashable, float]:
+        """A slot moves for as many steps as it is drawn for: those of the client that draws it most often."""
+        pool, own = self.pool(round), self.own
+        each = [stream(self.config.seed, "client", round, partition) for partition in partitions]
+        turns = [drawn(pool, self.intervals, own.draw, beside(rng)) for rng in each]
+        most = {seed: max((one.count(seed) for one in turns), default=0) for seed in pool.tolist()}
+        steps = {seed: min(count * own.interval, self.config.local_steps) for seed, count in most.items()}
+        return {key: own.learning_rate * steps.get(key, self.config.local_steps) for key in self.layout(round, told)}
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         used = [seed for seed in self.pool(round).tolist() if seed in means]

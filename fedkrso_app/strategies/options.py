@@ -23,8 +23,11 @@ import torch
 from fedkrso_app.config import Config, ConfigError, Settings, choice, need, need_positive
 from fedkrso_app.core.flat import flatten, storage, unflatten
 from fedkrso_app.core.rso import RSO
+from fedkrso_app.data import tasks
 from fedkrso_app.records.schema import Field, Schema
+from fedkrso_app.strategies import secure
 from fedkrso_app.strategies.base import Arrays, Local, Means, Method, Shapes
+from fedkrso_app.strategies.label_skew import AdjustedLocal, HeadRateLocal
 from fedkrso_app.strategies.local_head import LocalHead, LocalHeadLocal
 from fedkrso_app.training.loop import Session, schedules
 from fedkrso_app.training.model import LoadedModel
@@ -38,11 +41,20 @@ class ClientOptions(Settings):
     head: str
     proximal: float  # µ of FedProx
     correction: str
+    head_rate: float
+    logit_adjustment: float  # τ
 
     def __post_init__(self) -> None:
         choice("client.head", self.head, ["auto", "shared", "local"])
         need(0 <= self.proximal < float("inf"), "client.proximal", self.proximal, "0 (off) or above")
         choice("client.correction", self.correction, ["none", "scaffold"])
+        need_positive("client.head-rate", self.head_rate)
+        need(
+            0 <= self.logit_adjustment < float("inf"),
+            "client.logit-adjustment",
+            self.logit_adjustment,
+            "0 (off) or above",
+        )
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,16 @@ def check(method: type[Method], config: Config) -> None:
     client, server = config.of(ClientOptions), config.of(ServerOptions)
     if client.proximal and method.zeroth_order:
         raise _no_gradients(config)
+    if client.head_rate != 1 and method.zeroth_order:
+        raise ConfigError(
+            f"client.head-rate = {client.head_rate:g} does not go with {config.strategy}, which has "
+            "zeroth.head-learning-rate: set it to 1."
+        )
+    if client.logit_adjustment and tasks.declared(config).num_labels < 2:
+        raise ConfigError(
+            f"client.logit-adjustment = {client.logit_adjustment:g} is for classifiers, and task = {config.task!r} "
+            "has no classes: set it to 0."
+        )
     asked = {"server.optimizer": (server.optimizer, "mean"), "client.correction": (client.correction, "none")}
     for key, (value, off) in asked.items():
         if value == off:
@@ -100,6 +122,10 @@ def _no_gradients(config: Config) -> ConfigError:
 def applied(method: type[Method], config: Config) -> type[Method]:
     """``method`` with the options of ``config`` laid over it; itself where there are none."""
     client, server = config.of(ClientOptions), config.of(ServerOptions)
+    if client.logit_adjustment:  # first: the others then see no more of it than the method does
+        method = _over(method, None, AdjustedLocal, tau=client.logit_adjustment)
+    if client.head_rate != 1:
+        method = _over(method, None, HeadRateLocal, head_rate=client.head_rate)
     if client.head == "local" or (client.head == "auto" and method.local_head):
         method = _over(method, LocalHead, LocalHeadLocal)
     if client.correction == "scaffold":
@@ -111,9 +137,10 @@ def applied(method: type[Method], config: Config) -> type[Method]:
     return method
 
 
-def _over(method: type[Method], server: Any, client: Any) -> type[Method]:
-    """``method`` with the class ``server`` laid over its half there and ``client`` over that beside the model."""
-    half = type(client.__name__, (client, method.half), {}) if client else method.half
+def _over(method: type[Method], server: Any, client: Any, **given: Any) -> type[Method]:
+    """``method`` with the class ``server`` laid over its half there and ``client``, whose settings are ``given``, over
+    that beside the model."""
+    half = type(client.__name__, (client, method.half), given) if client else method.half
     return type(method.__name__, (server, method) if server else (method,), {"half": half})
 
 
@@ -168,7 +195,7 @@ class _Moving(Method):
     @property
     def _by_difference(self) -> bool:
         """Whether states travel as differences to the newest (:mod:`federation.transforms`), in entries too."""
-        return self.config.wire_dtype != "float32"
+        return secure.by_difference(self.config)
 
     def moves(self, arrays: Arrays) -> dict[str, np.ndarray]:
         """What the means ``arrays`` come to as differences to the newest entry, float64."""

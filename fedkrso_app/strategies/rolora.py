@@ -6,7 +6,7 @@ Versions decide whose turn it is, so a round that publishes nothing is followed 
 with B = 0 the gradient of A is zero. The head is trained and averaged in every round.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +83,10 @@ class RoLoRA(FedIT):
     def check(self, arrays: Arrays, round: int) -> None:
         if set(arrays) != {self.factor, "head"}:
             raise Refused(f"it holds {', '.join(sorted(arrays))}, expected {self.factor} and head")
+
+    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
+        fields = self.reply.fields
+        return {name: fields[name].shape for name in (told["factor"], "head")}  # type: ignore[misc]
 
     def observe(self, version: int, arrays: Arrays) -> None:
         self.version = version

@@ -18,7 +18,7 @@ class TrainingError(RuntimeError):
 
 
 @contextmanager
-def activation_memory(module: Any, setting: str) -> Iterator[None]:
+def activation_memory(module: Any, setting: str, own_masks: bool = True) -> Iterator[None]:
     """What ``module``, a transformers model, keeps of each block for the backward pass.
 
     - ``keep``: all that its gradient needs.
@@ -27,12 +27,13 @@ def activation_memory(module: Any, setting: str) -> Iterator[None]:
       computed again. A layer whose matrix itself is trained is computed again too.
     - ``checkpoint``: the block's input; the whole block is computed again.
 
-    Gradients are the same to rounding, dropout masks included; on a CPU the masks are our own (:func:`_drop`).
+    Gradients are the same to rounding, dropout masks included; on a CPU the masks are our own (:func:`_drop`), or
+    torch's without ``own_masks``.
     Raises :class:`TrainingError` where the model cannot.
     """
     on_gpu = next(module.parameters()).device.type not in ("cpu", "meta")
     with ExitStack() as stack:
-        for part in () if on_gpu else module.modules():
+        for part in () if on_gpu or not own_masks else module.modules():
             if type(part) is nn.Dropout and 0 < part.p < 1:
                 stack.enter_context(_forward(part, partial(_drop, part)))
         if setting != "keep":

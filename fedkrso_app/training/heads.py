@@ -47,6 +47,12 @@ def trained(
     return output
 
 
+def output_bias(module: nn.Module, head: Mapping[str, nn.Parameter], num_labels: int) -> str | None:
+    """The name of the output layer's bias in ``head``; None where it has none."""
+    biases = [name for name, p in _output(module, head, num_labels).items() if p.shape == (num_labels,)]
+    return biases[-1] if biases else None
+
+
 def _output(module: nn.Module, head: Mapping[str, nn.Parameter], num_labels: int) -> dict[str, nn.Parameter]:
     """The parameters of the last linear layer in ``head`` that gives ``num_labels`` values; all if there is none."""
     layers = [

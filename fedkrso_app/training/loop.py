@@ -15,6 +15,7 @@ from transformers import get_constant_schedule, get_constant_schedule_with_warmu
 from fedkrso_app.config import Config
 from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training.activations import TrainingError, activation_memory
+from fedkrso_app.training.device import sent
 from fedkrso_app.training.vocabulary import without_logits
 
 logger = logging.getLogger("flwr")
@@ -55,6 +56,10 @@ def deterministic(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
         settings.fill_uninitialized_memory = fills
+
+
+class NotFinite(TrainingError):
+    """All steps are done, and a loss is no number."""
 
 
 @dataclass
@@ -101,8 +106,8 @@ def train(
     The session's parameters are trained (``requires_grad`` is set here and taken back). Unless its rate is constant,
     the learning rate rises over the first ``warmup`` share of the steps and then falls as a cosine to 0, or stays
     (``schedule``). Dropout is drawn
-    from ``rng`` and leaves torch's global generators as they were. Raises :class:`TrainingError` when the loss is no
-    longer finite.
+    from ``rng`` and leaves torch's global generators as they were. Raises :class:`NotFinite` when the loss is no longer
+    finite.
     """
     parameters, steps = session.parameters, config.local_steps
     rates = schedules(session.optimizers, session.constant_rate, config)
@@ -112,7 +117,7 @@ def train(
 
     def loss_of(batch: Mapping[str, Tensor], share: float) -> Tensor:
         with precision(config.compute_dtype, device):
-            return module(**{name: value.to(device) for name, value in batch.items()}).loss * share
+            return module(**{name: sent(value, device) for name, value in batch.items()}).loss * share
 
     with at_work(module, int(rng.integers(2**63)), device, config, dropout=not session.from_losses):
         try:
@@ -165,11 +170,16 @@ def schedules(
 
 @contextmanager
 def at_work(
-    module: nn.Module, seed: int, device: torch.device, config: Config, dropout: bool = True
+    module: nn.Module,
+    seed: int,
+    device: torch.device,
+    config: Config,
+    dropout: bool = True,
+    own_masks: bool = True,
 ) -> Iterator[nn.Linear | None]:
     """``module`` as it trains: dropout drawn from ``seed``, torch's generators as they were afterwards, the same bits
     each time, for backward what ``activation-memory`` says, and no logits of a language model, whose output layer is
-    yielded then (:mod:`training.vocabulary`)."""
+    yielded then (:mod:`training.vocabulary`). Without ``own_masks`` torch's dropout stays on a CPU too."""
     was_training = module.training
     kind = "cuda" if device.type == "cpu" else device.type
     devices = [] if device.type in ("cpu", "mps") else [device]  # fork_rng does not know the one generator of mps
@@ -177,7 +187,7 @@ def at_work(
         torch.random.fork_rng(devices=devices, device_type=kind),
         deterministic(device),
         without_logits(module) as output_layer,
-        activation_memory(module, config.activation_memory),
+        activation_memory(module, config.activation_memory, own_masks),
     ):
         module.train(dropout)
         torch.manual_seed(seed)
@@ -198,10 +208,8 @@ def show_progress(j: int, steps: int, loss: Tensor, began: float, shown: float) 
 
 
 def mean_loss(losses: Tensor, config: Config) -> float:
-    """The mean of a client's losses, (steps,). Raises :class:`TrainingError` where one is not finite."""
+    """The mean of a client's losses, (steps,). Raises :class:`NotFinite` where one is not finite."""
     if not torch.isfinite(losses).all():
         bad = int((~torch.isfinite(losses)).nonzero()[0])
-        raise TrainingError(
-            f"the loss is {losses[bad].item()} at step {bad + 1}: lower {config.strategy}'s learning-rate"
-        )
+        raise NotFinite(f"the loss is {losses[bad].item()} at step {bad + 1}: lower {config.strategy}'s learning-rate")
     return float(losses.cpu().double().mean())

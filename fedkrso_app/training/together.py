@@ -15,6 +15,7 @@ from fedkrso_app.config import Config
 from fedkrso_app.core.stacked import Group, Stack, Unstackable
 from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training import vocabulary
+from fedkrso_app.training.device import sent
 from fedkrso_app.training.loop import Session, at_work, precision, predicted, schedules, show_progress
 
 logger = logging.getLogger("flwr")
@@ -41,16 +42,12 @@ def train(
         raise Unstackable("the method takes its steps from losses")
     steps, began = config.local_steps, time.monotonic()
     shown = began
-    trained = {id(p) for session in sessions for p in session.parameters}
-    live = [stack for stack in stacks if any(id(part) in trained for part in stack.slices)]
-    if len(trained) != sum(len(stack.slices) for stack in live):
-        raise Unstackable("the method trains something that is not each client's own")
+    live = trained_stacks(sessions, stacks)
     optimizers = fused(sessions, live)
     rates = schedules(optimizers, sessions[0].constant_rate, config)
     device = live[0].whole.device
     losses = torch.zeros(len(sessions), steps, device=device)
-    seed = np.random.SeedSequence([int(rng.integers(2**63)) for rng in rngs]).generate_state(1, np.uint64)[0] >> 1
-    with at_work(module, int(seed), device, config) as output_layer, ExitStack() as gradients:
+    with at_work(module, seed_of(rngs), device, config) as output_layer, ExitStack() as gradients:
         for stack in live:
             gradients.enter_context(stack.trained())
         for j in range(steps):
@@ -62,8 +59,8 @@ def train(
                 inputs, labels, weights = joined(parts, totals, padding)
                 group.rows = len(labels) // group.clients
                 with precision(config.compute_dtype, device):
-                    logits = module(**{name: value.to(device) for name, value in inputs.items()}).logits
-                    given = logits, labels.to(device), weights.to(device)
+                    logits = module(**{name: sent(value, device) for name, value in inputs.items()}).logits
+                    given = logits, sent(labels, device), sent(weights, device)
                     if output_layer is None:
                         own = client_losses(*given, group.clients)
                     else:
@@ -80,6 +77,21 @@ def train(
                 stack.whole.grad.zero_()  # type: ignore[union-attr]
             shown = show_progress(j, steps, losses[:, j].mean(), began, shown)
     return losses.cpu()
+
+
+def trained_stacks(sessions: Sequence[Session], stacks: Sequence[Stack]) -> list[Stack]:
+    """Those of ``stacks`` that the sessions train. Raises :class:`Unstackable` where they train something else too."""
+    trained = {id(p) for session in sessions for p in session.parameters}
+    live = [stack for stack in stacks if any(id(part) in trained for part in stack.slices)]
+    if len(trained) != sum(len(stack.slices) for stack in live):
+        raise Unstackable("the method trains something that is not each client's own")
+    return live
+
+
+def seed_of(rngs: Sequence[np.random.Generator]) -> int:
+    """What dropout is drawn from: a draw of the one client's generator, or one of each client's together."""
+    drawn = [int(rng.integers(2**63)) for rng in rngs]
+    return drawn[0] if len(drawn) == 1 else int(np.random.SeedSequence(drawn).generate_state(1, np.uint64)[0] >> 1)
 
 
 def fused(sessions: Sequence[Session], stacks: Sequence[Stack]) -> list[torch.optim.Optimizer]:
@@ -118,17 +130,21 @@ def _on_stacks(parts: Sequence[Mapping[str, Any]], whole: Mapping[int, tuple[Ten
 
 
 def joined(
-    batches: Sequence[Mapping[str, Tensor]], totals: Sequence[int], padding: tuple[Mapping[str, int], bool]
+    batches: Sequence[Mapping[str, Tensor]],
+    totals: Sequence[int],
+    padding: tuple[Mapping[str, int], bool],
+    rows: int = 0,
+    length: int = 0,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The batches of N clients as one of N·b rows, client by client: inputs, labels, and the weight of each label.
 
-    All are as long as the longest (``padding``) and have as many rows as the largest; a row that fills up is the
-    client's first once more, with weight 0. The weights of a client's batches of one step, whose labels are ``totals``,
-    add up to 1.
+    All are as long as the longest (``padding``) and have as many rows as the largest, at least ``length`` and ``rows``;
+    a row that fills up is the client's first once more, with weight 0. The weights of a client's batches of one step,
+    whose labels are ``totals``, add up to 1.
     """
-    rows = max(len(batch["labels"]) for batch in batches)
+    rows = max(rows, *(len(batch["labels"]) for batch in batches))
     values, in_front = padding
-    length = max(batch["input_ids"].shape[1] for batch in batches)
+    length = max(length, *(batch["input_ids"].shape[1] for batch in batches))
 
     def filled(name: str, value: Tensor) -> Tensor:
         if value.dim() > 1:

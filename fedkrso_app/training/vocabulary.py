@@ -26,9 +26,16 @@ _able: dict[str, bool] = {}  # kinds of models that were tried
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor, parts: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        weights: Tensor,
+        parts: int,
+        every: bool,
     ) -> Tensor:
-        asked = (weights != 0).nonzero().squeeze(1)
+        asked = torch.arange(len(weights), device=weights.device) if every else (weights != 0).nonzero().squeeze(1)
         owners = asked // (len(weights) // parts)
         wants = ctx.needs_input_grad[:3]
         losses = torch.zeros(parts, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
@@ -64,19 +71,21 @@ class _Loss(torch.autograd.Function):
         # The layer itself is trained with the tokens of one client alone, whose gradient is one number.
         d_weight = None if d_weight is None else d_weight * each[0].to(d_weight.dtype)
         d_bias = None if d_bias is None else d_bias * each[0].to(d_bias.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
-def losses(hidden: Tensor, head: nn.Linear, labels: Tensor, weights: Tensor, parts: int = 1) -> Tensor:
+def losses(
+    hidden: Tensor, head: nn.Linear, labels: Tensor, weights: Tensor, parts: int = 1, every: bool = False
+) -> Tensor:
     """Σ weight · cross entropy over the tokens of each of ``parts`` clients, (parts,) and at least float32.
 
     ``hidden`` (rows × t × n) are the last hidden states, client by client; ``labels`` and ``weights`` (rows × t) are
-    where their tokens are and belong to the states before them. A token of weight 0 is never looked at. With more than
-    one part, ``head`` must be frozen.
+    where their tokens are and belong to the states before them. A token of weight 0 is never looked at, but with
+    ``every``, which asks no tensor how many there are. With more than one part, ``head`` must be frozen.
     """
     states, wanted = hidden[:, :-1].reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1).clamp(min=0)
     share = weights[:, 1:].reshape(-1).to(torch.promote_types(hidden.dtype, torch.float32))
-    return cast(Tensor, _Loss.apply(states, head.weight, head.bias, wanted, share, parts))
+    return cast(Tensor, _Loss.apply(states, head.weight, head.bias, wanted, share, parts, every))
 
 
 def first_choices(hidden: Tensor, head: nn.Linear) -> Tensor:

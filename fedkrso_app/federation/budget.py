@@ -1,0 +1,159 @@
+"""What the rows of a node have spent of their privacy, on the node's own disk.
+
+A book has a line for each client and round, written and synced before the first step is taken:
+
+    {"run", "round", "data", "folder", "rows", "noise", "clip", "rate", "steps", "time"}
+
+``data`` is the digest of the rows, in any order. The events of all lines with the same rows count together; so do those
+of one ``folder`` where the node has data of its own, whatever was in it: rows that stayed are in both. A round that is
+done again is a line of its own, with other noise.
+
+A node with data or a bound of its own has one book for all runs, ``<cache>/privacy.jsonl``: whoever deletes it deletes
+what was spent. For others, as in a simulation, a book ends with its run.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from fedkrso_app.config import ConfigError, cache
+from fedkrso_app.core.accounting import Releases, epsilon
+
+
+@dataclass(frozen=True)
+class Event:
+    """One client's round: ``steps`` releases of noise ``noise`` × ``clip``, with each of ``rows`` rows in a step with
+    probability ``rate``."""
+
+    run: str
+    round: int
+    data: str
+    folder: str
+    rows: int
+    noise: float
+    clip: float
+    rate: float
+    steps: int
+
+    @property
+    def releases(self) -> Releases:
+        return Releases(self.noise, self.rate, self.steps)
+
+
+def book() -> Path:
+    """The one of all runs."""
+    return cache() / "privacy.jsonl"
+
+
+def book_of_run(run: str, partition: int) -> Path:
+    return cache() / "privacy" / f"{run}-{partition}.jsonl"
+
+
+def close(run: str) -> None:
+    """Remove the books that end with ``run``."""
+    for path in (cache() / "privacy").glob(f"{run}-*.jsonl"):
+        path.unlink(missing_ok=True)
+
+
+def digest(examples: datasets.Dataset) -> str:
+    """SHA-256 (hex) of the rows, whatever their order."""
+    table: Any = examples.with_format("arrow")[:]
+    names = sorted(table.column_names)
+    columns = [table[name].to_pylist() for name in names]
+    rows = sorted(hashlib.sha256(repr(row).encode()).digest() for row in zip(*columns, strict=True))
+    return hashlib.sha256(b"".join([repr(names).encode(), *rows])).hexdigest()
+
+
+def spend(path: Path, event: Event, delta: float, most: float = 0.0, of_the_run: float = 0.0) -> float:
+    """Write ``event`` down as spent in the book ``path``; ε of its run so far at ``delta``, this event included.
+
+    ``most`` is the node's own bound on ε over all runs, ``of_the_run`` the run's own; 0: none. Raises
+    :class:`ConfigError` and writes nothing where the event would exceed one, or where ``delta`` promises nothing.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(path, "a+b", opener=_private) as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        known = list(_events(path, handle))
+        check(event, known, delta, most, of_the_run)
+        handle.seek(0, os.SEEK_END)
+        handle.write(json.dumps({**vars(event), "time": int(time.time())}).encode() + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    return of_run(event, known, delta)
+
+
+def check(event: Event, known: list[Event], delta: float, most: float, of_the_run: float) -> None:
+    """Raise :class:`ConfigError` where ``event`` must not be added to those ``known``."""
+    if delta * event.rows >= 1:
+        raise ConfigError(
+            f"privacy.delta = {delta:g} promises nothing to a client of {event.rows} rows: it must be below "
+            f"1/{event.rows}."
+        )
+    if of_the_run and (total := of_run(event, known, delta)) > of_the_run:
+        raise ConfigError(
+            f"privacy.max-epsilon = {of_the_run:g} would be exceeded for a client, whose epsilon this round makes "
+            f"{told(total):g}."
+        )
+    if not most:
+        return
+    same = [e for e in known if e.data == event.data or (event.folder and e.folder == event.folder)]
+    total = epsilon([e.releases for e in [*same, event]], delta)
+    if total > most:
+        before = epsilon([e.releases for e in same], delta)
+        raise ConfigError(
+            f"max-epsilon = {most:g} of this node would be exceeded: its data has spent {before:.2f} in all runs, and "
+            f"this round makes it {total:.2f} (delta = {delta:g})."
+        )
+
+
+def of_run(event: Event, known: list[Event], delta: float) -> float:
+    """ε of the run that ``event`` belongs to, for the event's rows."""
+    same = [e for e in known if (e.run, e.data) == (event.run, event.data)]
+    return epsilon([e.releases for e in [*same, event]], delta)
+
+
+def told(value: float) -> float:
+    """ε as a node tells it: rounded up to 0.1, since it hints at how many rows there are."""
+    return math.ceil(value * 10 - 1e-9) / 10 if value < math.inf else value
+
+
+def known(path: Path) -> list[Event]:
+    """All events in a book."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as handle:
+        return list(_events(path, handle))
+
+
+def _events(path: Path, handle: Any) -> Iterator[Event]:
+    """Those in an open file. A last line that was cut short was never spent: nothing begins before it is written."""
+    handle.seek(0)
+    text = handle.read()
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            if handle.writable():
+                handle.truncate(len(text) - len(line))
+            return
+        try:
+            yield _event(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path}, line {number} cannot be read ({error}): restore it; it says what was spent of privacy."
+            ) from None
+
+
+def _event(facts: Mapping[str, Any]) -> Event:
+    return Event(**{name: kind(facts[name]) for name, kind in Event.__annotations__.items()})
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -1,0 +1,203 @@
+"""The sum of a round whose updates are under masks: the server sees it, and none of what it is the sum of."""
+
+import logging
+import secrets
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Message, RecordDict
+
+from fedkrso_app.config import Config, ConfigError
+from fedkrso_app.core import ring, shamir
+from fedkrso_app.federation.aggregate import Aggregate, Unopened
+from fedkrso_app.federation.layout import Layout, told
+from fedkrso_app.federation.nodes import Nodes, sampled
+from fedkrso_app.federation.opening import Opening
+from fedkrso_app.federation.sealing import CHECK, MOST, bundle_size, context
+from fedkrso_app.federation.transforms import Transform
+from fedkrso_app.records import wire
+from fedkrso_app.records.protocol import TRAIN
+from fedkrso_app.records.sealed import ROSTER, SESSION, TAIL, UNMASK, Party, Roster, Sealed, Shares, Unmask
+from fedkrso_app.records.wire import Refused
+from fedkrso_app.strategies.base import Arrays, Method
+from fedkrso_app.strategies.privacy import Privacy
+from fedkrso_app.strategies.secure import SecureSums, narrow
+
+logger = logging.getLogger("flwr")
+
+_ANSWERS = 300.0  # seconds to wait for the answers that open a sum; a device may have to start its process first
+_PARTITIONS = 256  # of one round: so many of the largest values have room in 63 bits
+
+
+class Masked(Aggregate):
+    """Sealed vectors are added as they come and not kept; :meth:`open` takes the masks off their sum.
+
+    ``story`` is that of :func:`masks.story_of`. ``note`` is called with the partitions of the survivors before anything
+    is asked of the nodes: it puts them down where a resumed run finds them.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        round: int,
+        transforms: Sequence[Transform],
+        start: Arrays,
+        roster: Roster,
+        story: str,
+        note: Callable[[list[int]], None],
+        nodes: Nodes,
+    ) -> None:
+        super().__init__(method, round, transforms, start)
+        self.roster, self.nodes, self._note = roster, nodes, note
+        self.layout = Layout(method, round, method.instructions(round), roster.partitions)
+        self.ctx = context(roster, round, TRAIN, str(self.layout), story)
+        self.least = max(roster.threshold, self.config.of(SecureSums).min_cohort)
+        self._vector = np.zeros(self.layout.size, self.layout.dtype)
+        self._tail = np.zeros(TAIL, np.dtype("<u8"))
+        self._arrived: dict[int, Sealed] = {}  # place -> what it sent, without its vector
+        self._loss: float | None = None
+
+    @property
+    def records(self) -> RecordDict:
+        return RecordDict({ROSTER: self.roster.record()})
+
+    def apart(self, content: RecordDict, partitions: Sequence[int]) -> Iterator[tuple[Sequence[int], RecordDict]]:
+        """A node's reply is one."""
+        yield partitions, content
+
+    def accept(self, content: RecordDict, node: int, partitions: Sequence[int]) -> dict[int, dict[str, float]]:
+        n, place = len(self.roster), [party.node for party in self.roster.parties].index(node)
+        sealed = Sealed.read(content, str(np.dtype(f"uint{self.layout.bits}")), self.layout.size)
+        if sealed.session != self.roster.session:
+            raise Refused("it is sealed for another session")
+        if len(sealed.bundles) != n or any(len(bundle) != bundle_size(n) for bundle in sealed.bundles):
+            raise Refused("its shares for the others have a wrong number or length")
+        if len(sealed.checks) != CHECK * n:
+            raise Refused("the checks of its secrets have a wrong length")
+        self._vector += sealed.vector
+        self._tail += sealed.tail
+        nothing = np.zeros(0)
+        self._arrived[place] = Sealed(nothing, nothing, sealed.bundles, sealed.checks)
+        figures = {"train_seconds": float(sealed.seconds), "peak_bytes": 0.0}
+        if self.config.of(Privacy).unit == "example":
+            if sealed.epsilon is None:
+                raise Refused("it says no epsilon")
+            figures["epsilon"] = sealed.epsilon
+        return dict.fromkeys(partitions, figures)
+
+    def open(self, grid: Any) -> dict[str, Any]:
+        survivors = sorted(self._arrived)
+        if len(survivors) < self.least:
+            raise Unopened(f"{len(survivors)} sealed updates have come; a sum of fewer than {self.least} stays closed")
+        self._note(sorted(p for u in survivors for p in self.roster.parties[u].partitions))
+        checks = {u: self._arrived[u].checks for u in survivors}
+        opening = Opening(len(self.roster), self.roster.threshold, self.ctx, checks)
+        size, complete = self._ask(grid, survivors, opening)
+        for place in sorted(opening.wrong):
+            self._distrust(place, "its shares of the others' secrets are wrong")
+        if not complete:
+            for place in opening.dealers:
+                self._distrust(place, "the shares that it gave the others are wrong")
+            raise Unopened(
+                f"{len(opening.answers)} of {len(self.roster)} nodes have answered for the sum, and no "
+                f"{self.roster.threshold} of the answers open it"
+            )
+        opening.unmask(self._vector, self._tail)
+        words = ring.signed(self._vector)
+        self.weight, loss, clients = told(self._tail)
+        self._loss = loss if self.config.of(Privacy).unit == "none" else None
+        asked = sum(len(self.roster.parties[u].partitions) for u in survivors)
+        if not 1 <= clients <= min(asked, self.weight) or self.layout.too_large(words):
+            raise Unopened("the sum is none that honest nodes add up to: one of them sent something else")
+        return {"clients": clients, "opening_bytes": size}
+
+    def _ask(self, grid: Any, survivors: list[int], opening: Opening) -> tuple[int, bool]:
+        """Collect answers until they are enough. Returns their bytes and the questions', and whether they are."""
+        online, messages, size = set(grid.get_node_ids()), {}, 0
+        for place, party in enumerate(self.roster.parties):
+            if party.node in online:
+                bundles = [self._arrived[u].bundles[place] for u in survivors]
+                content = Unmask(self.roster.session, survivors, bundles).content()
+                messages[place] = Message(content, party.node, UNMASK, group_id=str(self.round))
+                size += wire.measured_bytes(content)
+        timeout = min(_ANSWERS, self.config.round_timeout)
+        for reply in grid.send_and_receive(list(messages.values()), timeout=timeout):
+            places = {message.metadata.message_id: place for place, message in messages.items()}
+            if reply.metadata.reply_to_message_id not in places:
+                continue
+            place = places[reply.metadata.reply_to_message_id]
+            try:
+                if reply.has_error():
+                    raise Refused(reply.error.reason or f"code {reply.error.code}")
+                size += wire.measured_bytes(reply.content)
+                shares = Shares.read(reply.content, self.roster.session, len(survivors), opening.size)
+            except Refused as reason:
+                logger.warning("node %d does not help to open the sum: %s", self.roster.parties[place].node, reason)
+                continue
+            if opening.add(place, shares):
+                return size, True
+        return size, False
+
+    def _distrust(self, place: int, reason: str) -> None:
+        self.nodes.expel(self.roster.parties[place].node, reason)
+
+    @property
+    def loss(self) -> float | None:
+        return self._loss
+
+    def mean(self, key: Hashable) -> np.ndarray:
+        mean = self.layout.mean(key, ring.signed(self._vector), self.weight)
+        moved = narrow(self.config) and self.method.from_values and key in self.start
+        return mean + self.start[key] if moved else mean  # type: ignore[index]
+
+    def __contains__(self, key: Hashable) -> bool:
+        """A summand that clients draw (no array of every reply) and that is zero in the sum counts as not drawn."""
+        if key not in self.layout.shapes:
+            return False
+        return key in self.method.reply.fields or bool(dict(self.layout.views(self._vector))[key].any())
+
+
+def roster_of(asked: Mapping[int, Sequence[int]], nodes: Nodes, config: Config) -> Roster:
+    """The nodes of a round (node id -> partitions), with a session of its own. Raises :class:`Unopened` where they are
+    too few."""
+    t = check_nodes(len(asked), config, Unopened)
+    if (partitions := sum(map(len, asked.values()))) > _PARTITIONS:
+        raise Unopened(f"{partitions} partitions are asked; secure sums are of at most {_PARTITIONS}")
+    order = sorted(asked, key=lambda node: min(asked[node]))
+    parties = tuple(Party(node, tuple(sorted(asked[node])), *nodes.keys[node]) for node in order)
+    return Roster(secrets.token_bytes(SESSION), parties, t)
+
+
+def check_nodes(n: int, config: Config, error: type[ValueError] = ConfigError, about: str = "") -> int:
+    """The threshold of a round of ``n`` nodes. Raises ``error`` where there can be none;
+    ``about``: why there are so many."""
+    own = config.of(SecureSums)
+    if n < own.min_cohort:
+        raise error(
+            f"secure-aggregation needs at least {own.min_cohort} nodes per round; {about or f'this one has {n}'}."
+        )
+    if n > MOST:
+        raise error(f"secure-aggregation takes at most {MOST} nodes per round, not {n}: lower fraction-train.")
+    least = shamir.least_threshold(n)
+    t = own.threshold or shamir.usual_threshold(n)
+    if t < least:
+        raise error(f"secagg.threshold = {t} is below {least}, the least for {n} nodes.")
+    if t > n:
+        raise error(f"secagg.threshold = {t} is above {n}, the number of nodes per round.")
+    return t
+
+
+def check_federation(nodes: Nodes, config: Config) -> None:
+    """Raise :class:`ConfigError`, before round 1, where the rounds of this federation cannot have a secure sum."""
+    clients = sampled(config.fraction_train, nodes.expected)
+    n = min(clients, nodes.count)
+    about = f"fraction-train = {config.fraction_train:g} of {nodes.count} nodes is {n}"
+    t = check_nodes(n, config, about=about)
+    if n == t:
+        logger.warning("Of %d nodes per round none may be missing: a sum of fewer is not opened", n)
+    if not all(signature for _, signature in nodes.keys.values()):
+        logger.warning(
+            "The nodes' keys are not signed: secure sums hide updates from a server that follows the protocol, not "
+            "from one that makes up nodes"
+        )

@@ -1,0 +1,165 @@
+"""A node's part in secure sums, between Flower's messages and :mod:`federation.sealing`.
+
+What it keeps from one message to the next is in ``context.state``, in the SuperNode's memory and gone with it: its
+private key for this run's masks, and of the newest round what it takes to answer for it.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedkrso_app.config import Config
+from fedkrso_app.federation import sealing
+from fedkrso_app.federation.discretion import Declined
+from fedkrso_app.federation.layout import Layout, Words
+from fedkrso_app.federation.opened import Opened
+from fedkrso_app.federation.policy import Policy, claim
+from fedkrso_app.federation.workplace import Reply, Summed, Workplace
+from fedkrso_app.records.protocol import TRAIN, Instructions
+from fedkrso_app.records.sealed import Roster, Shares, Unmask
+from fedkrso_app.strategies.base import Method
+from fedkrso_app.strategies.secure import SecureSums
+
+logger = logging.getLogger("flwr")
+
+_STATE, _ROUND = "masks", "masked-round"  # records of the context's state
+_PLACES = ("data-dir", "model", "model-revision", "dataset", "dataset-revision")  # a node's own, or with a commit
+_TENS = 10  # seconds to which a training time is rounded up
+
+
+def key_of(context: Any, policy: Policy, run: str) -> tuple[bytes, bytes]:
+    """This node's public key for the masks of ``run``, made if it has none, and its signature."""
+    if _STATE not in context.state:
+        context.state[_STATE] = ConfigRecord({"key": sealing.new_key()})
+    key = sealing.public(context.state[_STATE]["key"])
+    return key, policy.sign(claim(run, context.node_id, key))
+
+
+def lost_key(context: Any) -> bool:
+    """Whether this node's process is not the one that joined: it says so with a new key (:func:`key_of`)."""
+    return _STATE not in context.state
+
+
+@dataclass(frozen=True)
+class Session:
+    """A round that this node takes part in, found to be sound before anything is trained."""
+
+    context: Any
+    roster: Roster
+    layout: Layout
+    place: int
+    ctx: bytes
+
+    def seal(self, replies: Iterable[Reply]) -> RecordDict:
+        """The node's vector under masks: the sum over those of its partitions that could be trained.
+
+        Raises the last error if none could, and :class:`Declined` where their updates are too large.
+        """
+        words, seconds, epsilon, problem = Words(self.layout), 0.0, None, None
+        for partition, reply in replies:
+            try:
+                if isinstance(reply, Exception):
+                    raise reply
+                assert isinstance(reply, Summed)
+                told = reply.figures
+                words.add(reply.summands, reply.weight, told.train_loss or 0.0, reply.rounding)
+                seconds += told.train_seconds
+                epsilon = max(epsilon or 0.0, told.epsilon) if told.epsilon is not None else epsilon
+            except Exception as error:
+                logger.error("partition %d failed and is not in this node's sum", partition, exc_info=error)
+                problem = error
+        if isinstance(problem, OverflowError) and not words.tail[2]:
+            raise Declined(
+                f"its update is larger than sums of {self.layout.bits} bits allow for; set a larger secagg.range, or "
+                "secagg.bits = 64."
+            ) from problem
+        if problem and not words.tail[2]:
+            raise problem
+        key = self.context.state[_STATE]["key"]
+        tens = math.ceil(seconds / _TENS) * _TENS
+        vector, tail = words.finish()
+        sealed = sealing.seal(vector, tail, key, self.place, self.roster, self.ctx)
+        return replace(sealed, seconds=tens, epsilon=epsilon).records()
+
+
+def model_of(context: Any, place: Workplace) -> str:
+    """The digest of W^0, computed once: it takes seconds for a large model, and each message may meet a new process."""
+    state, name = context.state[_STATE], place.config.model
+    if state.get("name") != name:
+        state["name"], state["model"] = name, place.digest
+    return state["model"]
+
+
+def enter(
+    content: RecordDict,
+    context: Any,
+    policy: Policy,
+    method: Method,
+    instructions: Instructions,
+    own: Sequence[int],
+    story: str,
+) -> Session:
+    """Check the round that a train message is about, of whose partitions this node's ``own`` are asked; ``story`` as
+    :func:`story_of` tells it.
+
+    Raises :class:`Declined` or :class:`Refused`.
+    """
+    roster, settings = Roster.read(content), method.config.of(SecureSums)
+    if _ROUND in context.state and context.state[_ROUND]["session"] == roster.session:
+        raise Declined("this node has sealed something in this session already.")
+    least = max(policy.least, settings.min_cohort)
+    key = context.state[_STATE]["key"]
+    place = sealing.place_of(roster, key, own, least)
+    if roster.parties[place].node != context.node_id:
+        raise Declined("the roster has this node's key under another node's id.")
+    policy.verify(instructions.run, roster.parties)
+    Opened(instructions.run, own[0]).check(instructions.round, instructions.version)
+    layout = Layout(method, instructions.round, instructions.method, roster.partitions)
+    ctx = sealing.context(roster, instructions.round, TRAIN, str(layout), story)
+    context.state[_ROUND] = ConfigRecord(
+        {
+            "run": instructions.run,
+            "round": instructions.round,
+            "version": instructions.version,
+            "partition": own[0],
+            "session": roster.session,
+            "context": ctx,
+            "place": place,
+            "keys": roster.keys,
+            "least": max(roster.threshold, least),
+        }
+    )
+    return Session(context, roster, layout, place, ctx)
+
+
+def story_of(instructions: Instructions, history: str, model: str, config: Config) -> str:
+    """What the nodes of a round must all have been told, the same at the server: W^0 and every entry since, all
+    settings but where data and model are found, and the round's instructions. A server that trains one node at other
+    settings than the rest would read its update off the sum."""
+    settings = {key: value for key, value in config.to_dict().items() if key not in _PLACES}
+    i = instructions
+    return repr((i.run, i.version, i.stamp, sorted(i.method.items()), model, history, sorted(settings.items())))
+
+
+def unmask(content: RecordDict, context: Any) -> RecordDict:
+    """This node's shares of what hides the sum of the survivors, and of no other sum of the round, ever.
+
+    Raises :class:`Declined`.
+    """
+    asked = Unmask.read(content)
+    if _ROUND not in context.state or context.state[_ROUND]["session"] != asked.session:
+        raise Declined("this node has sealed nothing in the session that is to be opened.")
+    sealed = context.state[_ROUND]
+    keys = sealed["keys"]
+    least = max(sealed["least"], Policy.of(context.node_config).least)
+    sealing.survivors_of(asked.survivors, len(keys), least)
+    bundles = dict(zip(asked.survivors, asked.bundles, strict=True))
+    key = context.state[_STATE]["key"]
+    shares = sealing.answer(asked.survivors, bundles, key, sealed["place"], keys, sealed["context"])
+    statement = sealing.digest(sealed["context"], repr(asked.survivors), *asked.bundles).hex()
+    Opened(sealed["run"], sealed["partition"]).note(sealed["round"], sealed["version"], statement)
+    return Shares(asked.session, shares).content()

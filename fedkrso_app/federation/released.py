@@ -1,0 +1,127 @@
+"""Client-level DP: clips at the clients, noise on the server's exact sum.
+
+A unit is all the data of one node. Its update, as differences to the start of the round, has a flat L2 norm of at most
+``privacy.clip``: a node that is asked for k partitions gives each of them a k-th. With ``clients-per-node`` above 1
+nodes simulate clients, and each partition is a unit of its own.
+
+The server clips again, in integers, so that the bound holds whatever arrived, adds one Gaussian to every number that
+the round can have, drawn by somebody or not, and divides by the number of replies. What follows is post-processing.
+"""
+
+import logging
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedkrso_app.config import Config, ConfigError
+from fedkrso_app.core import noise
+from fedkrso_app.core.fixed_point import FixedPointMeans
+from fedkrso_app.core.noise import NoiseStream
+from fedkrso_app.federation.aggregate import Aggregate
+from fedkrso_app.federation.nodes import Nodes, sampled
+from fedkrso_app.federation.spending import Release, Spending
+from fedkrso_app.records.wire import Refused
+from fedkrso_app.strategies.base import Arrays, Method
+from fedkrso_app.strategies.privacy import Privacy, noise_over_clip
+
+logger = logging.getLogger("flwr")
+
+_CHUNK = 1 << 20  # numbers that get their noise at once
+_FEW = 100  # clients per round, below which the noise is hardly ever small enough
+
+
+class Spent(Exception):
+    """The coming round would exceed ``privacy.max-epsilon``."""
+
+
+class Released(Aggregate):
+    """The sums of a round that asks these nodes (``asked``: id -> partitions, of those that each one ``held``) and has
+    ``told`` them its instructions.
+
+    Raises :class:`Spent`, before anything is sent, where the round must not be.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        round: int,
+        start: Arrays,
+        told: Mapping[str, Any],
+        asked: Mapping[int, Sequence[int]],
+        held: Mapping[int, Sequence[int]],
+        spending: Spending,
+    ) -> None:
+        super().__init__(method, round, (), start)
+        self.own, self.spending = self.config.of(Privacy), spending
+        self._shapes = method.layout(round, told)
+        self._sums = FixedPointMeans({key: np.zeros(shape, np.int64) for key, shape in self._shapes.items()})
+        self._clips = {p: share(self.config, len(some)) for some in asked.values() for p in some}
+        units = [[p] for some in asked.values() for p in some] if simulated(self.config) else [held[n] for n in asked]
+        release = Release(round, self.own.noise, self.own.clip, tuple(map(tuple, units)))
+        self._release, total = release, spending.epsilon(release)
+        if self.own.max_epsilon and total > self.own.max_epsilon:
+            raise Spent(
+                f"privacy.max-epsilon = {self.own.max_epsilon:g} would be exceeded in round {round} ({total:.2f})"
+            )
+
+    def add(self, summands: Mapping[Any, np.ndarray], reply: Arrays, weight: int, partition: int) -> None:
+        if strangers := {key for key, x in summands.items() if x.size} - self._shapes.keys():
+            raise Refused(f"{next(iter(strangers))!r} is nothing that this round adds up")
+        super().add(noise.clipped(summands, self._clips[partition]), reply, weight, partition)
+
+    def open(self, grid: Any) -> dict[str, Any]:
+        """Pay for the round, then add the noise: whoever is interrupted in between has paid."""
+        self.spending.write(self._release)
+        stream, deviation = NoiseStream(self._key()), self.own.noise * self.own.clip * 2.0**noise.BITS
+        for key in self._shapes:
+            flat = self._sums.steps(key).reshape(-1)  # type: ignore[union-attr]
+            for first in range(0, flat.size, _CHUNK):
+                part = flat[first : first + _CHUNK]
+                part += stream.integers(part.size, deviation)
+        return {"epsilon": self.spending.epsilon()}
+
+    def mean(self, key: Hashable) -> np.ndarray:
+        """Of what has moved, and of methods that compute with values, the start beside it."""
+        mean = super().mean(key)
+        moved = self.method.from_values and key in self.start
+        return mean + self.start[key] if moved else mean  # type: ignore[index]
+
+    def _key(self) -> bytes:
+        """Of this release alone. It is nowhere but here, so nobody can take the noise off again."""
+        if self.own.randomness == "os":
+            return noise.fresh_key()
+        return noise.derived_key(noise.public_key(self.config.seed), "client", self.round)
+
+
+def simulated(config: Config) -> bool:
+    """Whether a node's partitions are clients of their own, and no part of one."""
+    return config.clients_per_node > 1
+
+
+def share(config: Config, partitions: int) -> float:
+    """The clip of each partition of a node that is asked for so many."""
+    return config.of(Privacy).clip / (1 if simulated(config) else max(1, partitions))
+
+
+def clipped(arrays: Arrays, clip: float, lost: bool = False) -> dict[str, np.ndarray]:
+    """A client's update (differences) within ``clip``; zeros where it is ``lost``, its loss being no number: to say so
+    would tell something about its data. Keys stay, since they are drawn without a look at it."""
+    moved = {name: x for name, x in arrays.items() if np.issubdtype(x.dtype, np.floating)}
+    short = {name: np.zeros_like(x) for name, x in moved.items()} if lost else noise.clipped(moved, clip)
+    return {**arrays, **short}
+
+
+def check_federation(nodes: Nodes, method: Method) -> None:
+    """Say how large the noise is. Raises :class:`ConfigError` where δ promises nothing to one of so many."""
+    config, own = method.config, method.config.of(Privacy)
+    many = nodes.joined if simulated(config) else len(nodes.partitions)
+    if own.delta * many >= 1:
+        raise ConfigError(
+            f"privacy.delta = {own.delta:g} promises nothing to one of {many} clients: it must be below 1/{many}."
+        )
+    n = min(many, sampled(config.fraction_train, nodes.joined))
+    size = sum(math.prod(shape) for shape in method.layout(1, method.turns()[0]).values())
+    text = "%d clients per round: the noise of the mean is %.3g times a full update"
+    logger.log(logging.WARNING if n < _FEW else logging.INFO, text, n, noise_over_clip(own.noise, size, n))

@@ -1,0 +1,84 @@
+"""What a run with client-level DP has spent: a line in its folder for each release, synced before noise is drawn.
+
+``privacy.jsonl`` holds {"round", "unit", "noise", "clip", "asked"}; ``asked`` lists the units of the round, each as the
+partitions that it holds. A round that is done again is a line of its own and is paid again, with other noise.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkrso_app.config import ConfigError
+from fedkrso_app.core.accounting import Releases, epsilon
+
+
+@dataclass(frozen=True)
+class Release:
+    """A sum over the units ``asked``, of which each moves it by at most ``clip``, with Gaussian noise of ``noise`` ×
+    ``clip``."""
+
+    round: int
+    noise: float
+    clip: float
+    asked: tuple[tuple[int, ...], ...]
+
+
+class Spending:
+    """The releases of a run, in ``file``. Raises :class:`ConfigError` where a line cannot be read."""
+
+    def __init__(self, file: Path, delta: float) -> None:
+        self._file, self._delta = file, delta
+        self.releases = list(_read(file))
+
+    def epsilon(self, *more: Release) -> float:
+        """ε of the unit that was asked most, after all releases and ``more``.
+
+        Who is asked is public, so the rounds that asked a unit compose without amplification. A unit's rounds are those
+        that asked a holder of one of its partitions, also where nodes have exchanged some since.
+        """
+        spent: dict[int, list[Releases]] = {}
+        for release in (*self.releases, *more):
+            for partition in {partition for unit in release.asked for partition in unit}:
+                spent.setdefault(partition, []).append(Releases(release.noise))
+        worst = max(spent.values(), key=lambda own: sum(each.noise**-2 for each in own), default=[])
+        return epsilon(worst, self._delta)
+
+    def write(self, release: Release) -> None:
+        """Note ``release`` as spent; it is on the disk when this returns."""
+        line = {"round": release.round, "unit": "client", "noise": release.noise, "clip": release.clip}
+        with open(self._file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            if file.tell() != (whole := _whole(self._file.read_bytes())):
+                file.truncate(whole)
+            file.write(json.dumps({**line, "asked": release.asked}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        folder = os.open(self._file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the file's name, where it is new
+        finally:
+            os.close(folder)
+        self.releases.append(release)
+
+
+def _whole(text: bytes) -> int:
+    """The length of the lines that are complete. Of one that was cut short nothing was released."""
+    return text.rfind(b"\n") + 1
+
+
+def _read(file: Path) -> Iterator[Release]:
+    text = file.read_bytes() if file.is_file() else b""
+    for number, line in enumerate(text[: _whole(text)].splitlines(), 1):
+        try:
+            yield _release(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{file}, line {number} cannot be read ({error}): restore it; it says what was spent of privacy."
+            ) from None
+
+
+def _release(facts: Mapping[str, Any]) -> Release:
+    asked = tuple(tuple(int(partition) for partition in unit) for unit in facts["asked"])
+    return Release(int(facts["round"]), float(facts["noise"]), float(facts["clip"]), asked)
