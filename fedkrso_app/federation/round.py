@@ -26,7 +26,7 @@ from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Instructions, Status
 from fedkrso_app.records.schema import Schema, superseded
 from fedkrso_app.records.wire import Refused
-from fedkrso_app.strategies.base import Method
+from fedkrso_app.strategies.base import Arrays, Method
 from fedkrso_app.strategies.privacy import Privacy
 
 logger = logging.getLogger("flwr")
@@ -47,8 +47,8 @@ class Host(Protocol):
     def opened(self) -> int:
         """The last round whose sum was, or may have been, opened; 0 if none was."""
 
-    def weights(self) -> np.ndarray | None:
-        """All shared tensors at the newest version as one vector; None where the server has no model."""
+    def weights(self) -> Arrays | None:
+        """All shared tensors at the newest version (:attr:`Method.weights`); None where the server has no model."""
 
     def score(self, tally: np.ndarray) -> tuple[float, float]:
         """Metric and loss. Raises ValueError for a tally that cannot be."""
@@ -249,11 +249,11 @@ class Round(Strategy):
             arrays = {name: value for name, value in entry.items() if name not in dropped}
             content[f"entry-{version}"] = wire.pack(arrays)
             size += sum(value.nbytes for value in arrays.values())
-            smaller = self.span is None and version > first and size > 4 * self.method.weights_size
+            smaller = self.span is None and version > first and size > self.method.weights_bytes
             if smaller and not self.config.secure_aggregation:  # nodes compare entries there
                 weights = self.host.weights()
                 if weights is not None:
-                    return RecordDict({f"weights-{newest}": wire.pack({"weights": weights})})
+                    return RecordDict({f"weights-{newest}": wire.pack(weights)})
         return content
 
     def _newest_state(self) -> dict[str, np.ndarray]:

@@ -30,7 +30,6 @@ from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Entry
 from fedkrso_app.records.protocol import TALLY, Figures, Instructions, Status
-from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Arrays, Shapes
@@ -129,8 +128,9 @@ class Workplace:
             if kind == "weights" and self.config.secure_aggregation:
                 raise Refused("under masks a node is brought up to date by entries, which all of them can compare")
             if kind == "weights":
-                whole = Schema({"weights": Field("float32", (self.method.weights_size,), "state")})
-                self.store.put_weights(int(number), instructions.stamp, wire.unpack(record, whole)["weights"])
+                arrays = wire.unpack(record, self.method.weights)
+                parts = {name: [values] for name, values in arrays.items()}
+                self.store.put_weights(int(number), instructions.stamp, parts)
             else:
                 version = int(number)
                 expected = schema if version else schema.start
