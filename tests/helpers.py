@@ -14,6 +14,7 @@ from flwr.app import Message
 
 from fedkrso_app import client_app, data, server_app
 from fedkrso_app.config import resolved_path
+from fedkrso_app.data import batching, language
 from fedkrso_app.federation import client, evaluation, local
 from fedkrso_app.federation.replica import Replica
 from fedkrso_app.records.ledger import Ledger
@@ -141,6 +142,14 @@ def versions(run: Run) -> set[int]:
 def replayed(run: Run, version: int | None = None) -> str:
     """The digest of the weights that W^0 and the ledger lead to."""
     return model.state_digest(replica(run, version).plain_state())
+
+
+def text_batch(columns, tokenizer, max_length: int) -> dict:
+    """A language model's batch of the rows in ``columns``."""
+    values, in_front = batching.padding(data.task("causal-lm"), tokenizer)
+    rows = language.laid_out(columns, tokenizer, max_length).items()
+    arrays = {name: batching.padded([np.array(row) for row in of], values.get(name, 0), in_front) for name, of in rows}
+    return language.checked(arrays)
 
 
 def arrays_of(reply: Message) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.projection import stream
-from fedkrso_app.federation import masked, masks, released
+from fedkrso_app.federation import budget, masked, masks, released
 from fedkrso_app.federation.aggregate import Aggregate, Unopened
 from fedkrso_app.federation.nodes import UNKNOWN_HISTORY, Nodes, sampled
 from fedkrso_app.federation.replica import first_needed
@@ -69,6 +69,7 @@ class Round(Strategy):
         self.config, self.nodes, self.host = method.config, nodes, host
         unit = self.config.of(Privacy).unit
         self._by_example, self._by_client = unit == "example", unit == "client"
+        self._figures, self._spent = no_figures(), 0  # clients that declined by the run's bound on ε
         done = int(ledger.read(ledger.version).record["round"])
         self.first_round = 1 + done  # later than 1 in a resumed run
         if (opened := host.opened() if self.config.secure_aggregation else 0) > done:
@@ -116,7 +117,9 @@ class Round(Strategy):
         else:
             self.nodes.welcome(grid, again=True)
             self.nodes.wait_online(grid, least)
-        self._figures, self._grid = no_figures(), grid
+        if self._spent and self._spent == self.nodes.expected and not self._figures["clients"]:
+            raise released.Spent("privacy.max-epsilon would be exceeded for each client")
+        self._figures, self._grid, self._spent = no_figures(), grid, 0
         asked = self.nodes.sample(grid, fraction, self.config.seed, self.round)
         try:
             self.begin(asked)
@@ -298,6 +301,7 @@ class Round(Strategy):
 
     def _without(self, partitions: Sequence[int], counter: str, reason: str) -> None:
         """Log why a reply does not count; in training it is counted, as ``refused`` or ``failed``."""
+        self._spent += len(partitions) * (budget.OF_THE_RUN in reason)
         for partition in partitions:
             logger.warning("partition %s %s", partition, reason)
             if self._training:

@@ -93,6 +93,7 @@ class Workplace:
         """Of W^0: it takes a second for a large model, and only a node that joins is asked for it."""
         return (self._load() if "replica" in self.__dict__ else self.model).digest()
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  # the same object each time, which the tokens of its rows go by
     def share(self, split: str, partition: int) -> Any:
         """The examples of one partition: its part of all, or all in its folder on a node that has files of its own."""
         folder = self._folders.get(partition, self.config.data_dir)
