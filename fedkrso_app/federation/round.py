@@ -134,16 +134,22 @@ class Round(Strategy):
         start = self._newest_state() if self.transforms or self.config.max_update_norm else {}
         self._sums = Aggregate(self.method, self.round, self.transforms, start)
         if self._by_client:
-            given, held, spending = self.method.instructions(self.round), self.nodes.partitions, self.host.spending
-            self._sums = released.Released(self.method, self.round, start, given, asked, held, spending)
-            self._figures["epsilon"] = spending.epsilon()
+            spending, held = self.host.spending, self.nodes.partitions
+            pay = functools.partial(spending.write, released.release_of(self.round, self.config, asked, held, spending))
+            given = self.method.instructions(self.round)
+            self._sums = released.Released(self.method, self.round, start, given, asked, pay)
         if self.config.secure_aggregation:
             version = self.ledger.version
             method = self.method.instructions(self.round)
             told = Instructions(self.nodes.run, version, self.ledger.stamp(version), round=self.round, method=method)
             roster = masked.roster_of(asked, self.nodes, self.config)
             story = masks.story_of(told, self._history.digest, self.nodes.model, self.config)
-            note = functools.partial(self.host.opening, self.round)
+
+            def note(partitions: list[int]) -> None:
+                if self._by_client:
+                    pay()
+                self.host.opening(self.round, partitions)
+
             self._sums = masked.Masked(self.method, self.round, self.transforms, start, roster, story, note, self.nodes)
 
     def aggregate_train(
@@ -348,6 +354,8 @@ class Round(Strategy):
         if self._by_example:
             newest = self.ledger.read(self.ledger.version).record.get("epsilon", 0.0)
             figures["epsilon"] = max([newest, *(figures["epsilon"] for figures in accepted.values())])
+        if self._by_client:
+            figures["epsilon"] = self.host.spending.epsilon()
         if self.config.client_metrics:
             shown = {p: {key: value for key, value in f.items() if key != "weight"} for p, f in accepted.items()}
             figures["per_client"] = {str(partition): shown[partition] for partition in sorted(shown)}

@@ -55,7 +55,6 @@ def check_client(method: type[Method], config: Config) -> None:
     if not method.linear:
         raise _refused(config, "strategy", config.strategy, "its server needs each client's reply")
     wrong: list[tuple[str, Any, Any, str]] = [
-        ("secure-aggregation", config.secure_aggregation, False, "the noise is made on a sum that the server sees"),
         ("weighting", config.weighting, "uniform", "a weight would multiply what a client adds"),
         ("aggregation", config.aggregation, "mean", "the noise is made for a mean"),
         ("max-update-norm", config.max_update_norm, 0.0, "a refusal would tell of a client's data"),
