@@ -92,7 +92,7 @@ def test_the_log_of_spending_counts_the_client_that_was_asked_most_and_repeated_
     """Also for a round that was written down and never finished: its noise may have been released."""
     event = {"unit": "client", "noise": 5.0, "clip": 1.0}
     asked = [(1, [0, 1]), (2, [1, 2]), (2, [1, 2]), (3, [0, 3])]
-    events = [event | {"round": number, "asked": [[client] for client in clients]} for number, clients in asked]
+    events = [event | {"round": number, "asked": clients} for number, clients in asked]
     run = make(tmp_path / "run", status="running", **CLIENT)
     cut = "".join(json.dumps(each) + "\n" for each in events) + '{"round": 4, "as'
     rewrite(run, [line(0), line(1), line(2)], privacy=cut)

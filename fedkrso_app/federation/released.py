@@ -58,8 +58,8 @@ class Released(Aggregate):
         self._shapes = method.layout(round, told)
         self._sums = FixedPointMeans({key: np.zeros(shape, np.int64) for key, shape in self._shapes.items()})
         self._clips = {p: share(self.config, len(some)) for some in asked.values() for p in some}
-        units = [[p] for some in asked.values() for p in some] if simulated(self.config) else [held[n] for n in asked]
-        release = Release(round, self.own.noise, self.own.clip, tuple(map(tuple, units)))
+        whole = asked if simulated(self.config) else held
+        release = Release(round, self.own.noise, self.own.clip, tuple(sorted({p for n in asked for p in whole[n]})))
         self._release, total = release, spending.epsilon(release)
         if self.own.max_epsilon and total > self.own.max_epsilon:
             raise Spent(

@@ -28,6 +28,7 @@ from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear, attached, f
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Local, Means, Method, sliced
+from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.training.loop import Session, head_optimizer
 
 
@@ -203,6 +204,8 @@ class FedKRSO(Method):
         drawn, used = (distinct_seeds(K, self.intervals * n) for n in (1, clients))
         if self.own.draw == "each":
             drawn = used = K
+        if self.config.of(Privacy).unit == "client":
+            used = K  # noise goes to all
         return {"s": drawn}, {"s": used}, {"drawn": drawn, "used": used}
 
     def client_bytes(self, lengths: Mapping[str, float]) -> int:
