@@ -71,7 +71,7 @@ class Released(Aggregate):
             raise Refused(f"{next(iter(strangers))!r} is nothing that this round adds up")
         super().add(noise.clipped(summands, self._clips[partition]), reply, weight, partition)
 
-    def open(self, grid: Any) -> dict[str, Any]:
+    def open(self, grid: Any, figures: dict[str, Any]) -> None:
         """Pay for the round, then add the noise: whoever is interrupted in between has paid."""
         self.spending.write(self._release)
         stream, deviation = NoiseStream(self._key()), self.own.noise * self.own.clip * 2.0**noise.BITS
@@ -80,7 +80,7 @@ class Released(Aggregate):
             for first in range(0, flat.size, _CHUNK):
                 part = flat[first : first + _CHUNK]
                 part += stream.integers(part.size, deviation)
-        return {"epsilon": self.spending.epsilon()}
+        figures["epsilon"] = self.spending.epsilon()
 
     def mean(self, key: Hashable) -> np.ndarray:
         """Of what has moved, and of methods that compute with values, the start beside it."""
