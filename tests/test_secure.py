@@ -160,6 +160,16 @@ def test_each_client_takes_every_seed_once_in_an_order_of_its_own(settings, monk
         parse(settings | {"fedkrso.draw": "each"})
 
 
+@pytest.mark.parametrize("strategy", ["fedkrso", "rolora"])
+def test_fresh_processes_that_missed_rounds_agree_with_a_server_without_the_model(settings, strategy):
+    """Whose masks depend on every entry: those that come late get another selection of them."""
+    settings |= {"strategy": strategy, "evaluate": "off", "num-server-rounds": 3, "fraction-train": 0.75}
+    plain = play(settings | {"run-name": "plain"}, 4)
+    sealed = play(settings | ON | {"run-name": "sealed"}, 4, run_id=2, devices=True)
+    a, b = (Ledger(run.ledger).read(3).arrays for run in (plain, sealed))
+    assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
 # ── Interruptions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 INSTANTS = {  # what is interrupted, and at which call -> whether the round is done again
