@@ -133,9 +133,10 @@ def _alone(settings: Mapping[str, Any], rounds: list[dict[str, Any]]) -> list[st
         return []
     K, n = settings["fedkrso.num-seeds"], min(counts)
     drawn = 1 - (1 - 1 / K) ** math.ceil(settings["local-steps"] / settings["fedkrso.interval"])
+    lone = K * n * drawn * (1 - drawn) ** (n - 1)
     return [
-        f"About {K * n * drawn * (1 - drawn) ** (n - 1):.1f} of {K} seeds per round are drawn by one of {n} clients alone, and "
-        "everybody can tell which: sum and mean along such a seed are that client's own accumulator. "
+        f"About {lone:.1f} of {K} seeds per round are drawn by one of {n} clients alone,"
+        " and everybody can tell which: sum and mean along such a seed are that client's own accumulator. "
         "fedkrso.draw = 'each' avoids it."
     ]
 
