@@ -114,6 +114,7 @@ def test_openings_are_told_apart_by_what_came_of_them(tmp_path):
     assert guarantee["rounds_opened"] == 3 and guarantee["partitions_in_smallest_sum"] == 3
     assert guarantee["rounds_opened_without_result"] == [4] and guarantee["rounds_not_opened"] == [3]
     assert (guarantee["nodes"], guarantee["threshold"], guarantee["may_be_missing"]) == (4, 3, 1)
+    assert "drawn by one of 3 clients alone" in facts["saw"]["server"][1]
     assert "no update alone" in facts["summary"] and "Nothing bounds" in facts["summary"]
     assert "the number of the client's training rows" not in facts["clear"]
 
