@@ -456,6 +456,12 @@ def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
             )
         if row["evaluate"] != facts["evaluate"]:
             yield f"{row['strategy']}: counted with evaluate = {row['evaluate']!r}, which it needs."
+        if masks := row.get("masks"):
+            honest = ", ".join(f"{count} honest nodes with {c} colluding" for c, count in masks["honest"].items())
+            yield (
+                f"{row['strategy']}: sealed updates of {masks['nodes']} nodes, opened by {masks['threshold']}: "
+                f"{masks['missing']} may be missing. The smallest sum that a lying server opens has {honest}."
+            )
         for setting, reason in row["refused"].items():
             yield f"{row['strategy']}: memory with {setting!r} is not counted: {reason}"
     yield (

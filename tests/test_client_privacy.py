@@ -84,7 +84,7 @@ def test_the_noise_is_gaussian_everywhere_and_no_seed_repeats_it(run_config, tmp
     drawn = []
     for sums in both:
         assert all(seed in sums for seed in seeds)
-        sums.open(None)
+        sums.open(None, {})
         sums.weight = 4
         drawn.append(np.concatenate([sums.mean(seed) for seed in seeds]) * 4)  # of four replies, the sum
         assert np.all(sums.mean("head") != 0)
@@ -243,7 +243,7 @@ def test_a_plan_has_the_epsilon_and_the_size_of_the_noise(run_config):
 
 def test_a_round_beyond_the_bound_is_not_begun(run_config, tmp_path):
     bound = PRIVATE | {"privacy.max-epsilon": epsilon_of(1) + 0.01}
-    released(run_config, tmp_path, {7: [0]}, **bound).open(None)
+    released(run_config, tmp_path, {7: [0]}, **bound).open(None, {})
     released(run_config, tmp_path, {8: [1]}, **bound)  # another client has its own
     with pytest.raises(Spent, match="exceeded in round 1"):
         released(run_config, tmp_path, {7: [0]}, **bound)

@@ -63,13 +63,12 @@ class Released(Aggregate):
             raise Refused(f"{next(iter(strangers))!r} is nothing that this round adds up")
         super().add(noise.clipped(summands, self._clips[partition]), reply, weight, partition)
 
-    def open(self, grid: Any) -> dict[str, Any]:
+    def open(self, grid: Any, figures: dict[str, Any]) -> None:
         """Pay for the round, then add the noise: whoever is interrupted in between has paid."""
         self._pay()
         stream, deviation = NoiseStream(self._key()), self.own.noise * self.own.clip * 2.0**noise.BITS
         for key in self._shapes:
             _add_noise(self._sums.steps(key).reshape(-1), stream, deviation)  # type: ignore[union-attr]
-        return {}
 
     def mean(self, key: Hashable) -> np.ndarray:
         """Of what has moved, and of methods that compute with values, the start beside it."""

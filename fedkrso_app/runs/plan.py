@@ -23,6 +23,7 @@ from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Figures, Instructions, Status
 from fedkrso_app.records.schema import Schema
 from fedkrso_app.runs.memory import Memory, client_memory
+from fedkrso_app.runs.sealed import with_masks
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Method, Shapes
 from fedkrso_app.strategies.privacy import Privacy, noise_over_clip
@@ -174,7 +175,8 @@ def traffic(method: Method, clients: int, tally: int) -> tuple[dict[str, float],
 
     answer = protocol.trained(Status(1), wire.pack({}), Figures(1000, 0.5, 1.0, 2**30))  # numbers of the usual size
     answer.pop(protocol.UPDATE)
-    costs = {**costs, "up": wire.measured_bytes(answer) + usual_bytes(method.reply.travelling, up)}
+    reply = wire.measured_bytes(answer) + usual_bytes(method.reply.travelling, up)
+    costs = {**costs, "up": reply}
 
     instructions = Instructions("0" * 16, 0, "0" * 64, round=1, method=method.instructions(1))
     question = wire.measured_bytes(RecordDict({TRAIN: instructions.record()}))
@@ -203,6 +205,8 @@ def traffic(method: Method, clients: int, tally: int) -> tuple[dict[str, float],
         entries = share * record_bytes(first, down) + latest * newest
         entries += (updates - latest) * record_bytes(older, down) + late * record_bytes(oldest, down)
     costs["down"] = question + entries / (share * rounds)
+    if config.secure_aggregation:
+        return with_masks(costs, method, clients, reply), up
     return {**costs, "run": rounds * asked * (costs["up"] + costs["down"])}, up
 
 

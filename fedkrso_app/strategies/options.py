@@ -342,8 +342,9 @@ class Scaffold(_Moving):
         return replace(entry, fields={**entry.fields, "drift": Field("float32", (self.moved,), "state")})
 
     @property
-    def weights_size(self) -> int:
-        return super().weights_size + self.moved
+    def weights_sizes(self) -> tuple[int, int]:
+        weights, rest = super().weights_sizes
+        return weights, rest + self.moved
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         arrays = super().conclude(means, round)
