@@ -8,6 +8,10 @@
 # (port 8000, or 9092 with flwr 1.39, where it speaks gRPC); DATA is the folder of this node's own files. OPTION:
 #   --partitions LIST several partitions at this device ("0-4" or "0,3"), each a client with a folder of its own, DATA/0 and so
 #                     on; I then names the key alone, and NODES is the number of all partitions
+#   --require LIST    take part only in runs with secure-aggregation, example-privacy or both ("secure-aggregation")
+#   --min-cohort N    only in sums of at least N nodes
+#   --peers FILE      only in sums of nodes whose public keys are in FILE, one a line (node0.pub, ...); node<I> signs for this one
+#   --max-epsilon N   only until the rows of this node have spent so much of differential privacy, in all runs
 #   --app-hash HASH   run this app only; deploy/app-hash.sh prints the hash of a checkout
 #   --port N          several nodes on one machine need a port each (9094)
 #   --max-retries N, --max-wait-time SECONDS
@@ -16,7 +20,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=$(cd "$1" && pwd) i=$2 nodes=$3 address=$4 data=$(cd "$5" && pwd)
 shift 5
-pin= options=(--host 127.0.0.1) held="partition-id=$i"
+pin= policy= options=(--host 127.0.0.1) held="partition-id=$i"
 while [ $# -gt 0 ]; do
   case $1 in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}";; esac
   [ $# -ge 2 ] || { echo "supernode.sh: $1 needs a value, or is not an option of this script." >&2; exit 2; }
@@ -29,6 +33,16 @@ while [ $# -gt 0 ]; do
       [[ $2 =~ ^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$ ]] || { echo "supernode.sh: --partitions '$2' is no list of partition" \
         "ids: write for instance 0-4 or 0,3." >&2; exit 2; }
       held="partitions='$2'" data="$data/{partition}";;
+    --require)
+      [[ $2 =~ ^[a-z,-]+$ ]] || { echo "supernode.sh: --require '$2' is no list of requirements: write for instance" \
+        "secure-aggregation." >&2; exit 2; }
+      policy+=" require='$2'";;
+    --min-cohort | --max-epsilon)
+      [[ $2 =~ ^[0-9]+(\.[0-9]+)?$ ]] || { echo "supernode.sh: $1 '$2' is no number." >&2; exit 2; }
+      policy+=" ${1#--}=$2";;
+    --peers)
+      [ -f "$2" ] || { echo "supernode.sh: --peers '$2' is no file of public keys." >&2; exit 2; }
+      policy+=" peers='$(realpath "$2")' key='$folder/node$i'";;
     --port | --max-retries | --max-wait-time) options+=("$1" "$2");;
     *) echo "supernode.sh: $1 is not among the options that this script knows to be safe: leave it out, or run" \
       "flower-supernode yourself." >&2; exit 2;;
@@ -51,7 +65,7 @@ trap 'kill -TERM $child 2>/dev/null; wait; exit 0' TERM INT
 # A device that went away without a farewell is taken for online for a minute, in which its key is refused: try again.
 while true; do
   python -P "$here/guarded.py" supernode "${pin:-any}" --root-certificates "$folder/ca.crt" --auth-supernode-private-key "$folder/node$i" \
-    --superlink "$address" --node-config "$held num-partitions=$nodes data-dir=\"$data\"" "${options[@]}" &
+    --superlink "$address" --node-config "$held num-partitions=$nodes data-dir=\"$data\"$policy" "${options[@]}" &
   child=$!
   if wait $child; then exit 0; else code=$?; fi
   echo "the SuperNode ended with code $code; trying again in 10 s" >&2

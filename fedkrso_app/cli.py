@@ -438,6 +438,8 @@ def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts["epsilon"]:
         values = ", ".join(f"{rows:,} rows {value:.2f}" for rows, value in facts["epsilon"].items())
         yield f"epsilon of the run for each example, by the rows of a client that is asked in every round: {values}."
+    if facts["client_epsilon"] is not None:
+        yield f"epsilon of the run for each client that is asked in every round: {facts['client_epsilon']:.2f}."
     yield "trained: numbers with a gradient and moments; moved: weights that change, FedKRSO's along a few directions."
     for row in facts["rows"]:
         if "drawn" in row:
@@ -446,8 +448,20 @@ def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
                 f"{row['strategy']}: expected figures: a client draws {row['drawn']:.1f} different seeds per round "
                 f"(sent up){used}."
             )
+        if "noise_over_clip" in row:
+            yield (
+                f"{row['strategy']}: with {facts['sampled']} clients per round the noise of the mean is "
+                f"{row['noise_over_clip']:.3g} times a full update; more than about 10 rarely trains. Raise the number "
+                "of clients, or send less: a lower rank, fewer seeds, head = 'linear'."
+            )
         if row["evaluate"] != facts["evaluate"]:
             yield f"{row['strategy']}: counted with evaluate = {row['evaluate']!r}, which it needs."
+        if masks := row.get("masks"):
+            honest = ", ".join(f"{count} honest nodes with {c} colluding" for c, count in masks["honest"].items())
+            yield (
+                f"{row['strategy']}: sealed updates of {masks['nodes']} nodes, opened by {masks['threshold']}: "
+                f"{masks['missing']} may be missing. The smallest sum that a lying server opens has {honest}."
+            )
         for setting, reason in row["refused"].items():
             yield f"{row['strategy']}: memory with {setting!r} is not counted: {reason}"
     yield (

@@ -14,6 +14,7 @@ from flwr.app import Message
 
 from fedkrso_app import client_app, data, server_app
 from fedkrso_app.config import resolved_path
+from fedkrso_app.data import batching, language
 from fedkrso_app.federation import client, evaluation, local
 from fedkrso_app.federation.replica import Replica
 from fedkrso_app.records.ledger import Ledger
@@ -125,8 +126,7 @@ def replica(run: Run, version: int | None = None) -> Local:
     """The half beside the model at ``version``, from W^0 and the ledger alone."""
     config = run.config
     task = data.resolve(config)
-    place, head = config.weights_device, config.head
-    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=place, head=head)
+    loaded = model.of_run(config, task)
     method = make(config, Shapes.of(loaded))
     half, ledger = method.local(loaded), Ledger(run.ledger)
     Replica(half, ledger, method.entry.span).advance(ledger.version if version is None else version)
@@ -141,6 +141,14 @@ def versions(run: Run) -> set[int]:
 def replayed(run: Run, version: int | None = None) -> str:
     """The digest of the weights that W^0 and the ledger lead to."""
     return model.state_digest(replica(run, version).plain_state())
+
+
+def text_batch(columns, tokenizer, max_length: int) -> dict:
+    """A language model's batch of the rows in ``columns``."""
+    values, in_front = batching.padding(data.task("causal-lm"), tokenizer)
+    rows = language.laid_out(columns, tokenizer, max_length).items()
+    arrays = {name: batching.padded([np.array(row) for row in of], values.get(name, 0), in_front) for name, of in rows}
+    return language.checked(arrays)
 
 
 def arrays_of(reply: Message) -> dict[str, np.ndarray]:

@@ -13,7 +13,19 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from helpers import play
 from recorder import record
 
-from benchmarks import engine, growth, memory, models, peer, per_example, replica, server, simulation, step
+from benchmarks import (
+    engine,
+    growth,
+    memory,
+    models,
+    peer,
+    per_example,
+    replica,
+    secure,
+    server,
+    simulation,
+    step,
+)
 from fedkrso_app.federation import local
 from fedkrso_app.federation.streaming import StreamingGrid
 from fedkrso_app.runs.memory import Storage
@@ -100,6 +112,12 @@ def test_each_way_to_train_a_round_is_timed_beside_one_by_one_and_eager(strategy
 def test_the_servers_memory_does_not_grow_with_the_replies():
     few, many = server.rows("tiny", [4, 40])
     assert many["peak MiB"] < few["peak MiB"] + 0.2  # the other 36 replies weigh 3.3 MiB
+
+
+def test_secure_sums_are_timed_and_their_bytes_are_the_words_and_a_few_shares():
+    for row in secure.rows([4], [1000], [64, 16]):
+        assert row["seal s"] > 0 and row["open s"] > 0 and row["lossy s"] > 0
+        assert row["MB up"] * 1e6 == pytest.approx(1000 * row["bits"] / 8, abs=3000)
 
 
 def test_the_share_of_distinct_seeds_is_that_of_all_possible_draws():

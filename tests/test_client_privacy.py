@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 from helpers import arrays_of, digest, play, replayed, replica
 
+from fedkrso_app import cli
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core import projection
 from fedkrso_app.core.accounting import gaussian_epsilon
@@ -17,8 +18,10 @@ from fedkrso_app.federation.released import Released, Spent
 from fedkrso_app.federation.spending import Release, Spending
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.wire import Refused
+from fedkrso_app.runs import plan
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.strategies.privacy import noise_over_clip
 from fedkrso_app.training.loop import NotFinite
 
 PRIVATE = {"privacy.unit": "client", "privacy.clip": 1.0, "privacy.noise": 2.0, "privacy.delta": 1e-3}
@@ -80,7 +83,7 @@ def test_the_noise_is_gaussian_everywhere_and_no_seed_repeats_it(run_config, tmp
     drawn = []
     for sums in both:
         assert all(seed in sums for seed in seeds)
-        sums.open(None)
+        sums.open(None, {})
         sums.weight = 4
         drawn.append(np.concatenate([sums.mean(seed) for seed in seeds]) * 4)  # of four replies, the sum
         assert np.all(sums.mean("head") != 0)
@@ -109,7 +112,7 @@ def test_a_run_tells_its_epsilon_and_no_loss(run_config):
     entry = Ledger(run.ledger).read(1).arrays
     assert len(entry["seeds"]) == 12 and np.all(entry["accumulators"] != 0)  # two clients draw four at most
     assert entry["accumulators"].std() == pytest.approx(1.0, rel=0.1)  # σ C / n
-    assert [(line["round"], line["asked"]) for line in lines(run)] == [(r, [[0], [1]]) for r in (1, 2, 3)]
+    assert [(line["round"], line["asked"]) for line in lines(run)] == [(r, [0, 1]) for r in (1, 2, 3)]
 
 
 def test_whoever_is_killed_after_paying_pays_again(run_config, monkeypatch):
@@ -180,33 +183,46 @@ def test_the_partitions_of_a_node_share_its_clip_unless_they_are_simulated(run_c
     settings = run_config | PRIVATE | {"privacy.clip": 1e-3, "num-server-rounds": 1, "run-name": "held"}
     run = play(settings, nodes=2, prepare=two_nodes, tamper=measure)
     assert norms == pytest.approx([5e-4, 5e-4, 1e-3], rel=1e-4)
-    assert lines(run)[0]["asked"] == [[0, 1], [2]]
+    assert lines(run)[0]["asked"] == [0, 1, 2]
     norms.clear()
     run = play(settings | {"run-name": "simulated", "clients-per-node": 2}, nodes=4, tamper=measure)
-    assert norms == pytest.approx([1e-3] * 4, rel=1e-4) and lines(run)[0]["asked"] == [[0], [1], [2], [3]]
+    assert norms == pytest.approx([1e-3] * 4, rel=1e-4) and lines(run)[0]["asked"] == [0, 1, 2, 3]
 
 
 def test_the_unit_that_was_asked_most_decides(tmp_path):
     file = tmp_path / "privacy.jsonl"
     spending = Spending(file, 1e-3)
     assert spending.epsilon() == 0
-    for round, asked in ((1, ((0, 1), (2,))), (2, ((0, 1),)), (3, ((1,), (3,)))):  # 0 and 1 part in between
+    for round, asked in ((1, (0, 1, 2)), (2, (0, 1)), (3, (1, 3))):  # 0 and 1 were one node's and part in between
         spending.write(Release(round, 2.0, 1.0, asked))
     assert Spending(file, 1e-3).releases == spending.releases and (file.stat().st_mode & 0o777) == 0o600
     assert spending.epsilon() == pytest.approx(epsilon_of(3), abs=1e-4)
-    assert spending.epsilon(Release(4, 2.0, 1.0, ((3,),))) == pytest.approx(epsilon_of(3), abs=1e-4)
+    assert spending.epsilon(Release(4, 2.0, 1.0, (3,))) == pytest.approx(epsilon_of(3), abs=1e-4)
     whole = file.read_bytes()
     file.write_bytes(whole + whole[:30])  # killed while it was written: nothing was released
-    Spending(file, 1e-3).write(Release(4, 2.0, 1.0, ((1,),)))
+    Spending(file, 1e-3).write(Release(4, 2.0, 1.0, (1,)))
     assert [release.round for release in Spending(file, 1e-3).releases] == [1, 2, 3, 4]
     file.write_bytes(b"{}\n" + whole)
     with pytest.raises(ConfigError, match="line 1 cannot be read"):
         Spending(file, 1e-3)
 
 
+def test_a_plan_has_the_epsilon_and_the_size_of_the_noise(run_config):
+    """30 rounds, computed with privacy loss distributions; σ √d / n of FedKRSO with ten slots on RoBERTa-base."""
+    rounds = {"num-server-rounds": 30, "privacy.delta": 1e-5, "privacy.noise": 5.0}
+    both = parse(run_config | rounds)
+    assert plan.epsilon_of_clients(both) == pytest.approx(4.866, abs=1e-3) and plan.epsilon_by_rows(both)
+    assert plan.epsilon_by_rows(parse(run_config | PRIVATE | rounds)) == {}
+    assert plan.epsilon_of_clients(parse(run_config)) is None
+    assert noise_over_clip(7.62, 3_909_890, 10) == pytest.approx(1506, rel=1e-3)
+    facts = plan.plan(run_config | PRIVATE, ["fedkrso"], clients=20)
+    assert facts["rows"][0]["noise_over_clip"] > 1 and facts["rows"][0]["used"] == 3
+    assert any("times a full update" in line for line in cli._plan_notes(facts))
+
+
 def test_a_round_beyond_the_bound_is_not_begun(run_config, tmp_path):
     bound = PRIVATE | {"privacy.max-epsilon": epsilon_of(1) + 0.01}
-    released(run_config, tmp_path, {7: [0]}, **bound).open(None)
+    released(run_config, tmp_path, {7: [0]}, **bound).open(None, {})
     released(run_config, tmp_path, {8: [1]}, **bound)  # another client has its own
     with pytest.raises(Spent, match="exceeded in round 1"):
         released(run_config, tmp_path, {7: [0]}, **bound)

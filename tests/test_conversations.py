@@ -4,13 +4,13 @@ import json
 
 import datasets
 import pytest
-from helpers import default_config
+from helpers import default_config, text_batch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedkrso_app import data
 from fedkrso_app.config import ConfigError
-from fedkrso_app.data import files, language, pairs
+from fedkrso_app.data import files, pairs
 from fedkrso_app.strategies import parse
 
 CHATML = "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s> {% endfor %}"
@@ -120,18 +120,18 @@ def test_alpaca_is_a_question_of_two_parts_and_an_answer(tmp_path, tokenizer):
 
 def test_a_system_turn_is_the_templates(tokenizer):
     tokenizer.chat_template = CHATML.replace("m.role", "'Q' if m.role == 'system' else m.role")
-    batch = language.batch([[messages([("system", "w7"), *TURNS[:2]])]], tokenizer, 64)
+    batch = text_batch([[messages([("system", "w7"), *TURNS[:2]])]], tokenizer, 64)
     assert learned(batch, tokenizer) == ["<s> Q w7 </s> <s> user w1 </s> <s> assistant [w2 w3 </s>]"]
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_all_that_the_assistant_says_is_learned_with_the_mark_of_its_end(tokenizer, case):
     tokenizer.chat_template, expected = TEMPLATES[case]
-    assert learned(language.batch([[messages()]], tokenizer, 64), tokenizer) == [expected]
+    assert learned(text_batch([[messages()]], tokenizer, 64), tokenizer) == [expected]
 
 
 def test_without_a_template_each_answer_ends_with_the_end_token(tokenizer):
-    batch = language.batch([[messages()]], tokenizer, 64)
+    batch = text_batch([[messages()]], tokenizer, 64)
     assert learned(batch, tokenizer) == ["<s> w1 [w2 w3 </s>] w4 [w5 </s>]"]
 
 
@@ -141,14 +141,14 @@ def test_an_answer_is_found_where_it_is_and_not_where_its_letters_are(tokenizer,
     tokenizer.add_tokens(["a"])
     tokenizer.chat_template = TEMPLATES["a tag before the last answer alone"][0]
     turns = [("user", f"w1 {answer}"), ("assistant", answer)]
-    batch = language.batch([[messages(turns)]], tokenizer, 64)
+    batch = text_batch([[messages(turns)]], tokenizer, 64)
     assert learned(batch, tokenizer) == [f"Q w1 {answer} </s> A think [{answer} </s>]"]
 
 
 def test_a_token_that_has_a_letter_of_the_answer_is_learned(tokenizer):
     """ "x:w2" is one word of this tokenizer: its letters are the mark's and the answer's."""
     tokenizer.chat_template = "{% for m in messages %}w9 x:{{ m.content }} {% endfor %}</s>"
-    batch = language.batch([[messages(TURNS[:2])]], tokenizer, 64)
+    batch = text_batch([[messages(TURNS[:2])]], tokenizer, 64)
     assert learned(batch, tokenizer) == ["w9 <unk> w9 [<unk> w3 </s>]"]
 
 

@@ -438,8 +438,35 @@ def test_only_the_rows_of_a_batch_are_tokenized(tokenizer):
         seen.append(len(texts[0]))
         return tokenizer(*texts, **kwargs)
 
-    next(data.batches(sentences(1000), SST2, counting, 16, 128, np.random.default_rng(0)))
-    assert sum(seen) <= 16
+    counting.padding_side, counting.pad_token_id = "right", tokenizer.pad_token_id
+    train = sentences(40)
+    stream = data.batches(train, SST2, counting, 16, 128, np.random.default_rng(0))
+    first = next(stream)
+    assert sum(seen) == len(first["labels"])
+    for _ in range(20):
+        next(stream)
+    assert sum(seen) == 40  # each row once, whoever asks
+    next(data.batches(train, SST2, counting, 8, 128, np.random.default_rng(1)))
+    assert sum(seen) == 40
+    next(data.batches(train, SST2, counting, 8, 6, np.random.default_rng(1)))
+    assert sum(seen) > 40  # cut at another length they are others
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("most", [10**9, 0])
+def test_rows_that_were_kept_make_the_batches_that_the_tokenizer_makes(tokenizer, side, most, monkeypatch):
+    """Pairs of unequal length, token types, texts that are cut; with memory for them or without."""
+    monkeypatch.setattr(batching, "_MOST", most)
+    tokenizer.padding_side = side
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    rows = [{"sentence1": "w1 " * (i % 7 + 1), "sentence2": "w2 " * (i % 3 + 1), "label": i / 4} for i in range(20)]
+    train = datasets.Dataset.from_list(rows)
+    for chosen in (np.arange(8), np.array([3, 3, 19, 0]), np.arange(20)[::-1], np.array([5])):
+        found = batching.batch(train, chosen, STSB, tokenizer, 9)
+        texts = [[rows[i][column] for i in chosen] for column in STSB.columns]
+        wanted = tokenizer(*texts, truncation=True, max_length=9, padding=True, return_tensors="pt")
+        assert found.pop("labels").tolist() == [rows[i]["label"] for i in chosen]
+        assert list(found) == list(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_clients_selection_of_rows_is_batched_as_it_stands(tokenizer):

@@ -98,6 +98,16 @@ def test_a_supernode_says_what_it_does_not_limit(script, keys, tmp_path):
     assert f"guarded.py supernode {'a' * 64} --root-certificates" in pinned.stdout
 
 
+def test_a_supernode_s_own_policy_is_in_its_node_config(script, keys, tmp_path):
+    (tmp_path / "peers").write_text("ecdsa-sha2-nistp384 AAAA node0")
+    own = ["--require", "secure-aggregation", "--min-cohort", 5, "--peers", tmp_path / "peers", "--max-epsilon", 3.5]
+    said = script("supernode", keys, 0, 2, "localhost:8000", tmp_path, *own).stdout
+    signs = f"peers='{tmp_path / 'peers'}' key='{keys / 'node0'}'"
+    assert f"require='secure-aggregation' min-cohort=5 {signs} max-epsilon=3.5" in said
+    for wrong in (["--require", "a b"], ["--min-cohort", "five"], ["--peers", tmp_path / "nowhere"]):
+        assert script("supernode", keys, 0, 2, "localhost:8000", tmp_path, *wrong).returncode == 2
+
+
 def test_a_supernode_with_several_partitions_has_a_folder_for_each(script, keys, tmp_path):
     done = script("supernode", keys, 1, 9, "localhost:8000", tmp_path, "--partitions", "0-2,7")
     assert f"--node-config partitions='0-2,7' num-partitions=9 data-dir=\"{tmp_path}/{{partition}}\"" in done.stdout

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
@@ -12,6 +13,8 @@ from helpers import digest, play, replayed
 from fedkrso_app.config import ConfigError
 from fedkrso_app.federation import budget
 from fedkrso_app.federation.budget import Event
+from fedkrso_app.federation.discretion import Declined
+from fedkrso_app.federation.policy import Policy
 from fedkrso_app.runs.summary import closing_table
 from fedkrso_app.strategies import parse
 
@@ -39,8 +42,11 @@ def test_a_run_tells_the_epsilon_of_its_rounds_and_no_loss(strategy, run_config,
         assert line["train_loss"] is None and line["clients"] == 4
         assert line["client_seconds"] % 10 == 0 and line["client_peak_bytes"] == 0
     assert digest(run) == replayed(run)
-    assert f"{lines[-1]['epsilon']:.1f} at delta = 0.001 for each example" in closing_table(run, "accuracy")
-    assert not list(tmp_path.glob("cache/privacy*/*"))  # books of a simulation end with it
+    assert f"{lines[-1]['epsilon']:.2f} at delta = 0.001 for each example" in closing_table(run, "accuracy")
+    (folder,) = (tmp_path / "cache" / "privacy").iterdir()  # the books of a simulation are each run's own
+    assert sorted(file.name for file in folder.iterdir()) == [f"{i}.jsonl" for i in range(4)]
+    more = run_config | PRIVATE | {"strategy": strategy, "resume": str(run.path)}  # three rounds
+    assert play(more, nodes=4).metrics()[-1]["epsilon"] >= epsilon_of(40, 8, 12) - 1e-3
 
 
 def test_the_seed_repeats_a_run_and_the_operating_system_does_not(run_config):
@@ -69,7 +75,7 @@ def test_a_node_keeps_to_its_own_bound_over_runs(run_config, tmp_path, caplog):
     again = settings | {"run-name": "again", "seed": 1, "partition-seed": 0}  # other noise, the same rows
     second = play(again, nodes=4, prepare=careful).metrics()
     assert [line["clients"] for line in second[1:]] == [4, 3]
-    assert "max-epsilon" in caplog.text and "of this node would be exceeded" in caplog.text
+    assert "this node's max-epsilon would be exceeded" in caplog.text
     assert len(books(tmp_path / "cache" / "privacy.jsonl")) == len(spent) + 1 + 2
 
 
@@ -84,19 +90,20 @@ def test_the_book_adds_up_what_concerns_the_same_rows():
     assert spend(event(round=1), 1e-3) == pytest.approx(epsilon_of(40, 8, 8), abs=1e-3)  # the round is done again
     assert spend(event(run="b"), 1e-3) == pytest.approx(epsilon_of(40, 8, 4), abs=1e-3)  # ε of a run is its own
     most = (epsilon_of(40, 8, 12) + epsilon_of(40, 8, 16)) / 2
-    with pytest.raises(ConfigError, match=r"has spent .* in all runs"):
+    with pytest.raises(ConfigError, match="this node's max-epsilon would be exceeded"):
         spend(event(run="c"), 1e-3, most)
     assert len(budget.known(budget.book())) == 4  # nothing was written
     spend(event(run="c", data="other"), 1e-3, most)
     assert (budget.book().stat().st_mode & 0o777) == 0o600
 
 
-def test_a_run_keeps_to_its_own_bound(run_config):
+def test_a_run_keeps_to_its_own_bound_and_ends_there(run_config, caplog):
     bound = (epsilon_of(40, 8, 8) + epsilon_of(40, 8, 12)) / 2
-    run = play(run_config | PRIVATE | {"privacy.max-epsilon": bound}, nodes=4)
+    run = play(run_config | PRIVATE | {"privacy.max-epsilon": bound, "num-server-rounds": 6}, nodes=4)
     lines = run.metrics()
     assert [line["clients"] for line in lines] == [0, 4, 4, 0] and lines[-1]["version"] == 2
     assert max(line.get("epsilon", 0.0) for line in lines) <= bound + 0.1
+    assert run.status == "completed" and "for each client; the run ends here" in caplog.text
 
 
 def test_a_folder_counts_whatever_was_in_it():
@@ -130,11 +137,33 @@ REFUSED = {
     "max-grad-norm": ({"max-grad-norm": 1.0}, "set it to 0"),
     "ranks": ({"strategy": "hetlora", "lora.ranks": "2,1"}, "leave it empty"),
     "passes": ({"batch-clients": "4"}, "one after another"),
+    "graphs": ({"captured-steps": "on"}, "batches have no fixed size"),
     "noise": ({"privacy.noise": 0.0}, "needs privacy.clip and privacy.noise above 0"),
     "little noise": ({"privacy.noise": 0.2}, "must be at least 0.3"),
     "clip": ({"privacy.clip": 0.0}, "needs privacy.clip and privacy.noise above 0"),
     "delta": ({"privacy.delta": 0.0}, "above 0 and below 1"),
 }
+
+
+DECLINED = {
+    "no noise": ({"privacy.unit": "none"}, "only takes part in runs with privacy.unit = 'example'"),
+    "known noise": ({"privacy.randomness": "seed"}, "set privacy.randomness = 'os'"),
+    "nothing": ({}, ""),
+}
+
+
+@pytest.mark.parametrize("changes, message", DECLINED.values(), ids=DECLINED)
+@pytest.mark.parametrize("own", [{"max-epsilon": 3}, {"require": "example-privacy"}], ids=str)
+def test_a_node_with_a_bound_takes_part_in_private_runs_alone(own, changes, message, run_config):
+    config, policy = parse(run_config | PRIVATE | changes), Policy.of(own)
+    with pytest.raises(Declined, match=message) if message else nullcontext():
+        policy.check(config)
+
+
+@pytest.mark.parametrize("own", [{"max-epsilon": "3"}, {"max-epsilon": True}, {"max_epsilon": 3}], ids=str)
+def test_a_bound_that_cannot_be_read_is_said(own):
+    with pytest.raises(Declined, match=r"is not a number|did you mean 'max-epsilon'"):
+        Policy.of(own)
 
 
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)

@@ -16,8 +16,8 @@ from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.runs import plan
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.strategies import STRATEGIES, options, parse
-from fedkrso_app.strategies.base import Local, Method
+from fedkrso_app.strategies import STRATEGIES, make, options, parse
+from fedkrso_app.strategies.base import Local, Method, Shapes
 from fedkrso_app.training import loop
 from fedkrso_app.training.loop import Session
 
@@ -292,6 +292,12 @@ def test_a_plan_counts_an_options_bytes_and_memory(run_config, option):
 def test_what_an_option_cannot_go_with_is_refused_before_anything_starts(run_config, settings, reason):
     with pytest.raises(ConfigError, match=reason):
         parse(run_config | settings)
+
+
+def test_scaffold_goes_with_a_method_that_has_a_size_of_its_own(run_config):
+    shapes = Shapes({"layer": (30, 20)}, 10, 610, small={})
+    method = make(parse(run_config | {"strategy": "fedfft"} | ON["scaffold"]), shapes)
+    assert method.reply.fields["own-drift"].shape == method.reply.fields["parameters"].shape
 
 
 def test_scaffold_does_not_go_with_arrays_that_take_turns(run_config):

@@ -23,10 +23,10 @@ ROWS, STEPS = 6, 4
 
 
 def reader(labels=2):
-    """Rows by position, shorter ones among them."""
+    """Rows by position, shorter ones among a classifier's."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(5, 40, (ROWS, 8), generator=generator)
-    lengths = torch.tensor([8, 5, 7, 4, 8, 6])
+    lengths = torch.tensor([8, 5, 7, 4, 8, 6] if labels else [8] * ROWS)
     answers = torch.randint(0, max(labels, 1), (ROWS,), generator=generator)
 
     def read(rows):
@@ -43,27 +43,28 @@ def everyone(clip=float("inf"), noise=0.0):
     return Mechanism(ROWS, ROWS, clip, noise, NoiseStream(KEY))
 
 
-def trained(folder, settings, mechanism=None, **changes):
+def trained(folder, settings, mechanism=None, labels=2, **changes):
     """What a session's optimizers moved, in float64 and without dropout; by the plain loop without a mechanism."""
     settings = settings | {"local-steps": STEPS, "fedkrso.interval": 2, "batch-size": ROWS}
-    local, instructions, config = exact(folder, 2, settings)
+    local, instructions, config = exact(folder, labels, settings)
     config, rng = replace(config, **changes), np.random.Generator(np.random.Philox(0))
     started = []
     with local.session(instructions, rng) as session:
         before = session.before_step
         session.before_step = lambda j: (started.append(j), before(j))
         if mechanism is None:
-            whole = reader()(np.arange(ROWS))
+            whole = reader(labels)(np.arange(ROWS))
             loop.train(local.module, iter(lambda: whole, None), session, config, rng)
         else:
-            per_example.train(local.module, reader(), session, config, rng, mechanism, np.array([8, 5, 7, 4, 8, 6]))
+            lengths = np.array([8, 5, 7, 4, 8, 6])
+            per_example.train(local.module, reader(labels), session, config, rng, mechanism, lengths)
         assert started == list(range(STEPS))  # logical steps, however many parts they had
         return ends(session)
 
 
 def close(found, wanted):
     for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("strategy", ["fedkrso", "fedit", "ffa-lora"])
@@ -72,6 +73,13 @@ def test_without_clip_and_noise_and_with_all_rows_it_is_the_plain_loop(strategy,
     wanted = trained(model_folder, settings)
     for size in (1, 4, ROWS):  # parts of a step change nothing
         close(trained(model_folder, settings, everyone(), batch_size=size), wanted)
+
+
+def test_a_language_models_rows_of_one_length_have_the_plain_loss(model_folder, run_config, tmp_path):
+    """Without its logits, as it trains: a row's loss is the mean over its own tokens."""
+    folder = build(tmp_path, model_folder, "gpt2", True)
+    wanted = trained(folder, run_config, labels=0)
+    close(trained(folder, run_config, everyone(), labels=0, batch_size=4), wanted)
 
 
 def test_parts_change_nothing_where_rows_are_clipped_and_noise_is_added(model_folder, run_config):

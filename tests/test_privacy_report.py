@@ -92,7 +92,7 @@ def test_the_log_of_spending_counts_the_client_that_was_asked_most_and_repeated_
     """Also for a round that was written down and never finished: its noise may have been released."""
     event = {"unit": "client", "noise": 5.0, "clip": 1.0}
     asked = [(1, [0, 1]), (2, [1, 2]), (2, [1, 2]), (3, [0, 3])]
-    events = [event | {"round": number, "asked": [[client] for client in clients]} for number, clients in asked]
+    events = [event | {"round": number, "asked": clients} for number, clients in asked]
     run = make(tmp_path / "run", status="running", **CLIENT)
     cut = "".join(json.dumps(each) + "\n" for each in events) + '{"round": 4, "as'
     rewrite(run, [line(0), line(1), line(2)], privacy=cut)
@@ -152,6 +152,10 @@ def test_the_report_shows_epsilon_round_by_round_where_a_run_has_it(tmp_path):
     assert "ε at δ = 0.001, fedkrso" in texts and {"0.50", "1.00", "1.50"} <= set(texts)
     plain = page([make(tmp_path / "plain")], tmp_path).texts
     assert not any("ε" in text for text in plain)
+
+
+def test_an_epsilon_is_shown_rounded_up():
+    assert [privacy.shown(value) for value in (1.0, 1.2301, 0.001, 2.8)] == ["1.00", "1.24", "0.01", "2.80"]
 
 
 def test_seeds_drawn_by_one_client_are_counted_as_they_are_expected(tmp_path):

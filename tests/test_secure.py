@@ -13,11 +13,13 @@ from fedkrso_app.config import ConfigError
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.federation import masked
 from fedkrso_app.federation.masked import Masked
+from fedkrso_app.federation.opened import Opened
 from fedkrso_app.federation.workplace import Workplace
 from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.runs.folder import Run
+from fedkrso_app.runs.plan import plan
 from fedkrso_app.strategies import parse
 from fedkrso_app.training.loop import TrainingError
 
@@ -214,6 +216,15 @@ def test_a_node_that_has_lost_its_key_says_so_and_takes_part_in_the_next_round(s
     assert [line["partitions"] for line in run.metrics()[1:]] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
 
 
+def test_a_node_of_several_partitions_has_one_record_of_what_it_opened(settings, monkeypatch):
+    """Or a server could ask it for a round again, by another of its partitions."""
+    asked = []
+    check = Opened.check
+    monkeypatch.setattr(Opened, "check", lambda self, *args: (asked.append(self.path.name), check(self, *args))[1])
+    play(settings | ON | {"clients-per-node": 3, "fraction-train": 0.5}, 12)
+    assert set(asked) <= {"0.json", "3.json", "6.json", "9.json"} and len(asked) >= 6
+
+
 # ── What nobody is told ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -325,6 +336,18 @@ def test_histories_differ_by_any_entry_that_counts_and_not_by_states_that_a_late
         history = History(schema)
         history.follow(0, whole[0])
         history.follow(2, whole[2])
+
+
+@pytest.mark.parametrize("strategy", ["fedkrso", "rolora"])
+def test_a_plan_foretells_the_bytes_of_a_round_to_a_hundredth(settings, strategy):
+    settings |= ON | {"strategy": strategy, "secagg.bits": 32}
+    (row,) = plan(settings, [strategy], 5)["rows"]
+    lines = play(settings, 5).metrics()[1:]
+    assert row["up"] == pytest.approx(np.mean([line["uplink_bytes"] / 5 for line in lines]), rel=0.01)
+    # FedKRSO's seeds are as many as the draw makes them.
+    exact = 0.1 if strategy == "fedkrso" else 0.01
+    assert row["down"] == pytest.approx(np.mean([line["downlink_bytes"] / 5 for line in lines]), rel=exact)
+    assert row["masks"] == {"nodes": 5, "threshold": 4, "missing": 1, "honest": {0: 4, 1: 3}}
 
 
 # ── A node's own policy ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
-from helpers import ON_SERVER, WORDS, Grid, default_config, play
+from helpers import ON_SERVER, WORDS, Grid, default_config, play, text_batch
 from test_contract import KINDS_OF_METHOD
 from test_families import assert_same, build, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fedkrso_app import cli, data, server_app
 from fedkrso_app.config import ConfigError
-from fedkrso_app.data import files, language, repository
+from fedkrso_app.data import files, repository
 from fedkrso_app.data import hub as hubs
 from fedkrso_app.federation import client
 from fedkrso_app.strategies import parse
@@ -526,7 +526,7 @@ def ids(tokenizer, words):
 
 
 def test_every_token_of_a_text_and_its_end_are_predicted(tokenizer):
-    batch = language.batch([["w1 w2 w3", "w4"]], tokenizer, 32)
+    batch = text_batch([["w1 w2 w3", "w4"]], tokenizer, 32)
     assert batch["input_ids"].tolist() == [
         ids(tokenizer, "<s> w1 w2 w3 </s>"),
         ids(tokenizer, "<s> w4 </s> <pad> <pad>"),
@@ -539,12 +539,12 @@ def test_every_token_of_a_text_and_its_end_are_predicted(tokenizer):
 
 
 def test_a_very_long_text_is_cut(tokenizer):
-    batch = language.batch([["w1 " * 20_000, "w2"]], tokenizer, 8)
+    batch = text_batch([["w1 " * 20_000, "w2"]], tokenizer, 8)
     assert batch["input_ids"].shape == (2, 8) and tokenizer.eos_token_id not in batch["input_ids"][0]
 
 
 def test_only_the_answer_is_predicted(tokenizer):
-    batch = language.batch([["w1", "w2"], ["w3", None], ["w4 w5", "w6"]], tokenizer, 32)
+    batch = text_batch([["w1", "w2"], ["w3", None], ["w4 w5", "w6"]], tokenizer, 32)
     assert batch["input_ids"].tolist() == [
         ids(tokenizer, "<s> w1 w3 w4 w5 </s>"),
         ids(tokenizer, "<s> w2 w6 </s> <pad> <pad>"),
@@ -564,14 +564,14 @@ TEMPLATE = (
 @pytest.mark.parametrize("waiting", ["w31 ", "w31 w2 w3 w33 "])  # the prompt of a model that thinks first
 def test_a_chat_template_lays_out_question_and_answer(tokenizer, waiting):
     tokenizer.chat_template = TEMPLATE.replace("generation_prompt %}w31 ", "generation_prompt %}" + waiting)
-    batch = language.batch([["w1"], ["w2 w3"]], tokenizer, 32)
+    batch = text_batch([["w1"], ["w2 w3"]], tokenizer, 32)
     assert batch["input_ids"].tolist() == [ids(tokenizer, "w30 w1 w32 w31 w2 w3 w32")]
     assert batch["labels"].tolist() == [[-100] * 4 + ids(tokenizer, "w2 w3 w32")]
 
 
 @pytest.mark.parametrize(("asked", "answered", "kept"), [(30, 2, 3), (2, 30, 5), (30, 30, 4)])
 def test_a_long_question_loses_its_beginning_and_never_its_answer(tokenizer, asked, answered, kept):
-    batch = language.batch([["w1 " * asked], ["w2 " * answered]], tokenizer, 8)
+    batch = text_batch([["w1 " * asked], ["w2 " * answered]], tokenizer, 8)
     assert batch["input_ids"].shape == (1, 8)
     assert int((batch["labels"] != -100).sum()) == kept
 
@@ -580,7 +580,7 @@ def test_a_batch_without_anything_to_predict_is_an_error_and_no_nan(tokenizer):
     tokenizer.eos_token = None
     tokenizer._tokenizer.post_processor = None
     with pytest.raises(ValueError, match="no token to predict"):
-        language.batch([["w1", "w2"]], tokenizer, 8)
+        text_batch([["w1", "w2"]], tokenizer, 8)
 
 
 @pytest.mark.parametrize("task", ["text-classification", "causal-lm"])

@@ -1,7 +1,8 @@
 """Batches of examples, for training without end and for one evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import datasets
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 
 from fedkrso_app.data import language
 from fedkrso_app.data.tasks import Task
+
+_MOST = 2**26  # tokens that a process keeps, 4 bytes each
 
 
 def batches(
@@ -56,6 +59,12 @@ def evaluation_batches(
 
 def lengths(examples: datasets.Dataset, task: Task) -> np.ndarray:
     """(n,) int64 characters of each example: near enough to tokens for grouping, and far cheaper."""
+    if _characters.get(examples, ((), None))[0] != task.columns:
+        _characters[examples] = task.columns, _lengths(examples, task)
+    return _characters[examples][1]
+
+
+def _lengths(examples: datasets.Dataset, task: Task) -> np.ndarray:
     table: Any = examples.with_format("arrow")[:]
     total = np.zeros(len(examples), np.int64)
     for name in task.columns:
@@ -73,15 +82,62 @@ def lengths(examples: datasets.Dataset, task: Task) -> np.ndarray:
 def batch(
     examples: datasets.Dataset, rows: np.ndarray, task: Task, tokenizer: Any, max_length: int
 ) -> dict[str, torch.Tensor]:
-    """The batch of ``rows``, (b,) int64, as those of :func:`batches`."""
+    """The batch of ``rows``, (b,) int64, as those of :func:`batches`. Each row is tokenized once in a process."""
     max_length = longest(tokenizer, max_length)
-    chosen = examples[rows.tolist()]
-    texts = [chosen[column] for column in task.columns if column in chosen]
-    if task.language:
-        return language.batch(texts, tokenizer, max_length)
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-    labels = torch.tensor(chosen[task.label], dtype=torch.float32 if task.regression else torch.int64)
-    return {**encoded, "labels": labels}
+    kept = _tokens.get(examples)
+    if kept is None or not kept.serves(task, tokenizer, max_length):
+        kept = _tokens[examples] = _Tokens(task, tokenizer, max_length)
+    return kept.batch(examples, rows.tolist())
+
+
+class _Tokens:
+    """Rows of one dataset as tokens, as far as they were asked for."""
+
+    def __init__(self, task: Task, tokenizer: Any, max_length: int) -> None:
+        self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
+        self.rows: dict[int, tuple[Mapping[str, np.ndarray], Any]] = {}  # values of each input, and the label
+        self.count = 0
+
+    def serves(self, task: Task, tokenizer: Any, max_length: int) -> bool:
+        return (self.task, self.max_length) == (task, max_length) and self.tokenizer is tokenizer
+
+    def batch(self, examples: datasets.Dataset, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        found = {row: self.rows[row] for row in rows if row in self.rows}
+        if new := [row for row in dict.fromkeys(rows) if row not in found]:
+            found |= zip(new, self._laid_out(examples[new]), strict=True)
+            if sum(each.count for each in list(_tokens.values())) < _MOST:
+                self.rows |= {row: found[row] for row in new}
+                self.count += sum(values.size for row in new for values in found[row][0].values())
+        inputs, labels = zip(*(found[row] for row in rows), strict=True)
+        values, in_front = padding(self.task, self.tokenizer)
+        batch = {name: padded([each[name] for each in inputs], values.get(name, 0), in_front) for name in inputs[0]}
+        if self.task.language:
+            return language.checked(batch)
+        of_labels = torch.float32 if self.task.regression else torch.int64
+        return {**batch, "labels": torch.tensor(labels, dtype=of_labels)}
+
+    def _laid_out(self, chosen: Mapping[str, Any]) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
+        task = self.task
+        texts = [chosen[column] for column in task.columns if column in chosen]
+        if task.language:
+            encoded = language.laid_out(texts, self.tokenizer, self.max_length)
+            labels: Sequence[Any] = [None] * len(encoded["input_ids"])
+        else:
+            encoded, labels = self.tokenizer(*texts, truncation=True, max_length=self.max_length), chosen[task.label]
+        for i, label in enumerate(labels):
+            yield {name: np.array(values[i], np.int32) for name, values in encoded.items()}, label
+
+
+_tokens: WeakKeyDictionary[datasets.Dataset, _Tokens] = WeakKeyDictionary()
+_characters: WeakKeyDictionary[datasets.Dataset, tuple[Sequence[str], np.ndarray]] = WeakKeyDictionary()
+
+
+def padded(values: Sequence[np.ndarray], fill: int, in_front: bool) -> torch.Tensor:
+    """(b, t) int64, t the length of the longest."""
+    whole = np.full((len(values), max(map(len, values))), fill, np.int64)
+    for row, own in zip(whole, values, strict=True):
+        row[len(row) - len(own) if in_front else 0 :][: len(own)] = own
+    return torch.from_numpy(whole)
 
 
 def longest(tokenizer: Any, max_length: int) -> int:
@@ -93,4 +149,5 @@ def padding(task: Task, tokenizer: Any) -> tuple[dict[str, int], bool]:
     """How :func:`batches` fill up a shorter text: by which value of which input (0 of the others), and whether in front
     of it."""
     values = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
+    values["labels"] = language.IGNORED
     return values, not task.language and tokenizer.padding_side == "left"

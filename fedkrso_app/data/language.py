@@ -17,30 +17,30 @@ _PLAIN: dict[str, Any] = {"add_special_tokens": False, "truncation": False, "ver
 IGNORED = -100  # transformers' losses leave such labels out
 
 
-def batch(columns: Sequence[Sequence[Any]], tokenizer: Any, max_length: int) -> dict[str, torch.Tensor]:
-    """``input_ids``, ``attention_mask`` and ``labels``, all (b, t) int64, padded on the right, t <= ``max_length``.
+def laid_out(columns: Sequence[Sequence[Any]], tokenizer: Any, max_length: int) -> dict[str, list[list[int]]]:
+    """``input_ids``, ``attention_mask`` and ``labels`` of each row, at most ``max_length`` values; a batch pads them on
+    the right.
 
     ``columns`` holds b texts each, or one column b conversations. A text that is too long loses its end. Of a
     conversation, what begins with the first answer loses all beyond the half of ``max_length`` that it may always use,
-    and what is before it its beginning. A label is where its token is (the model shifts them). Raises ValueError where
-    nothing is left to predict, and as :func:`placed` does.
+    and what is before it its beginning. A label is where its token is (the model shifts them). Raises ValueError as
+    :func:`placed` does.
     """
     if len(columns) == 1 and not isinstance(columns[0][0], list):
         rows = _texts(columns[0], tokenizer, max_length)
     else:
         rows = _chats(conversations(columns), tokenizer, max_length)
-    longest = max(len(ids) for ids, _ in rows)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    labels = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in rows])
-    if not (labels[:, 1:] != IGNORED).any():
+    ids, labels = [ids for ids, _ in rows], [labels for _, labels in rows]
+    return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
+
+
+def checked(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``batch``. Raises ValueError where nothing is left to predict."""
+    if not (batch["labels"][:, 1:] != IGNORED).any():
         raise ValueError(
             "there is no token to predict: every text is a single token, and the tokenizer has no end token"
         )
-    return {
-        "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]),
-        "labels": labels,
-    }
+    return batch
 
 
 def _texts(texts: Sequence[str | None], tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:

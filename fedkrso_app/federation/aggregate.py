@@ -77,9 +77,9 @@ class Aggregate:
             self._told[partition] = figures.train_loss, weight
         return {partition: {**figures.known(), "weight": weight}}
 
-    def open(self, grid: Any) -> dict[str, Any]:
-        """Do what is left to do before there are means; returns figures. Raises :class:`Unopened`."""
-        return {}
+    def open(self, grid: Any, figures: dict[str, Any]) -> None:
+        """Do what is left to do before there are means, and add to the round's ``figures``. Raises
+        :class:`Unopened`."""
 
     # What becomes of it
 

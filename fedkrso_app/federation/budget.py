@@ -8,13 +8,14 @@ A book has a line for each client and round, written and synced before the first
 of one ``folder`` where the node has data of its own, whatever was in it: rows that stayed are in both. A round that is
 done again is a line of its own, with other noise.
 
-A node with data or a bound of its own has one book for all runs, ``<cache>/privacy.jsonl``: whoever deletes it deletes
-what was spent. For others, as in a simulation, a book ends with its run.
+A node with data or a bound of its own has one book for all runs, ``<cache>/privacy.jsonl``. Others, as those of a
+simulation, have one for each run and partition in ``<cache>/privacy``. Whoever deletes a book deletes what was spent.
 """
 
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -27,6 +28,11 @@ import datasets
 
 from fedkrso_app.config import ConfigError, cache
 from fedkrso_app.core.accounting import Releases, epsilon
+from fedkrso_app.federation.discretion import Declined
+
+logger = logging.getLogger("flwr")
+
+OF_THE_RUN = "privacy.max-epsilon"  # a node's reason names it, and so the server knows
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,8 @@ def book() -> Path:
 
 
 def book_of_run(run: str, partition: int) -> Path:
-    return cache() / "privacy" / f"{run}-{partition}.jsonl"
-
-
-def close(run: str) -> None:
-    """Remove the books that end with ``run``."""
-    for path in (cache() / "privacy").glob(f"{run}-*.jsonl"):
-        path.unlink(missing_ok=True)
+    """One that stays when the run is over, which may be continued with more rounds."""
+    return cache() / "privacy" / run / f"{partition}.jsonl"
 
 
 def digest(examples: datasets.Dataset) -> str:
@@ -77,7 +78,7 @@ def spend(path: Path, event: Event, delta: float, most: float = 0.0, of_the_run:
     """Write ``event`` down as spent in the book ``path``; ε of its run so far at ``delta``, this event included.
 
     ``most`` is the node's own bound on ε over all runs, ``of_the_run`` the run's own; 0: none. Raises
-    :class:`ConfigError` and writes nothing where the event would exceed one, or where ``delta`` promises nothing.
+    :class:`Declined` and writes nothing where the event would exceed one, or where ``delta`` promises nothing.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(path, "a+b", opener=_private) as handle:
@@ -92,14 +93,14 @@ def spend(path: Path, event: Event, delta: float, most: float = 0.0, of_the_run:
 
 
 def check(event: Event, known: list[Event], delta: float, most: float, of_the_run: float) -> None:
-    """Raise :class:`ConfigError` where ``event`` must not be added to those ``known``."""
+    """Raise :class:`Declined` where ``event`` must not be added to those ``known``."""
     if delta * event.rows >= 1:
-        raise ConfigError(
+        raise Declined(
             f"privacy.delta = {delta:g} promises nothing to a client of {event.rows} rows: it must be below "
             f"1/{event.rows}."
         )
     if of_the_run and (total := of_run(event, known, delta)) > of_the_run:
-        raise ConfigError(
+        raise Declined(
             f"privacy.max-epsilon = {of_the_run:g} would be exceeded for a client, whose epsilon this round makes "
             f"{told(total):g}."
         )
@@ -109,10 +110,15 @@ def check(event: Event, known: list[Event], delta: float, most: float, of_the_ru
     total = epsilon([e.releases for e in [*same, event]], delta)
     if total > most:
         before = epsilon([e.releases for e in same], delta)
-        raise ConfigError(
-            f"max-epsilon = {most:g} of this node would be exceeded: its data has spent {before:.2f} in all runs, and "
-            f"this round makes it {total:.2f} (delta = {delta:g})."
+        logger.error(
+            "These rows have spent an epsilon of %.2f in all runs, and this round would make it %.2f (delta = %g); "
+            "max-epsilon is %g",
+            before,
+            total,
+            delta,
+            most,
         )
+        raise Declined("this node's max-epsilon would be exceeded in this round.")
 
 
 def of_run(event: Event, known: list[Event], delta: float) -> float:

@@ -11,10 +11,9 @@ from flwr.app import Message, RecordDict
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.projection import probe
 from fedkrso_app.data import hub
-from fedkrso_app.federation import budget, masks
+from fedkrso_app.federation import masks
 from fedkrso_app.federation.discretion import Declined, shown_to_server
 from fedkrso_app.federation.policy import Policy
-from fedkrso_app.federation.private import max_epsilon
 from fedkrso_app.federation.replica import NeedSync
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.workplace import Reply, Summed, Workplace, workplace
@@ -78,7 +77,7 @@ def workplace_of(context: Any, run: str, held: tuple[int, ...], total: int) -> W
 def bounded(place: Workplace, node_config: Mapping[str, Any]) -> Workplace:
     """``place`` with the node's own bound on ε."""
     if place.private:
-        place.private.most = max_epsilon(node_config)
+        place.private.most = Policy.of(node_config).max_epsilon
     return place
 
 
@@ -123,7 +122,6 @@ def join(message: Message, context: Any) -> Answer:
 def leave(message: Message, context: Any) -> None:
     """Remove this run's files: it is over."""
     run = str(message.content.config_records["leave"]["run"])
-    budget.close(run)
     if released := NodeStore(run).clear():
         logger.info("What partitions keep of the model to themselves is in %s", released)
 
@@ -158,7 +156,7 @@ def up_to_date(
             signed = masks.key_of(context, policy, instructions.run)
             return RecordDict({"status": Status(instructions.version, False, *signed).record()})
         story = masks.story_of(instructions, history, masks.model_of(context, place), config)
-        session = masks.enter(message.content, context, policy, place.method, instructions, partitions, story)
+        session = masks.enter(message.content, context, policy, place.method, instructions, partitions, held, story)
         sealed = session.seal(work(place, partitions, instructions))
         return RecordDict({"status": Status(instructions.version).record(), **sealed})
     replies = {}

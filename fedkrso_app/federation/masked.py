@@ -86,14 +86,14 @@ class Masked(Aggregate):
             figures["epsilon"] = sealed.epsilon
         return dict.fromkeys(partitions, figures)
 
-    def open(self, grid: Any) -> dict[str, Any]:
+    def open(self, grid: Any, figures: dict[str, Any]) -> None:
         survivors = sorted(self._arrived)
         if len(survivors) < self.least:
             raise Unopened(f"{len(survivors)} sealed updates have come; a sum of fewer than {self.least} stays closed")
         self._note(sorted(p for u in survivors for p in self.roster.parties[u].partitions))
         checks = {u: self._arrived[u].checks for u in survivors}
         opening = Opening(len(self.roster), self.roster.threshold, self.ctx, checks)
-        size, complete = self._ask(grid, survivors, opening)
+        complete = self._ask(grid, survivors, opening, figures)
         for place in sorted(opening.wrong):
             self._distrust(place, "its shares of the others' secrets are wrong")
         if not complete:
@@ -110,17 +110,24 @@ class Masked(Aggregate):
         asked = sum(len(self.roster.parties[u].partitions) for u in survivors)
         if not 1 <= clients <= min(asked, self.weight) or self.layout.too_large(words):
             raise Unopened("the sum is none that honest nodes add up to: one of them sent something else")
-        return {"clients": clients, "opening_bytes": size}
+        figures["clients"] = clients
 
-    def _ask(self, grid: Any, survivors: list[int], opening: Opening) -> tuple[int, bool]:
-        """Collect answers until they are enough. Returns their bytes and the questions', and whether they are."""
-        online, messages, size = set(grid.get_node_ids()), {}, 0
+    def _ask(self, grid: Any, survivors: list[int], opening: Opening, figures: dict[str, Any]) -> bool:
+        """Collect answers until they are enough; whether they are. Their bytes are counted with all, and apart."""
+        online, messages = set(grid.get_node_ids()), {}
+        figures["opening_bytes"] = 0
+
+        def count(way: str, content: RecordDict) -> None:
+            size = wire.measured_bytes(content)
+            figures[way] += size
+            figures["opening_bytes"] += size
+
         for place, party in enumerate(self.roster.parties):
             if party.node in online:
                 bundles = [self._arrived[u].bundles[place] for u in survivors]
                 content = Unmask(self.roster.session, survivors, bundles).content()
                 messages[place] = Message(content, party.node, UNMASK, group_id=str(self.round))
-                size += wire.measured_bytes(content)
+                count("downlink_bytes", content)
         timeout = min(_ANSWERS, self.config.round_timeout)
         for reply in grid.send_and_receive(list(messages.values()), timeout=timeout):
             places = {message.metadata.message_id: place for place, message in messages.items()}
@@ -130,14 +137,14 @@ class Masked(Aggregate):
             try:
                 if reply.has_error():
                     raise Refused(reply.error.reason or f"code {reply.error.code}")
-                size += wire.measured_bytes(reply.content)
+                count("uplink_bytes", reply.content)
                 shares = Shares.read(reply.content, self.roster.session, len(survivors), opening.size)
             except Refused as reason:
                 logger.warning("node %d does not help to open the sum: %s", self.roster.parties[place].node, reason)
                 continue
             if opening.add(place, shares):
-                return size, True
-        return size, False
+                return True
+        return False
 
     def _distrust(self, place: int, reason: str) -> None:
         self.nodes.expel(self.roster.parties[place].node, reason)

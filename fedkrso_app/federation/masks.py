@@ -101,10 +101,11 @@ def enter(
     method: Method,
     instructions: Instructions,
     own: Sequence[int],
+    held: Sequence[int],
     story: str,
 ) -> Session:
-    """Check the round that a train message is about, of whose partitions this node's ``own`` are asked; ``story`` as
-    :func:`story_of` tells it.
+    """Check the round that a train message is about, of whose partitions this node's ``own`` are asked, of those
+    that it ``held``; ``story`` as :func:`story_of` tells it.
 
     Raises :class:`Declined` or :class:`Refused`.
     """
@@ -117,7 +118,7 @@ def enter(
     if roster.parties[place].node != context.node_id:
         raise Declined("the roster has this node's key under another node's id.")
     policy.verify(instructions.run, roster.parties)
-    Opened(instructions.run, own[0]).check(instructions.round, instructions.version)
+    Opened(instructions.run, held[0]).check(instructions.round, instructions.version)
     layout = Layout(method, instructions.round, instructions.method, roster.partitions)
     ctx = sealing.context(roster, instructions.round, TRAIN, str(layout), story)
     context.state[_ROUND] = ConfigRecord(
@@ -125,7 +126,7 @@ def enter(
             "run": instructions.run,
             "round": instructions.round,
             "version": instructions.version,
-            "partition": own[0],
+            "partition": held[0],
             "session": roster.session,
             "context": ctx,
             "place": place,

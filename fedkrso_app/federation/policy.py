@@ -1,14 +1,14 @@
 """What a node takes part in, by its own ``--node-config``: the run's settings come from the other side.
 
-    require = "secure-aggregation"   only sealed updates leave this node; "example-privacy": only ones with noise
-    min-cohort = 5                   and only sums of at least so many nodes are opened (implies the line above)
-    key = "/keys/node0"              the SuperNode's private key, which signs this node's key for the masks
-    peers = "/keys/peers.pub"        public keys, one a line, of the nodes whose sums it joins
-
-``max-epsilon`` is in :mod:`federation.private`.
+require = "secure-aggregation"   only sealed updates leave this node; "example-privacy": only ones with noise
+min-cohort = 5                   and only sums of at least so many nodes are opened (implies the line above)
+key = "/keys/node0"              the SuperNode's private key, which signs this node's key for the masks
+peers = "/keys/peers.pub"        public keys, one a line, of the nodes whose sums it joins
+max-epsilon = 3.0                ε that its rows may spend over all runs (implies "example-privacy")
 """
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from fedkrso_app.strategies.secure import SecureSums
 
 REQUIREMENTS = ("secure-aggregation", "example-privacy")
 LEAST = 3  # nodes in a sum that is worth the name
-KEYS = ("require", "min-cohort", "key", "peers")
+KEYS = ("require", "min-cohort", "key", "peers", "max-epsilon")
 _FINGERPRINT = 8
 
 
@@ -38,6 +38,7 @@ class Policy:
     min_cohort: int = 0
     key: str = ""
     peers: str = ""
+    max_epsilon: float = 0.0  # 0: no bound
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> "Policy":
@@ -51,6 +52,9 @@ class Policy:
         wrong = [key for key, text in texts.items() if not isinstance(text, str)]
         if wrong or type(least) is not int or least < 0:
             raise Declined(f"{(wrong or ['min-cohort'])[0]} in this node's config is of the wrong type.")
+        most = node_config.get("max-epsilon", 0.0)
+        if isinstance(most, bool) or not isinstance(most, int | float) or not 0 <= most < math.inf:
+            raise Declined(f"max-epsilon = {most!r} in this node's config is not a number; write for instance 3.0.")
         required = tuple(names(texts["require"]))
         for name in required:
             if name not in REQUIREMENTS:
@@ -58,7 +62,7 @@ class Policy:
                     f"require = {name!r} in this node's config is none of the requirements it knows: "
                     f"{', '.join(REQUIREMENTS)}."
                 )
-        return cls(required, least, texts["key"], texts["peers"])
+        return cls(required, least, texts["key"], texts["peers"], float(most))
 
     @property
     def least(self) -> int:
@@ -75,8 +79,11 @@ class Policy:
                 f"this node joins sums of at least {self.min_cohort} nodes; set secagg.min-cohort = {self.min_cohort}."
             )
 
-        if "example-privacy" in self.require and config.of(Privacy).unit != "example":
+        noisy = "example-privacy" in self.require or self.max_epsilon
+        if noisy and config.of(Privacy).unit != "example":
             raise Declined("this node only takes part in runs with privacy.unit = 'example'.")
+        if noisy and config.of(Privacy).randomness != "os":
+            raise Declined("this node only adds noise that nobody can draw again; set privacy.randomness = 'os'.")
 
     def sign(self, claim: bytes) -> bytes:
         """``claim`` signed with this node's own key; b"" without one. Raises :class:`Declined` where the key cannot be

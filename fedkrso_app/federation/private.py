@@ -1,18 +1,16 @@
 """Example-level DP at a node: what a round costs is written down, then the round is trained, then ε is told.
 
 :mod:`training.per_example` has the loop and :mod:`federation.budget` the node's book. The node decides, not the server:
-``max-epsilon`` in its node config bounds ε over all runs on its rows.
+``max-epsilon`` in its node config bounds ε over all runs on its rows (:mod:`federation.policy`).
 """
 
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedkrso_app.config import ConfigError
 from fedkrso_app.core.noise import NoiseStream, derived_key, fresh_key, public_key
 from fedkrso_app.core.projection import stream
 from fedkrso_app.data.batching import batch, lengths
@@ -25,14 +23,6 @@ from fedkrso_app.training.loop import Session
 from fedkrso_app.training.per_example import Mechanism
 
 logger = logging.getLogger("flwr")
-
-
-def max_epsilon(node_config: Mapping[str, Any]) -> float:
-    """The bound of a node's config; 0 where there is none. Raises :class:`ConfigError` for what is no bound."""
-    value = node_config.get("max-epsilon", 0.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ConfigError(f"max-epsilon = {value!r} in this node's config is not a number; write for instance 3.0.")
-    return float(value)
 
 
 class ExampleLevel:

@@ -58,8 +58,8 @@ class Released(Aggregate):
         self._shapes = method.layout(round, told)
         self._sums = FixedPointMeans({key: np.zeros(shape, np.int64) for key, shape in self._shapes.items()})
         self._clips = {p: share(self.config, len(some)) for some in asked.values() for p in some}
-        units = [[p] for some in asked.values() for p in some] if simulated(self.config) else [held[n] for n in asked]
-        release = Release(round, self.own.noise, self.own.clip, tuple(map(tuple, units)))
+        whole = asked if simulated(self.config) else held
+        release = Release(round, self.own.noise, self.own.clip, tuple(sorted({p for n in asked for p in whole[n]})))
         self._release, total = release, spending.epsilon(release)
         if self.own.max_epsilon and total > self.own.max_epsilon:
             raise Spent(
@@ -71,7 +71,7 @@ class Released(Aggregate):
             raise Refused(f"{next(iter(strangers))!r} is nothing that this round adds up")
         super().add(noise.clipped(summands, self._clips[partition]), reply, weight, partition)
 
-    def open(self, grid: Any) -> dict[str, Any]:
+    def open(self, grid: Any, figures: dict[str, Any]) -> None:
         """Pay for the round, then add the noise: whoever is interrupted in between has paid."""
         self.spending.write(self._release)
         stream, deviation = NoiseStream(self._key()), self.own.noise * self.own.clip * 2.0**noise.BITS
@@ -80,7 +80,7 @@ class Released(Aggregate):
             for first in range(0, flat.size, _CHUNK):
                 part = flat[first : first + _CHUNK]
                 part += stream.integers(part.size, deviation)
-        return {"epsilon": self.spending.epsilon()}
+        figures["epsilon"] = self.spending.epsilon()
 
     def mean(self, key: Hashable) -> np.ndarray:
         """Of what has moved, and of methods that compute with values, the start beside it."""

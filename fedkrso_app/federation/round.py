@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.projection import stream
-from fedkrso_app.federation import masked, masks, released
+from fedkrso_app.federation import budget, masked, masks, released
 from fedkrso_app.federation.aggregate import Aggregate, Unopened
 from fedkrso_app.federation.nodes import UNKNOWN_HISTORY, Nodes, sampled
 from fedkrso_app.federation.replica import first_needed
@@ -26,7 +26,7 @@ from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Instructions, Status
 from fedkrso_app.records.schema import Schema, superseded
 from fedkrso_app.records.wire import Refused
-from fedkrso_app.strategies.base import Method
+from fedkrso_app.strategies.base import Arrays, Method
 from fedkrso_app.strategies.privacy import Privacy
 
 logger = logging.getLogger("flwr")
@@ -47,8 +47,8 @@ class Host(Protocol):
     def opened(self) -> int:
         """The last round whose sum was, or may have been, opened; 0 if none was."""
 
-    def weights(self) -> np.ndarray | None:
-        """All shared tensors at the newest version as one vector; None where the server has no model."""
+    def weights(self) -> Arrays | None:
+        """All shared tensors at the newest version (:attr:`Method.weights`); None where the server has no model."""
 
     def score(self, tally: np.ndarray) -> tuple[float, float]:
         """Metric and loss. Raises ValueError for a tally that cannot be."""
@@ -69,6 +69,7 @@ class Round(Strategy):
         self.config, self.nodes, self.host = method.config, nodes, host
         unit = self.config.of(Privacy).unit
         self._by_example, self._by_client = unit == "example", unit == "client"
+        self._figures, self._spent = no_figures(), 0  # clients that declined by the run's bound on ε
         done = int(ledger.read(ledger.version).record["round"])
         self.first_round = 1 + done  # later than 1 in a resumed run
         if (opened := host.opened() if self.config.secure_aggregation else 0) > done:
@@ -116,7 +117,9 @@ class Round(Strategy):
         else:
             self.nodes.welcome(grid, again=True)
             self.nodes.wait_online(grid, least)
-        self._figures, self._grid = no_figures(), grid
+        if self._spent and self._spent == self.nodes.expected and not self._figures["clients"]:
+            raise released.Spent("privacy.max-epsilon would be exceeded for each client")
+        self._figures, self._grid, self._spent = no_figures(), grid, 0
         asked = self.nodes.sample(grid, fraction, self.config.seed, self.round)
         try:
             self.begin(asked)
@@ -246,11 +249,11 @@ class Round(Strategy):
             arrays = {name: value for name, value in entry.items() if name not in dropped}
             content[f"entry-{version}"] = wire.pack(arrays)
             size += sum(value.nbytes for value in arrays.values())
-            smaller = self.span is None and version > first and size > 4 * self.method.weights_size
+            smaller = self.span is None and version > first and size > self.method.weights_bytes
             if smaller and not self.config.secure_aggregation:  # nodes compare entries there
                 weights = self.host.weights()
                 if weights is not None:
-                    return RecordDict({f"weights-{newest}": wire.pack({"weights": weights})})
+                    return RecordDict({f"weights-{newest}": wire.pack(weights)})
         return content
 
     def _newest_state(self) -> dict[str, np.ndarray]:
@@ -298,6 +301,7 @@ class Round(Strategy):
 
     def _without(self, partitions: Sequence[int], counter: str, reason: str) -> None:
         """Log why a reply does not count; in training it is counted, as ``refused`` or ``failed``."""
+        self._spent += len(partitions) * (budget.OF_THE_RUN in reason)
         for partition in partitions:
             logger.warning("partition %s %s", partition, reason)
             if self._training:
@@ -325,21 +329,21 @@ class Round(Strategy):
 
     def _close(self, accepted: dict[int, dict[str, float]]) -> None:
         """Publish the next entry if enough replies count."""
-        problem, arrays, opened = f"{len(accepted)} good replies, min-replies = {self.config.min_replies}", {}, {}
+        self._figures["clients"] = len(accepted)
+        problem, arrays = f"{len(accepted)} good replies, min-replies = {self.config.min_replies}", {}
         if len(accepted) >= self.config.min_replies:
             try:
-                opened, problem = self._sums.open(self._grid), ""
+                self._sums.open(self._grid, self._figures)
+                problem = ""
             except Unopened as reason:
                 problem = str(reason)
         figures = self._figures | {
             "round": self.round,
             "train_loss": self._sums.loss,
-            "clients": len(accepted),
             "client_seconds": max((f["train_seconds"] for f in accepted.values()), default=0.0),
             "client_peak_bytes": max((f["peak_bytes"] for f in accepted.values()), default=0),
             "partitions": sorted(accepted),
             "version": self.ledger.version,
-            **opened,
         }
         if self._by_example:
             newest = self.ledger.read(self.ledger.version).record.get("epsilon", 0.0)

@@ -1,7 +1,8 @@
 """What a run with client-level DP has spent: a line in its folder for each release, synced before noise is drawn.
 
-``privacy.jsonl`` holds {"round", "unit", "noise", "clip", "asked"}; ``asked`` lists the units of the round, each as the
-partitions that it holds. A round that is done again is a line of its own and is paid again, with other noise.
+``privacy.jsonl`` holds {"round", "unit", "noise", "clip", "asked"}; ``asked`` lists the partitions of the units that
+the round asked, those included that it left out. A round that is done again is a line of its own and is paid again,
+with other noise.
 """
 
 import json
@@ -17,13 +18,13 @@ from fedkrso_app.core.accounting import Releases, epsilon
 
 @dataclass(frozen=True)
 class Release:
-    """A sum over the units ``asked``, of which each moves it by at most ``clip``, with Gaussian noise of ``noise`` ×
-    ``clip``."""
+    """A sum over units that hold the partitions ``asked``, of which each unit moves it by at most ``clip``, with
+    Gaussian noise of ``noise`` × ``clip``."""
 
     round: int
     noise: float
     clip: float
-    asked: tuple[tuple[int, ...], ...]
+    asked: tuple[int, ...]
 
 
 class Spending:
@@ -41,7 +42,7 @@ class Spending:
         """
         spent: dict[int, list[Releases]] = {}
         for release in (*self.releases, *more):
-            for partition in {partition for unit in release.asked for partition in unit}:
+            for partition in set(release.asked):
                 spent.setdefault(partition, []).append(Releases(release.noise))
         worst = max(spent.values(), key=lambda own: sum(each.noise**-2 for each in own), default=[])
         return epsilon(worst, self._delta)
@@ -80,5 +81,5 @@ def _read(file: Path) -> Iterator[Release]:
 
 
 def _release(facts: Mapping[str, Any]) -> Release:
-    asked = tuple(tuple(int(partition) for partition in unit) for unit in facts["asked"])
+    asked = tuple(map(int, facts["asked"]))
     return Release(int(facts["round"]), float(facts["noise"]), float(facts["clip"]), asked)

@@ -30,7 +30,6 @@ from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Entry
 from fedkrso_app.records.protocol import TALLY, Figures, Instructions, Status
-from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Arrays, Shapes
@@ -93,6 +92,7 @@ class Workplace:
         """Of W^0: it takes a second for a large model, and only a node that joins is asked for it."""
         return (self._load() if "replica" in self.__dict__ else self.model).digest()
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  # the same object each time, which the tokens of its rows go by
     def share(self, split: str, partition: int) -> Any:
         """The examples of one partition: its part of all, or all in its folder on a node that has files of its own."""
         folder = self._folders.get(partition, self.config.data_dir)
@@ -128,8 +128,9 @@ class Workplace:
             if kind == "weights" and self.config.secure_aggregation:
                 raise Refused("under masks a node is brought up to date by entries, which all of them can compare")
             if kind == "weights":
-                whole = Schema({"weights": Field("float32", (self.method.weights_size,), "state")})
-                self.store.put_weights(int(number), instructions.stamp, wire.unpack(record, whole)["weights"])
+                arrays = wire.unpack(record, self.method.weights)
+                parts = {name: [values] for name, values in arrays.items()}
+                self.store.put_weights(int(number), instructions.stamp, parts)
             else:
                 version = int(number)
                 expected = schema if version else schema.start

@@ -130,8 +130,10 @@ class Run:
 
     def add_opening(self, round: int, partitions: list[int]) -> None:
         """Append to openings.jsonl, on the disk when this returns, whose sum is about to be opened."""
-        with open(self.path / "openings.jsonl", "a") as file:
-            file.write(json.dumps({"round": round, "partitions": partitions}) + "\n")
+        with open(self.path / "openings.jsonl", "a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut short: nobody was asked
+            file.write(json.dumps({"round": round, "partitions": partitions}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

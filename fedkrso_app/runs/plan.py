@@ -17,15 +17,16 @@ from torch import Tensor
 
 from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError
-from fedkrso_app.core.accounting import Releases, epsilon
+from fedkrso_app.core.accounting import Releases, can_sample, epsilon
 from fedkrso_app.federation.nodes import sampled
 from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Figures, Instructions, Status
 from fedkrso_app.records.schema import Schema
 from fedkrso_app.runs.memory import Memory, client_memory
+from fedkrso_app.runs.sealed import with_masks
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.strategies.base import Method, Shapes
-from fedkrso_app.strategies.privacy import Privacy
+from fedkrso_app.strategies.privacy import Privacy, noise_over_clip
 from fedkrso_app.training import metrics, model
 
 _CLIENTS_ROWS = (200, 500, 1000, 2000, 5000, 10000, 50000)
@@ -60,14 +61,25 @@ def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -
         "rows": rows,
         "left_out": left_out,
         "epsilon": epsilon_by_rows(config),
+        "client_epsilon": epsilon_of_clients(config),
     }
+
+
+def epsilon_of_clients(config: Config) -> float | None:
+    """ε of a run that protects each client, for one that is asked in every round; None for other runs, unless they have
+    a noise and no unit yet."""
+    own = config.of(Privacy)
+    if own.unit == "example" or not own.noise:
+        return None
+    return epsilon([Releases(own.noise, count=config.num_server_rounds)], own.delta)
 
 
 def epsilon_by_rows(config: Config) -> dict[int, float]:
     """ε of a run that protects each example, by the number of rows of a client that is asked in every round; for the
-    numbers that ``privacy.delta`` says something about. Empty for other runs."""
+    numbers that ``privacy.delta`` says something about. Empty for other runs, unless they have a noise and no unit
+    yet."""
     own = config.of(Privacy)
-    if own.unit != "example":
+    if own.unit == "client" or not own.noise or not can_sample():
         return {}
     batch, steps = config.batch_size * config.gradient_accumulation, config.num_server_rounds * config.local_steps
     return {
@@ -99,6 +111,11 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
         | {"optimizer": memory.optimizer + more, "total": memory.total + max(0, more - memory.grown)}
         for setting, memory in memories.items()
     }
+    if config.of(Privacy).unit == "client":
+        size = sum(math.prod(shape) for shape in method.layout(1, method.turns()[0]).values())
+        costs["noise_over_clip"] = noise_over_clip(
+            config.of(Privacy).noise, size, sampled(config.fraction_train, clients)
+        )
     trained = next((memory.trained for memory in memories.values()), None)
     return {
         "strategy": config.strategy,
@@ -158,7 +175,8 @@ def traffic(method: Method, clients: int, tally: int) -> tuple[dict[str, float],
 
     answer = protocol.trained(Status(1), wire.pack({}), Figures(1000, 0.5, 1.0, 2**30))  # numbers of the usual size
     answer.pop(protocol.UPDATE)
-    costs = {**costs, "up": wire.measured_bytes(answer) + usual_bytes(method.reply.travelling, up)}
+    reply = wire.measured_bytes(answer) + usual_bytes(method.reply.travelling, up)
+    costs = {**costs, "up": reply}
 
     instructions = Instructions("0" * 16, 0, "0" * 64, round=1, method=method.instructions(1))
     question = wire.measured_bytes(RecordDict({TRAIN: instructions.record()}))
@@ -187,6 +205,8 @@ def traffic(method: Method, clients: int, tally: int) -> tuple[dict[str, float],
         entries = share * record_bytes(first, down) + latest * newest
         entries += (updates - latest) * record_bytes(older, down) + late * record_bytes(oldest, down)
     costs["down"] = question + entries / (share * rounds)
+    if config.secure_aggregation:
+        return with_masks(costs, method, clients, reply), up
     return {**costs, "run": rounds * asked * (costs["up"] + costs["down"])}, up
 
 

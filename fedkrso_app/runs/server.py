@@ -27,7 +27,7 @@ from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.runs import card
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.summary import closing_table, line
-from fedkrso_app.strategies.base import Method
+from fedkrso_app.strategies.base import Arrays, Method
 from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.training import metrics, model
 from fedkrso_app.training.activations import TrainingError
@@ -84,7 +84,7 @@ class Server:
     def opened(self) -> int:
         return self.folder.opened
 
-    def weights(self) -> np.ndarray | None:
+    def weights(self) -> Arrays | None:
         if not self.replica:
             return None
         self.replica.advance(self.ledger.version)

@@ -326,7 +326,7 @@ class Scaffold(_Moving):
             )
 
     @property
-    def size(self) -> int:
+    def moved(self) -> int:
         """How many values clients send of what they moved."""
         fields = super().reply.travelling.fields  # type: ignore[safe-super]
         return sum(math.prod(map(int, f.shape)) for f in fields.values())
@@ -334,16 +334,17 @@ class Scaffold(_Moving):
     @property
     def reply(self) -> Schema:
         reply = super().reply  # type: ignore[safe-super]
-        return replace(reply, fields={**reply.fields, "own-drift": Field("float32", (self.size,), "memory")})
+        return replace(reply, fields={**reply.fields, "own-drift": Field("float32", (self.moved,), "memory")})
 
     @property
     def entry(self) -> Schema:
         entry = super().entry.travelling
-        return replace(entry, fields={**entry.fields, "drift": Field("float32", (self.size,), "state")})
+        return replace(entry, fields={**entry.fields, "drift": Field("float32", (self.moved,), "state")})
 
     @property
-    def weights_size(self) -> int:
-        return super().weights_size + self.size
+    def weights_sizes(self) -> tuple[int, int]:
+        weights, rest = super().weights_sizes
+        return weights, rest + self.moved
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         arrays = super().conclude(means, round)

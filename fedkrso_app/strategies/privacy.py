@@ -119,6 +119,11 @@ def check_example(method: type[Method], config: Config) -> None:
             f"batch-clients = {config.batch_clients!r} does not go with privacy.unit = 'example', whose clients train "
             "one after another: set it to 'auto'."
         )
+    if config.captured_steps == "on":
+        raise ConfigError(
+            "captured-steps = 'on' does not go with privacy.unit = 'example', whose batches have no fixed size: set it "
+            "to 'off'."
+        )
     if tau := config.to_dict()["client.logit-adjustment"]:
         raise ConfigError(
             f"client.logit-adjustment = {tau:g} does not go with privacy.unit = 'example': it would use class counts "

@@ -1,0 +1,70 @@
+"""What secure sums cost, and how much they hide, from shapes alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import RecordDict
+
+from fedkrso_app.core import shamir
+from fedkrso_app.federation.layout import Layout
+from fedkrso_app.federation.masked import check_nodes
+from fedkrso_app.federation.nodes import sampled
+from fedkrso_app.federation.opening import Opening
+from fedkrso_app.federation.sealing import CHECK, bundle_size
+from fedkrso_app.records import wire
+from fedkrso_app.records.protocol import Status
+from fedkrso_app.records.sealed import KEY, ROSTER, SESSION, TAIL, Party, Roster, Sealed, Shares, Unmask
+from fedkrso_app.strategies.base import Method
+
+
+def sealed_costs(method: Method, clients: int) -> tuple[int, dict[str, float]]:
+    """How many of ``clients`` partitions are asked as one node, and per node and round the bytes ``up`` of a sealed
+    reply (opening included), ``roster`` and ``opening`` down. Nobody is missing. Raises ConfigError where a round has
+    too few nodes.
+    """
+    asked, each = sampled(method.config.fraction_train, clients), method.config.clients_per_node
+    n = max(1, round(asked / each))
+    t = check_nodes(n, method.config, about=f"{clients} clients, {each} per node, are {n} of them")
+    parties = tuple(Party(2**60 + i, tuple(range(i * each, (i + 1) * each)), _own(i, KEY)) for i in range(n))
+    roster = Roster(bytes(SESSION), parties, t)
+    layouts = [Layout(method, 1, told, roster.partitions) for told in method.turns()]
+    words = sum(layout.size for layout in layouts) / len(layouts)
+    bundles = [_own(i, bundle_size(n)) for i in range(n)]
+    one = Sealed(np.zeros(1, layouts[0].dtype), np.zeros(TAIL, "<u8"), bundles, bytes(CHECK * n), bytes(SESSION), 10)
+    reply = wire.measured_bytes(RecordDict({"status": Status(1).record(), **one.records()}))
+    opening = Opening(n, t, b"", dict.fromkeys(range(n), b""))
+    answer = wire.measured_bytes(Shares(bytes(SESSION), [_own(i, opening.size) for i in range(n)]).content())
+    return each, {
+        "up": reply + (words - 1) * layouts[0].dtype.itemsize + answer * t / n,  # t answers open
+        "roster": wire.measured_bytes(RecordDict({ROSTER: roster.record()})) - wire.measured_bytes(RecordDict()),
+        "opening": wire.measured_bytes(Unmask(bytes(SESSION), list(range(n)), bundles).content()),
+    }
+
+
+def protection(nodes: int, method: Method) -> dict[str, Any]:
+    """Threshold, losses that a round of ``nodes`` survives, and by colluding nodes the honest ones in the smallest
+    sum that a lying server can open."""
+    t = check_nodes(nodes, method.config)
+    return {
+        "nodes": nodes,
+        "threshold": t,
+        "missing": nodes - t,
+        "honest": {c: shamir.honest(nodes, t, c) for c in sorted({0, 1, nodes // 3})},
+    }
+
+
+def with_masks(costs: Mapping[str, float], method: Method, clients: int, reply: float) -> dict[str, Any]:
+    """The ``costs`` of a plan's row, per client, with sealed replies in the place of those of ``reply`` bytes."""
+    each, own = sealed_costs(method, clients)
+    up = costs["up"] - reply + own["up"] / each
+    down = costs["down"] + (own["roster"] + own["opening"]) / each
+    asked = sampled(method.config.fraction_train, clients)
+    run = method.config.num_server_rounds * asked * (up + down)
+    hides = protection(max(1, round(asked / each)), method)
+    return {**costs, "up": up, "down": down, "run": run, "masks": hides}
+
+
+def _own(i: int, size: int) -> bytes:
+    """Bytes that are no one else's, since records are counted once."""
+    return i.to_bytes(4) + bytes(size - 4)
