@@ -154,6 +154,10 @@ def test_the_report_shows_epsilon_round_by_round_where_a_run_has_it(tmp_path):
     assert not any("ε" in text for text in plain)
 
 
+def test_an_epsilon_is_shown_rounded_up():
+    assert [privacy.shown(value) for value in (1.0, 1.2301, 0.001, 2.8)] == ["1.00", "1.24", "0.01", "2.80"]
+
+
 def test_seeds_drawn_by_one_client_are_counted_as_they_are_expected(tmp_path):
     """By all draws of three clients among three seeds, two intervals each."""
     draws = list(itertools.product(itertools.product(range(3), repeat=2), repeat=3))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.runs.privacy import ROW, SEEDED, noise_of, sums_of
+from fedkrso_app.runs.privacy import ROW, SEEDED, noise_of, shown, sums_of
 from fedkrso_app.runs.results import measures
 
 _SILENT = ("name", "assumptions", "broken")
@@ -77,7 +77,7 @@ def _summary(
         parts.append(f"NOT PRIVATE: noise was added, but {SEEDED}.")
     elif noise:
         parts.append(
-            f"For {noise['unit']} epsilon is {noise['epsilon_spent']:.2f} at delta = {noise['delta']:g}, against "
+            f"For {noise['unit']} epsilon is {shown(noise['epsilon_spent'])} at delta = {noise['delta']:g}, against "
             f"{noise['against']}."
         )
     elif settings.get("privacy.unit", "none") != "none":

@@ -6,6 +6,7 @@ the run has left a trace of it: settings alone protect nothing.
 """
 
 import json
+import math
 from typing import Any
 
 from fedkrso_app.config import ConfigError
@@ -36,7 +37,12 @@ def sentence(run: Run, round: int) -> str:
     unit = "each training row" if settings["privacy.unit"] == "example" else "all data of each client"
     if settings["privacy.randomness"] == "seed":
         return f"none: {SEEDED}"
-    return f"ε = {so_far[-1]:.2f} at δ = {settings['privacy.delta']:g} for {unit}; the metric above is not covered"
+    return f"ε = {shown(so_far[-1])} at δ = {settings['privacy.delta']:g} for {unit}; the metric above is not covered"
+
+
+def shown(epsilon: float) -> str:
+    """To two digits after the point, rounded up: no promise may look stronger than it is."""
+    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}" if epsilon < math.inf else "infinite"
 
 
 def noise_of(run: Run, rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
