@@ -66,6 +66,7 @@ class Config:
     head: str
     device: str
     compute_dtype: str
+    state_dtype: str
     torch_threads: int
     clients_per_node: int
     batch_clients: str
@@ -97,7 +98,12 @@ class Config:
     @property
     def on_device(self) -> bool:
         """Whether W^t itself may lie on the device; else it stays in the host's memory, and a copy computes."""
-        return self.compute_dtype == "float32"
+        return self.compute_dtype == self.state_dtype
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether training leaves the layers' weights alone and takes its steps beside them."""
+        return self.compute_dtype == "bfloat16"
 
     @property
     def weights_device(self) -> str:
@@ -253,6 +259,11 @@ def _check(c: Config) -> None:
     choice("activation-memory", c.activation_memory, ["keep", "recompute", "checkpoint"])
     choice("device", c.device, ["auto", "cpu", "cuda", "mps", "xpu"])
     choice("compute-dtype", c.compute_dtype, ["float32", "bfloat16"])
+    choice("state-dtype", c.state_dtype, ["float32", "bfloat16"])
+    if c.state_dtype == "bfloat16" and c.compute_dtype != "bfloat16":
+        raise ConfigError(
+            "state-dtype = 'bfloat16' needs compute-dtype = 'bfloat16': in float32 a second W would do the work."
+        )
     need(0 <= c.max_grad_norm < float("inf"), "max-grad-norm", c.max_grad_norm, "0 (no bound) or above")
     choice("evaluate", c.evaluate, ["server", "clients", "off"])
     values = c.to_dict()

@@ -126,8 +126,7 @@ def replica(run: Run, version: int | None = None) -> Local:
     """The half beside the model at ``version``, from W^0 and the ledger alone."""
     config = run.config
     task = data.resolve(config)
-    place, head = config.weights_device, config.head
-    loaded = model.load(config.model, task.num_labels, config.seed, task.classes, device=place, head=head)
+    loaded = model.of_run(config, task)
     method = make(config, Shapes.of(loaded))
     half, ledger = method.local(loaded), Ledger(run.ledger)
     Replica(half, ledger, method.entry.span).advance(ledger.version if version is None else version)

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from fedkrso_app.core.accounting import Releases, epsilon, gaussian_delta, gaussian_epsilon, noise_for
+from fedkrso_app.config import ConfigError
+from fedkrso_app.core.accounting import TAILS, Releases, epsilon, gaussian_delta, gaussian_epsilon, noise_for
+from fedkrso_app.strategies.privacy import Privacy
 
 NOISES = (1, 2, 5, 10, 20, 50)
 EPSILONS = {  # rounds -> ε at δ = 1e-5 for each noise, as another library's PLD has them
@@ -74,6 +76,13 @@ def test_releases_add_up_whatever_their_order_and_grouping():
     assert once > epsilon([Releases(2.0, count=10)], 1e-5)
     assert epsilon([], 1e-5) == epsilon([Releases(1.0, count=0)], 1e-5) == 0
     assert epsilon([Releases(3.0), Releases(0.0)], 1e-5) == math.inf
+
+
+def test_a_delta_that_the_ends_of_the_noise_use_up_promises_nothing():
+    assert epsilon([Releases(50.0)], TAILS) == epsilon([Releases(50.0)], TAILS / 10) == math.inf
+    assert epsilon([Releases(50.0)], 2 * TAILS) < 1
+    with pytest.raises(ConfigError, match=r"privacy\.delta = 1e-09 is impossible: it must be at least 1e-08"):
+        Privacy("client", 1.0, 1.0, 1e-9, 0.0, "os")
 
 
 def test_the_noise_for_an_epsilon_has_it_and_hardly_more():

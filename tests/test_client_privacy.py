@@ -14,7 +14,7 @@ from fedkrso_app.core import projection
 from fedkrso_app.core.accounting import gaussian_epsilon
 from fedkrso_app.federation import round as rounds
 from fedkrso_app.federation import workplace
-from fedkrso_app.federation.released import Released, Spent
+from fedkrso_app.federation.released import Released, Spent, release_of
 from fedkrso_app.federation.spending import Release, Spending
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.wire import Refused
@@ -41,7 +41,8 @@ def released(run_config, tmp_path, asked, **settings) -> Released:
     method = make(parse(run_config | settings), SHAPES)
     start = {"head": np.zeros(16, np.float32)}
     spending = Spending(tmp_path / "privacy.jsonl", 1e-3)
-    return Released(method, 1, start, method.instructions(1), asked, asked, spending)
+    release = release_of(1, method.config, asked, asked, spending)
+    return Released(method, 1, start, method.instructions(1), asked, lambda: spending.write(release))
 
 
 def integers(sums: Released) -> list[int]:
@@ -113,6 +114,26 @@ def test_a_run_tells_its_epsilon_and_no_loss(run_config):
     assert len(entry["seeds"]) == 12 and np.all(entry["accumulators"] != 0)  # two clients draw four at most
     assert entry["accumulators"].std() == pytest.approx(1.0, rel=0.1)  # σ C / n
     assert [(line["round"], line["asked"]) for line in lines(run)] == [(r, [0, 1]) for r in (1, 2, 3)]
+
+
+def test_under_masks_the_nodes_add_the_noise(run_config):
+    """Four nodes, threshold 3, one of them colluding: each adds σ²/2, and all four twice the whole."""
+    masks = {"secure-aggregation": True, "secagg.colluders": 1, "strategy": "fedkrso", "fedkrso.num-seeds": 12}
+    run = play(run_config | PRIVATE | masks | {"num-server-rounds": 2}, nodes=4)
+    for line in run.metrics()[1:]:
+        assert line["epsilon"] == pytest.approx(epsilon_of(line["round"]), abs=1e-4) and line["train_loss"] is None
+    entry = Ledger(run.ledger).read(1).arrays
+    assert len(entry["seeds"]) == 12 and entry["accumulators"].std() == pytest.approx(2 * math.sqrt(2) / 4, rel=0.1)
+    assert digest(run) == replayed(run) and [line["round"] for line in lines(run)] == [1, 2]
+
+
+def test_under_masks_without_noise_the_sum_is_the_plain_one(run_config):
+    settings = run_config | SILENT | {"strategy": "fedsvd", "num-server-rounds": 1, "privacy.clip": 0.1}
+    plain, masked = (
+        play(settings | {"run-name": name, "secure-aggregation": on}, nodes=3)
+        for name, on in (("a", False), ("b", True))
+    )
+    assert digest(plain) == digest(masked)
 
 
 def test_whoever_is_killed_after_paying_pays_again(run_config, monkeypatch):
@@ -229,7 +250,8 @@ def test_a_round_beyond_the_bound_is_not_begun(run_config, tmp_path):
 
 
 REFUSED = {
-    "sums": ({"secure-aggregation": True}, "the noise is made on a sum that the server sees"),
+    "bits": ({"secure-aggregation": True, "secagg.bits": 32}, "set it to 64"),
+    "wide": ({"secure-aggregation": True, "privacy.clip": 1000.0, "privacy.noise": 20.0}, "fits under masks"),
     "weighting": ({"weighting": "examples"}, "a weight would multiply"),
     "robust": ({"aggregation": "median"}, "made for a mean"),
     "norms": ({"max-update-norm": 1.0}, "a refusal would tell"),

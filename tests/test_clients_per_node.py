@@ -33,7 +33,14 @@ def figures(run: Run) -> list[dict]:
 def test_how_many_clients_a_node_holds_changes_neither_bits_nor_bytes(run_config, strategy):
     """So the contract holds for all of them. Half of ten clients per round: a node is caught up for all that it holds,
     each is metered by itself, and the order in which nodes answer does not count."""
-    few = {"fraction-train": 0.5, "local-steps": 1, "fedkrso.interval": 1, "batch-size": 4, "wire-dtype": "int8"}
+    few = {
+        "num-server-rounds": 2,
+        "fraction-train": 0.5,
+        "local-steps": 1,
+        "fedkrso.interval": 1,
+        "batch-size": 4,
+        "wire-dtype": "int8",
+    }
     settings, back = run_config | few | {"strategy": strategy}, lambda replies: replies[::-1]
     runs = [
         play(settings | {"run-name": f"by {each}", "clients-per-node": each}, 10, run_id=each, order=order)

@@ -141,7 +141,7 @@ REFUSED = {
     "noise": ({"privacy.noise": 0.0}, "needs privacy.clip and privacy.noise above 0"),
     "little noise": ({"privacy.noise": 0.2}, "must be at least 0.3"),
     "clip": ({"privacy.clip": 0.0}, "needs privacy.clip and privacy.noise above 0"),
-    "delta": ({"privacy.delta": 0.0}, "above 0 and below 1"),
+    "delta": ({"privacy.delta": 0.0}, "at least 1e-08 and below 1"),
 }
 
 

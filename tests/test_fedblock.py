@@ -56,7 +56,7 @@ def test_a_reply_for_another_block_than_the_one_at_work_is_refused(settings):
     method.check(good, 1)
     with pytest.raises(Refused, match="12 values for a block of 14"):
         method.check(good, 2)
-    assert method.paper_bytes() == 8 * (13 + 2) and method.weights_size == 28
+    assert method.paper_bytes() == 8 * (13 + 2) and sum(method.weights_sizes) == 28
 
 
 @pytest.mark.parametrize("family", ["roberta", "gpt2", "modernbert"])

@@ -149,7 +149,7 @@ def test_weights_in_the_place_of_entries_bring_the_start_too(run_config, monkeyp
 
     def weights(self):
         brought.append(self.ledger.version)
-        return RecordDict({f"weights-{self.ledger.version}": wire.pack({"weights": self.host.weights()})})
+        return RecordDict({f"weights-{self.ledger.version}": wire.pack(self.host.weights())})
 
     monkeypatch.setattr(Round, "catch_up", smaller)
     run = play(settings | {"run-name": "devices"}, run_id=2, devices=True)

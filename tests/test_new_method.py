@@ -126,8 +126,8 @@ class Scalars(Method):
         )
 
     @property
-    def weights_size(self):
-        return sum(m * n for m, n in self.shapes.targets.values())
+    def weights_sizes(self):
+        return self.shapes.weights, 0
 
     def paper_bytes(self):
         return 2 * 4 * SEEDS

@@ -12,6 +12,7 @@ from helpers import arrays_of, digest, play, replayed
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.flat import flatten
+from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.runs import plan
@@ -263,6 +264,14 @@ def test_scaffold_sends_nothing_more_up_and_the_drift_down(run_config):
     trained = sum(value.size for name, value in Ledger(run.ledger).read(2).arrays.items() if name != "drift")
     assert abs(line["uplink_bytes"] - plain["uplink_bytes"]) < 100
     assert 4 * 4 * trained <= line["downlink_bytes"] - plain["downlink_bytes"] < 4 * 4 * trained + 4 * 600
+
+
+@pytest.mark.parametrize("by_difference", [{}, {"wire-dtype": "float16"}])
+def test_where_all_take_part_the_drift_is_what_the_last_round_moved(run_config, by_difference):
+    run = play(run_config | {"strategy": "ffa-lora", "num-server-rounds": 3} | ON["scaffold"] | by_difference, nodes=2)
+    entries = [wire.decode(Ledger(run.ledger).read(version).arrays) for version in (2, 3)]
+    moved = np.concatenate([(entries[1][name] - entries[0][name]).ravel() for name in ("B", "head")])
+    assert np.allclose(entries[1]["drift"], moved, rtol=0, atol=1e-3) and np.abs(moved).max() > 0.02
 
 
 @pytest.mark.parametrize("option", ON)

@@ -49,7 +49,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def epsilon(releases: Iterable[Releases], delta: float) -> float:
-    """The ε that all ``releases`` together have at ``delta``; infinite if one has no noise.
+    """The ε that all ``releases`` together have at ``delta``; infinite if one has no noise, or if ``delta`` is no
+    more than the tails need.
 
     Raises ImportError where a rate is below 1 and dp-accounting is not installed.
     """
@@ -57,7 +58,7 @@ def epsilon(releases: Iterable[Releases], delta: float) -> float:
     for each in releases:
         if each.count and each.rate:
             counts[each.noise, each.rate] = counts.get((each.noise, each.rate), 0) + each.count
-    if any(noise == 0 for noise, _ in counts):
+    if any(noise == 0 for noise, _ in counts) or (counts and delta <= TAILS):
         return math.inf
     if all(rate == 1 for _, rate in counts):
         return gaussian_epsilon(math.sqrt(sum(count / noise**2 for (noise, _), count in counts.items())), delta - TAILS)

@@ -13,6 +13,22 @@ def flatten(tensors: Iterable[Tensor]) -> np.ndarray:
     return torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
 
 
+def raw(tensor: Tensor | np.ndarray) -> np.ndarray:
+    """The values of one tensor, row by row, on the CPU: float32, or of a bfloat16 the bits as uint16. No copy where
+    they are there like that already; what this gave before stays as it is."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    flat = tensor.detach().reshape(-1).cpu()
+    return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.float().numpy()
+
+
+@torch.no_grad()
+def take_raw(values: np.ndarray, tensor: Tensor) -> None:
+    """Copy what :func:`raw` gave into ``tensor``."""
+    part = torch.from_numpy(values)
+    tensor.copy_((part.view(torch.bfloat16) if part.dtype == torch.uint16 else part).view(tensor.shape))
+
+
 def storage(tensor: Tensor) -> int:
     """Which memory a tensor is, also on the meta device, where all have the address 0."""
     return tensor.untyped_storage()._cdata

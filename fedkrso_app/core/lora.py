@@ -55,6 +55,8 @@ def attach(module: nn.Module, names: list[str], rank: int, alpha: float, seed: i
     with torch.no_grad():
         for name, layer in layers.items():
             A, B = factors(layer)
+            for factor in (A, B):  # in float32 beside a layer in bfloat16 too
+                factor.data = factor.data.to(torch.promote_types(factor.dtype, torch.float32))
             A.copy_(initial_A(seed, name, rank, A.shape[1]))
             B.zero_()
     return layers

@@ -155,7 +155,8 @@ class Masked(Aggregate):
 
     def mean(self, key: Hashable) -> np.ndarray:
         mean = self.layout.mean(key, ring.signed(self._vector), self.weight)
-        moved = narrow(self.config) and self.method.from_values and key in self.start
+        by_difference = narrow(self.config) or self.config.of(Privacy).unit == "client"
+        moved = by_difference and self.method.from_values and key in self.start
         return mean + self.start[key] if moved else mean  # type: ignore[index]
 
     def __contains__(self, key: Hashable) -> bool:
@@ -192,6 +193,8 @@ def check_nodes(n: int, config: Config, error: type[ValueError] = ConfigError, a
         raise error(f"secagg.threshold = {t} is below {least}, the least for {n} nodes.")
     if t > n:
         raise error(f"secagg.threshold = {t} is above {n}, the number of nodes per round.")
+    if own.colluders >= t:
+        raise error(f"secagg.colluders = {own.colluders} leaves nobody who adds noise: it must be below {t}.")
     return t
 
 

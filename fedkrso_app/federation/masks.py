@@ -18,10 +18,12 @@ from fedkrso_app.federation.discretion import Declined
 from fedkrso_app.federation.layout import Layout, Words
 from fedkrso_app.federation.opened import Opened
 from fedkrso_app.federation.policy import Policy, claim
+from fedkrso_app.federation.released import add_share
 from fedkrso_app.federation.workplace import Reply, Summed, Workplace
 from fedkrso_app.records.protocol import TRAIN, Instructions
 from fedkrso_app.records.sealed import Roster, Shares, Unmask
 from fedkrso_app.strategies.base import Method
+from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.strategies.secure import SecureSums
 
 logger = logging.getLogger("flwr")
@@ -53,6 +55,8 @@ class Session:
     layout: Layout
     place: int
     ctx: bytes
+    config: Config
+    round: int
 
     def seal(self, replies: Iterable[Reply]) -> RecordDict:
         """The node's vector under masks: the sum over those of its partitions that could be trained.
@@ -82,6 +86,8 @@ class Session:
         key = self.context.state[_STATE]["key"]
         tens = math.ceil(seconds / _TENS) * _TENS
         vector, tail = words.finish()
+        if self.config.of(Privacy).unit == "client":
+            add_share(vector, self.config, self.roster.threshold, self.place, self.round)
         sealed = sealing.seal(vector, tail, key, self.place, self.roster, self.ctx)
         return replace(sealed, seconds=tens, epsilon=epsilon).records()
 
@@ -134,7 +140,7 @@ def enter(
             "least": max(roster.threshold, least),
         }
     )
-    return Session(context, roster, layout, place, ctx)
+    return Session(context, roster, layout, place, ctx, method.config, instructions.round)
 
 
 def story_of(instructions: Instructions, history: str, model: str, config: Config) -> str:

@@ -1,4 +1,4 @@
-"""Client-level DP: clips at the clients, noise on the server's exact sum.
+"""Client-level DP: clips at the clients, noise on the exact sum.
 
 A unit is all the data of one node. Its update, as differences to the start of the round, has a flat L2 norm of at most
 ``privacy.clip``: a node that is asked for k partitions gives each of them a k-th. With ``clients-per-node`` above 1
@@ -6,11 +6,13 @@ nodes simulate clients, and each partition is a unit of its own.
 
 The server clips again, in integers, so that the bound holds whatever arrived, adds one Gaussian to every number that
 the round can have, drawn by somebody or not, and divides by the number of replies. What follows is post-processing.
+
+Under masks the server sees no sum without noise: each node adds a share of it (:func:`add_share`) before it seals.
 """
 
 import logging
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from fedkrso_app.federation.spending import Release, Spending
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Method
 from fedkrso_app.strategies.privacy import Privacy, noise_over_clip
+from fedkrso_app.strategies.secure import SecureSums
 
 logger = logging.getLogger("flwr")
 
@@ -37,11 +40,8 @@ class Spent(Exception):
 
 
 class Released(Aggregate):
-    """The sums of a round that asks these nodes (``asked``: id -> partitions, of those that each one ``held``) and has
-    ``told`` them its instructions.
-
-    Raises :class:`Spent`, before anything is sent, where the round must not be.
-    """
+    """The sums of a round that asks these nodes (``asked``: id -> partitions) and has ``told`` them its instructions.
+    ``pay`` writes the release down."""
 
     def __init__(
         self,
@@ -50,21 +50,13 @@ class Released(Aggregate):
         start: Arrays,
         told: Mapping[str, Any],
         asked: Mapping[int, Sequence[int]],
-        held: Mapping[int, Sequence[int]],
-        spending: Spending,
+        pay: Callable[[], None],
     ) -> None:
         super().__init__(method, round, (), start)
-        self.own, self.spending = self.config.of(Privacy), spending
+        self.own, self._pay = self.config.of(Privacy), pay
         self._shapes = method.layout(round, told)
         self._sums = FixedPointMeans({key: np.zeros(shape, np.int64) for key, shape in self._shapes.items()})
         self._clips = {p: share(self.config, len(some)) for some in asked.values() for p in some}
-        whole = asked if simulated(self.config) else held
-        release = Release(round, self.own.noise, self.own.clip, tuple(sorted({p for n in asked for p in whole[n]})))
-        self._release, total = release, spending.epsilon(release)
-        if self.own.max_epsilon and total > self.own.max_epsilon:
-            raise Spent(
-                f"privacy.max-epsilon = {self.own.max_epsilon:g} would be exceeded in round {round} ({total:.2f})"
-            )
 
     def add(self, summands: Mapping[Any, np.ndarray], reply: Arrays, weight: int, partition: int) -> None:
         if strangers := {key for key, x in summands.items() if x.size} - self._shapes.keys():
@@ -73,14 +65,10 @@ class Released(Aggregate):
 
     def open(self, grid: Any, figures: dict[str, Any]) -> None:
         """Pay for the round, then add the noise: whoever is interrupted in between has paid."""
-        self.spending.write(self._release)
+        self._pay()
         stream, deviation = NoiseStream(self._key()), self.own.noise * self.own.clip * 2.0**noise.BITS
         for key in self._shapes:
-            flat = self._sums.steps(key).reshape(-1)  # type: ignore[union-attr]
-            for first in range(0, flat.size, _CHUNK):
-                part = flat[first : first + _CHUNK]
-                part += stream.integers(part.size, deviation)
-        figures["epsilon"] = self.spending.epsilon()
+            _add_noise(self._sums.steps(key).reshape(-1), stream, deviation)  # type: ignore[union-attr]
 
     def mean(self, key: Hashable) -> np.ndarray:
         """Of what has moved, and of methods that compute with values, the start beside it."""
@@ -93,6 +81,38 @@ class Released(Aggregate):
         if self.own.randomness == "os":
             return noise.fresh_key()
         return noise.derived_key(noise.public_key(self.config.seed), "client", self.round)
+
+
+def release_of(
+    round: int,
+    config: Config,
+    asked: Mapping[int, Sequence[int]],
+    held: Mapping[int, Sequence[int]],
+    spending: Spending,
+) -> Release:
+    """What a round is about to release that asks these nodes (``asked``: id -> partitions, of those that each one
+    ``held``). Raises :class:`Spent`, before anything is sent, where it must not."""
+    own, whole = config.of(Privacy), asked if simulated(config) else held
+    release = Release(round, own.noise, own.clip, tuple(sorted({p for node in asked for p in whole[node]})))
+    if own.max_epsilon and (total := spending.epsilon(release)) > own.max_epsilon:
+        raise Spent(f"privacy.max-epsilon = {own.max_epsilon:g} would be exceeded in round {round} ({total:.2f})")
+    return release
+
+
+def add_share(vector: np.ndarray, config: Config, threshold: int, place: int, round: int) -> None:
+    """Add to a node's ``vector`` (64-bit words in steps of 2^-36, in place) its share of the noise: any ``threshold``
+    of which ``secagg.colluders`` are left out bring the whole. ``place``: of the node among those of the round."""
+    own, honest = config.of(Privacy), threshold - config.of(SecureSums).colluders
+    key = noise.fresh_key()
+    if own.randomness == "seed":
+        key = noise.derived_key(noise.public_key(config.seed), "share", round, place)
+    _add_noise(vector.view("<i8"), NoiseStream(key), own.noise * own.clip * 2.0**noise.BITS / math.sqrt(honest))
+
+
+def _add_noise(flat: np.ndarray, stream: NoiseStream, deviation: float) -> None:
+    for first in range(0, flat.size, _CHUNK):
+        part = flat[first : first + _CHUNK]
+        part += stream.integers(part.size, deviation)
 
 
 def simulated(config: Config) -> bool:

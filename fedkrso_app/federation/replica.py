@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from fedkrso_app.core.flat import flatten, unflatten
+from fedkrso_app.core.flat import raw
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger, LedgerError
@@ -59,34 +59,35 @@ class Replica:
             for version in kept[: -self.store.keep]:
                 self.entries.discard(version)
         elif to > max(0, self.store.weights_version) and (fresh or len(kept) > self.store.keep):
-            self.store.put_weights(to, self.store.stamp(to), self.state())
+            self.store.put_weights(to, self.store.stamp(to), self._shared())
 
-    def state(self) -> np.ndarray:
-        """All shared tensors as one float32 vector: with W^0, the model at :attr:`version`."""
-        return flatten(self.local.shared())
+    def state(self) -> dict[str, np.ndarray]:
+        """All shared tensors, flat, as :attr:`Method.weights` has them: with W^0, the model at :attr:`version`."""
+        return {name: np.concatenate([raw(part) for part in parts]) for name, parts in self._shared().items()}
 
-    def restore(self, version: int, values: np.ndarray) -> None:
-        """Take over a :meth:`state`."""
-        unflatten(values, self.local.shared())
-        self.version = version
+    def _shared(self) -> dict[str, list[torch.Tensor]]:
+        tensors = self.local.shared()
+        few = [tensor for tensor in tensors if tensor.dtype == torch.bfloat16]
+        others = [tensor for tensor in tensors if tensor.dtype != torch.bfloat16]
+        arrays = {"weights": few, "rest": others} if few else {"weights": others}
+        return {name: parts for name, parts in arrays.items() if parts}
 
     def _advance(self, to: int) -> None:
         if self.store and self.span is None:
-            version, values = self.store.weights(self.version, to)
-            if values is not None:
-                self.restore(version, values)
+            self.version = max(self.version, self.store.load_weights(self.version, to, self._shared()))
         for version in range(first_needed(self.version, to, self.span), to + 1):
             self._applying = version
             self.follow(version, wire.decode(self.entries.read(version).arrays))
 
     def follow(self, version: int, arrays: Arrays) -> None:
         """Take over the decoded entry of ``version``, the next one that is needed."""
+        self.local.version = version
         if arrays:
             self.local.apply({**self.local.absent, **arrays})
         self.version = version
 
     def computing(self) -> Local:
-        """The model to compute with: this one; or, in bfloat16, a copy of it on the device, brought up to date."""
+        """The model to compute with: this one; or, in another dtype, a copy of it on the device, brought up to date."""
         if self.local.config.on_device:
             return self.local
         if self._copy is None:

@@ -26,7 +26,7 @@ from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Instructions, Status
 from fedkrso_app.records.schema import Schema, superseded
 from fedkrso_app.records.wire import Refused
-from fedkrso_app.strategies.base import Method
+from fedkrso_app.strategies.base import Arrays, Method
 from fedkrso_app.strategies.privacy import Privacy
 
 logger = logging.getLogger("flwr")
@@ -47,8 +47,8 @@ class Host(Protocol):
     def opened(self) -> int:
         """The last round whose sum was, or may have been, opened; 0 if none was."""
 
-    def weights(self) -> np.ndarray | None:
-        """All shared tensors at the newest version as one vector; None where the server has no model."""
+    def weights(self) -> Arrays | None:
+        """All shared tensors at the newest version (:attr:`Method.weights`); None where the server has no model."""
 
     def score(self, tally: np.ndarray) -> tuple[float, float]:
         """Metric and loss. Raises ValueError for a tally that cannot be."""
@@ -134,16 +134,22 @@ class Round(Strategy):
         start = self._newest_state() if self.transforms or self.config.max_update_norm else {}
         self._sums = Aggregate(self.method, self.round, self.transforms, start)
         if self._by_client:
-            given, held, spending = self.method.instructions(self.round), self.nodes.partitions, self.host.spending
-            self._sums = released.Released(self.method, self.round, start, given, asked, held, spending)
-            self._figures["epsilon"] = spending.epsilon()
+            spending, held = self.host.spending, self.nodes.partitions
+            pay = functools.partial(spending.write, released.release_of(self.round, self.config, asked, held, spending))
+            given = self.method.instructions(self.round)
+            self._sums = released.Released(self.method, self.round, start, given, asked, pay)
         if self.config.secure_aggregation:
             version = self.ledger.version
             method = self.method.instructions(self.round)
             told = Instructions(self.nodes.run, version, self.ledger.stamp(version), round=self.round, method=method)
             roster = masked.roster_of(asked, self.nodes, self.config)
             story = masks.story_of(told, self._history.digest, self.nodes.model, self.config)
-            note = functools.partial(self.host.opening, self.round)
+
+            def note(partitions: list[int]) -> None:
+                if self._by_client:
+                    pay()
+                self.host.opening(self.round, partitions)
+
             self._sums = masked.Masked(self.method, self.round, self.transforms, start, roster, story, note, self.nodes)
 
     def aggregate_train(
@@ -249,11 +255,11 @@ class Round(Strategy):
             arrays = {name: value for name, value in entry.items() if name not in dropped}
             content[f"entry-{version}"] = wire.pack(arrays)
             size += sum(value.nbytes for value in arrays.values())
-            smaller = self.span is None and version > first and size > 4 * self.method.weights_size
+            smaller = self.span is None and version > first and size > self.method.weights_bytes
             if smaller and not self.config.secure_aggregation:  # nodes compare entries there
                 weights = self.host.weights()
                 if weights is not None:
-                    return RecordDict({f"weights-{newest}": wire.pack({"weights": weights})})
+                    return RecordDict({f"weights-{newest}": wire.pack(weights)})
         return content
 
     def _newest_state(self) -> dict[str, np.ndarray]:
@@ -348,6 +354,8 @@ class Round(Strategy):
         if self._by_example:
             newest = self.ledger.read(self.ledger.version).record.get("epsilon", 0.0)
             figures["epsilon"] = max([newest, *(figures["epsilon"] for figures in accepted.values())])
+        if self._by_client:
+            figures["epsilon"] = self.host.spending.epsilon()
         if self.config.client_metrics:
             shown = {p: {key: value for key, value in f.items() if key != "weight"} for p, f in accepted.items()}
             figures["per_client"] = {str(partition): shown[partition] for partition in sorted(shown)}

@@ -1,11 +1,12 @@
 """What a node keeps of a run on its disk, so that a fresh process soon has W^t, and its own state, again."""
 
 import json
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from zlib import crc32
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from torch import Tensor
 
 from fedkrso_app.config import ConfigError, cache
+from fedkrso_app.core.flat import raw, take_raw
 from fedkrso_app.records.ledger import Entry, Ledger, LedgerError
 
 _KEEP = 25  # entries on a node's disk: about the bytes of the weights themselves (RoBERTa-base, K = 10, r = 4)
@@ -68,13 +70,16 @@ class NodeStore:
             _private(self.folder)
             self.entries.put(entry)
 
-    def put_weights(self, version: int, stamp: str, values: np.ndarray) -> None:
-        """Keep the weights of ``version`` in place of all entries that led to it. Whole or not at all."""
+    def put_weights(self, version: int, stamp: str, arrays: Mapping[str, Sequence[Tensor | np.ndarray]]) -> None:
+        """Keep the weights of ``version`` in place of all entries that led to it. Whole or not at all.
+
+        Each array is the tensors one after another; none but the one being written is copied.
+        """
         _private(self.folder)
         path = self.folder / f"{version:06d}.weights"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            save_file({"values": values}, temporary, {"stamp": stamp, "crc32": str(crc32(values.data))})
+            _write(temporary, arrays, {"stamp": stamp})
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -85,19 +90,26 @@ class NodeStore:
             if older <= version:
                 self.entries.discard(older)
 
-    def weights(self, after: int, upto: int) -> tuple[int, np.ndarray | None]:
-        """The newest weights of a version in (after, upto], and that version; (-1, None) if there are none."""
+    def load_weights(self, after: int, upto: int, arrays: Mapping[str, Sequence[Tensor]]) -> int:
+        """Copy the newest weights of a version in (after, upto] into ``arrays``; that version, or -1 if there are none.
+
+        The file is read tensor by tensor, and once before for its checksum: what is damaged moves nothing.
+        """
         for version, file in sorted(self._weights().items(), reverse=True):
             if after < version <= upto:
                 try:
                     with safe_open(file, framework="numpy") as opened:
-                        values = opened.get_tensor("values")
-                        if opened.metadata()["crc32"] == str(crc32(values.data)):
-                            return version, values
+                        crc = 0
+                        for _, part in _slices(opened, arrays):
+                            crc = crc32(part.data, crc)
+                        if int(opened.get_tensor("crc32")[0]) == crc:
+                            for tensor, part in _slices(opened, arrays):
+                                take_raw(part, tensor)
+                            return version
                 except (SafetensorError, KeyError, OSError):
                     pass
                 file.unlink(missing_ok=True)  # damaged
-        return -1, None
+        return -1
 
     def put_personal(self, partition: int, round: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep a partition's own arrays as they are after ``round``; those of the two newest rounds stay."""
@@ -196,6 +208,39 @@ class NodeStore:
 
     def _weights(self) -> dict[int, Path]:
         return {int(path.stem): path for path in self.folder.glob("*.weights")}
+
+
+def _write(path: Path, arrays: Mapping[str, Sequence[Tensor | np.ndarray]], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, tensor by tensor; the library's own writer wants all bytes at once. The checksum is last."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, parts in arrays.items():
+        few = parts[0].dtype.itemsize == 2
+        size = sum(math.prod(part.shape) for part in parts)
+        begin, end = end, end + (2 if few else 4) * size
+        header[name] = {"dtype": "U16" if few else "F32", "shape": [size], "data_offsets": [begin, end]}
+    header["crc32"] = {"dtype": "U32", "shape": [1], "data_offsets": [end, end + 4]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    crc = 0
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for parts in arrays.values():
+            for part in parts:
+                file.write(values := raw(part).data)
+                crc = crc32(values, crc)
+        file.write(crc.to_bytes(4, "little"))
+
+
+def _slices(opened: Any, arrays: Mapping[str, Sequence[Tensor]]) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Each tensor and its values in the file. Raises KeyError where the file holds others."""
+    for name, parts in arrays.items():
+        whole, start = opened.get_slice(name), 0
+        if whole.get_shape() != [sum(part.numel() for part in parts)]:
+            raise KeyError(name)
+        for part in parts:
+            yield part, np.ascontiguousarray(whole[start : start + part.numel()])
+            start += part.numel()
 
 
 def _private(folder: Path) -> None:

@@ -30,7 +30,6 @@ from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Entry
 from fedkrso_app.records.protocol import TALLY, Figures, Instructions, Status
-from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Arrays, Shapes
@@ -129,8 +128,9 @@ class Workplace:
             if kind == "weights" and self.config.secure_aggregation:
                 raise Refused("under masks a node is brought up to date by entries, which all of them can compare")
             if kind == "weights":
-                whole = Schema({"weights": Field("float32", (self.method.weights_size,), "state")})
-                self.store.put_weights(int(number), instructions.stamp, wire.unpack(record, whole)["weights"])
+                arrays = wire.unpack(record, self.method.weights)
+                parts = {name: [values] for name, values in arrays.items()}
+                self.store.put_weights(int(number), instructions.stamp, parts)
             else:
                 version = int(number)
                 expected = schema if version else schema.start
@@ -293,14 +293,14 @@ class Workplace:
         rounding = stream(self.config.seed, "reply", instructions.round, partition)
         figures = Figures(len(self.share("train", partition)), loss, seconds, peak, epsilon)
         figures = figures.coarse() if self.private or self.by_client else figures
-        if self.config.secure_aggregation:
-            weight = figures.num_examples if self.config.weighting == "examples" else 1
-            return Summed(self._summands(arrays, start, rounding), weight, figures, rounding)
         for transform in self.transforms:
             arrays = transform.update(arrays, start)
+        clip = released.share(self.config, len(instructions.partitions))
         if self.by_client:
-            clip = released.share(self.config, len(instructions.partitions))
             arrays = released.clipped(arrays, clip, lost)
+        if self.config.secure_aggregation:
+            weight = figures.num_examples if self.config.weighting == "examples" else 1
+            return Summed(self._summands(arrays, start, rounding, clip), weight, figures, rounding)
         update = wire.pack(wire.encode(arrays, self.method.reply, rounding))
         return protocol.trained(Status(instructions.version), update, figures)
 
@@ -315,17 +315,16 @@ class Workplace:
     def _labels(self, partition: int) -> np.ndarray:
         return np.asarray(self.share("train", partition)[self.task.label])
 
-    def _summands(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator) -> Arrays:
+    def _summands(self, arrays: Arrays, start: Arrays, rounding: np.random.Generator, clip: float) -> Arrays:
         """What a server would make of the reply and add up: at 64 bits the same, rounded as the reply would be, and at
         fewer the differences as they are, for those are rounded once."""
         schema = self.method.reply
-        for transform in self.transforms:
-            arrays = transform.update(arrays, start)
         if not narrow(self.config):
             arrays = wire.decode(wire.encode(arrays, schema, rounding))
-            for transform in reversed(self.transforms):
+            for transform in reversed(self.transforms) if not self.by_client else ():
                 arrays = transform.reply(arrays, start)
-        return self.method.summands(schema.filled(arrays))
+        summands = self.method.summands(schema.filled(arrays))
+        return released.clipped(summands, clip) if self.by_client else summands
 
     def evaluate(self, partitions: Sequence[int], instructions: Instructions) -> Iterator[Reply]:
         """Judge the model, with each partition's own part of it, on that one's share of the validation rows."""

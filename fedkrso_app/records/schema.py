@@ -21,7 +21,8 @@ SCALES = ".scales"  # suffix of the array that holds the scales of a quantised o
 class Field:
     """One array. A letter in ``shape`` is one length, the same in every array of its schema.
 
-    The dtypes float16, int8 and int4 are those of float32 arrays that travel quantised (:mod:`core.quantize`).
+    The dtypes float16, int8 and int4 are those of float32 arrays that travel quantised (:mod:`core.quantize`);
+    bfloat16 numbers, which numpy does not know, travel as their bits.
     ``every``: in how many consecutive entries it occurs at least once. Arrays that take turns (2) are ``optional`` and
     come in their order in the schema.
     """
@@ -107,7 +108,8 @@ class Schema:
                 scales = (*rest, 1 if f.dtype == "float16" else fewer(n, quantize.BLOCK))
                 fields[name + SCALES] = replace(f, dtype="uint16", shape=scales)
             codes = replace(f, dtype="uint8", shape=(*rest, fewer(n, 2)))
-            fields[name] = codes if f.dtype == "int4" else f
+            bits = replace(f, dtype="uint16")
+            fields[name] = {"int4": codes, "bfloat16": bits}.get(f.dtype, f)
         return Schema(fields, limits)
 
 

@@ -19,6 +19,7 @@ from fedkrso_app.core import quantize
 from fedkrso_app.records.schema import SCALES, Schema
 
 _NPY_HEADER_LIMIT = 1024
+_INFINITE = np.uint16(0x7F80)  # the exponent of what is not finite, in a bfloat16
 
 
 class Refused(ValueError):
@@ -70,6 +71,8 @@ def unpack(record: ArrayRecord, schema: Schema) -> dict[str, np.ndarray]:
     for name, f in plain.fields.items():
         if f.dtype in quantize.FORMATS and (name in arrays or name + SCALES in arrays):
             _check_codes(name, arrays, f.shape[-1])
+        if f.dtype == "bfloat16" and name in arrays and (arrays[name] & _INFINITE == _INFINITE).any():
+            raise Refused(f"array {name!r} holds NaN or infinite values")
     return arrays
 
 

@@ -27,7 +27,7 @@ from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.runs import card
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.summary import closing_table, line
-from fedkrso_app.strategies.base import Method
+from fedkrso_app.strategies.base import Arrays, Method
 from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.training import metrics, model
 from fedkrso_app.training.activations import TrainingError
@@ -84,7 +84,7 @@ class Server:
     def opened(self) -> int:
         return self.folder.opened
 
-    def weights(self) -> np.ndarray | None:
+    def weights(self) -> Arrays | None:
         if not self.replica:
             return None
         self.replica.advance(self.ledger.version)
@@ -127,7 +127,7 @@ class Server:
                 round.start(grid, ArrayRecord(), rounds, self.config.round_timeout)  # type: ignore[arg-type]
             except Spent as reason:
                 logger.warning("%s; the run ends here", reason)
-                rounds = 0
+                rounds = rounds if self.ledger.version == 0 else 0  # what there is, is the model
         if rounds and self.ledger.version == newest["version"]:
             raise TrainingError(f"none of {rounds} rounds published anything; the warnings above say why")
         self.nodes.dismiss(grid)

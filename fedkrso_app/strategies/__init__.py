@@ -80,6 +80,11 @@ def parse(run_config: Mapping[str, Any]) -> Config:
             f"lora.ranks = {config.of(Lora).ranks!r} does not go with {config.strategy}, whose clients share one rank: "
             f"leave it empty, or take {', '.join(name for name, other in STRATEGIES.items() if other.ranked)}."
         )
+    if config.state_dtype == "bfloat16" and method.half.dense:
+        raise ConfigError(
+            f"state-dtype = 'bfloat16' does not go with {config.strategy}, whose clients train the weights themselves, "
+            "in float32: set it to 'float32'."
+        )
     method.check_settings(config)
     return config
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedkrso_app.config import Config, ConfigError, Settings, need, need_positive
 from fedkrso_app.core import lora
 from fedkrso_app.core.flat import unflatten
+from fedkrso_app.core.rounding import moving
 from fedkrso_app.core.stacked import Group, Stack, StackedLora, Unstackable, stacked_linears
 from fedkrso_app.core.subspace import matrix, replaced
 from fedkrso_app.records.schema import Field, Schema
@@ -82,6 +83,8 @@ class Local(ABC):
     ``loaded.targets`` and ``loaded.head`` (name -> layer, name -> parameter of the module) are sorted by name.
     """
 
+    dense: ClassVar[bool] = False  # its sessions train the layers' weights themselves, in float32
+    version = -1  # that of the entry which is being applied
     by_row: ClassVar[bool] = False  # its sessions know the data by gradients of linear layers alone
 
     def __init__(self, loaded: LoadedModel, config: Config) -> None:
@@ -104,6 +107,10 @@ class Local(ABC):
     def optimized(self) -> list[nn.Parameter]:
         """The parameters that an optimizer moves, which takes float32."""
 
+    def moving(self, name: str) -> AbstractContextManager[Tensor]:
+        """W of the target ``name`` (m × n, float32), to be moved in place by the entry at hand."""
+        return moving(matrix(self.targets[name]), self.config.seed, self.version, name)
+
     @property
     def absent(self) -> Arrays:
         """The arrays that no entry has since they are empty, for :meth:`apply`."""
@@ -125,7 +132,8 @@ class Local(ABC):
 
     def trained(self) -> list[Tensor]:
         """The tensors that a session changes."""
-        return self.shared() + [tensor for tensors in self.personal().values() for tensor in tensors]
+        moved = [parameter.detach() for parameter in self.optimized()] if self.config.at_rest else self.shared()
+        return moved + [tensor for tensors in self.personal().values() for tensor in tensors]
 
     @contextmanager
     def stacked(self, group: Group) -> Iterator[tuple[list["Local"], list[Stack]]]:
@@ -291,7 +299,10 @@ class Method(ABC):
 
     def local(self, loaded: LoadedModel) -> Local:
         """The half beside ``loaded``."""
-        return self.half(loaded, self.config)
+        half = self.half(loaded, self.config)
+        for parameter in half.optimized():  # of W in bfloat16; a float32 stays what it is
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        return half
 
     # What travels
 
@@ -310,9 +321,25 @@ class Method(ABC):
         return self.reply
 
     @property
-    def weights_size(self) -> int:
-        """How many values :meth:`Local.shared` has, where entries build on one another."""
+    def weights_sizes(self) -> tuple[int, int]:
+        """How many values :meth:`Local.shared` has, where entries build on one another: weights of target layers, and
+        others."""
         raise NotImplementedError
+
+    @property
+    def weights(self) -> Schema:
+        """:meth:`Local.shared` as it travels: flat, weights of ``state-dtype`` bfloat16 apart from what is float32."""
+        few, others = self.weights_sizes
+        if self.config.state_dtype == "float32" or not few:
+            return Schema({"weights": Field("float32", (few + others,), "state")})
+        rest = {"rest": Field("float32", (others,), "state")} if others else {}
+        return Schema({"weights": Field("bfloat16", (few,), "state"), **rest})
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of :attr:`weights`."""
+        few, others = self.weights_sizes
+        return (4 if self.config.state_dtype == "float32" else 2) * few + 4 * others
 
     @abstractmethod
     def paper_bytes(self) -> int:

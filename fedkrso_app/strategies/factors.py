@@ -88,9 +88,9 @@ class MovingLocal(ComponentsLocal):
     def move(self, A: np.ndarray, B: np.ndarray) -> None:
         """W ← W + (alpha / rank) · B·A in every layer, one product over all components."""
         settings = self.config.of(Lora)
-        for layer, (A_l, B_l) in zip(self.targets.values(), by_layer(A, B, self.sizes), strict=True):
-            W = matrix(layer)
-            W.addmm_(B_l.to(W), A_l.to(W), alpha=settings.alpha / settings.rank)
+        for name, (A_l, B_l) in zip(self.targets, by_layer(A, B, self.sizes), strict=True):
+            with self.moving(name) as W:
+                W.addmm_(B_l.to(W), A_l.to(W), alpha=settings.alpha / settings.rank)
 
 
 class Products(Method):

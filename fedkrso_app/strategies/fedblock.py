@@ -50,6 +50,8 @@ def block_of(round: int, count: int, seed: int, order: str) -> int:
 class FedBlockLocal(Local):
     """Client half: AdamW on the parameters of one block, norms and biases included, and on the head."""
 
+    dense = True
+
     def __init__(self, loaded: LoadedModel, config: Config) -> None:
         super().__init__(loaded, config)
         self.blocks = [list(block.values()) for block in find_blocks(loaded).values()]
@@ -97,8 +99,8 @@ class FedBlock(Method):
         return Schema({"block": Field("uint16", (1,), "key"), **self.reply.fields}, self.reply.limits)
 
     @property
-    def weights_size(self) -> int:
-        return sum(self.shapes.blocks) + self.shapes.head
+    def weights_sizes(self) -> tuple[int, int]:
+        return 0, sum(self.shapes.blocks) + self.shapes.head
 
     @property
     def mean_block(self) -> float:

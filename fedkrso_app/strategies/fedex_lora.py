@@ -61,8 +61,8 @@ class FedExLoRA(Products):
         return Schema({**super().entry.fields, **residuals}, limits={"k": _LONGEST})
 
     @property
-    def weights_size(self) -> int:
-        return self.shapes.weights + self.lora.rank * self.component + self.shapes.head
+    def weights_sizes(self) -> tuple[int, int]:
+        return self.shapes.weights, self.lora.rank * self.component + self.shapes.head
 
     def components(self, clients: int) -> int:
         """Those of the residual that ``clients`` replies leave."""

@@ -29,6 +29,8 @@ class FedFFTSettings(Settings):
 class FedFFTLocal(Local):
     """Client half: AdamW on every parameter that the key ``head`` does not freeze."""
 
+    dense = True
+
     def __init__(self, loaded: LoadedModel, config: Config) -> None:
         super().__init__(loaded, config)
         parameters = sorted(self.module.named_parameters())  # tied ones once

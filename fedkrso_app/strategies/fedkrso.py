@@ -92,10 +92,10 @@ class FedKRSOLocal(Local):
         start = 0
         for name, layer in self.targets.items() if seeds else ():
             B = torch.from_numpy(np.require(arrays["accumulators"], requirements="W"))
-            W = matrix(layer)
-            m, n = W.shape
+            m, n = matrix(layer).shape
             P = torch.from_numpy(projections(seeds, name, r, n, settings.projection))
-            fold(W, B[:, start : start + m * r].reshape(-1, m, r).to(W), P.to(W))
+            with self.moving(name) as W:
+                fold(W, B[:, start : start + m * r].reshape(-1, m, r).to(W), P.to(W))
             start += m * r
         if "head" in arrays:
             unflatten(arrays["head"], self.head.values())
@@ -193,8 +193,8 @@ class FedKRSO(Method):
         return replace(self.reply, limits={"s": self.own.num_seeds})
 
     @property
-    def weights_size(self) -> int:
-        return self.shapes.weights + self.shapes.head
+    def weights_sizes(self) -> tuple[int, int]:
+        return self.shapes.weights, self.shapes.head
 
     def paper_bytes(self) -> int:
         return 8 * (self.own.num_seeds * self.shapes.outputs(self.own.rank) + self.shapes.head)

@@ -143,7 +143,7 @@ class FedKSeed(ScalarMethod):
 
     def client_bytes(self, lengths: Mapping[str, float]) -> int:
         """W^0 beside W^t, in the host's memory."""
-        return 4 * self.weights_size
+        return self.weights_bytes
 
     def check(self, arrays: Arrays, round: int) -> None:
         indices = arrays["indices"]

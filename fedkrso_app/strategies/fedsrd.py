@@ -167,8 +167,8 @@ class FedSRD(Method):
         return Schema(fields, limits={"v": most})
 
     @property
-    def weights_size(self) -> int:
-        return self.factors + self.shapes.head
+    def weights_sizes(self) -> tuple[int, int]:
+        return 0, self.factors + self.shapes.head
 
     def paper_bytes(self) -> int:
         """The paper's mean sparsity up (94.8 %), one of two factors at p down, bitmaps both ways, a dense head."""

@@ -78,8 +78,8 @@ class FLoRA(Products):
         return Schema(self.factors(self.config.wire_dtype, "k"), limits={"k": _LONGEST})
 
     @property
-    def weights_size(self) -> int:
-        return self.shapes.weights + self.shapes.head
+    def weights_sizes(self) -> tuple[int, int]:
+        return self.shapes.weights, self.shapes.head
 
     def stacked(self, clients: int) -> float:
         """Components of an entry that ``clients`` replies make, in the mean."""

@@ -68,9 +68,9 @@ class PrincipalLocal(FedITLocal):
         """Take (A*, B*) out of W and into the factors. On the meta device there is nothing to compute."""
         if self.tensors["A"][0].is_meta:
             return
-        for layer, A, B in zip(self.targets.values(), start["A"], start["B"], strict=True):
-            W = matrix(layer)
-            W.addmm_(B.to(W), A.to(W), alpha=-self.scale)
+        for name, A, B in zip(self.targets, start["A"], start["B"], strict=True):
+            with self.moving(name) as W:
+                W.addmm_(B.to(W), A.to(W), alpha=-self.scale)
         for name in ("A", "B"):
             for tensor, values in zip(self.tensors[name], start[name], strict=True):
                 tensor.copy_(values)
@@ -127,11 +127,11 @@ class FRLoraLocal(PrincipalLocal):
             moves = {name: [torch.empty_like(tensor) for tensor in self.tensors[name]] for name in ("A", "B")}
             for name, tensors in moves.items():
                 unflatten(arrays[name], tensors)
-            each = (self.targets.values(), self.tensors["A"], self.tensors["B"], moves["A"], moves["B"])
-            for layer, A, B, dA, dB in zip(*each, strict=True):
+            each = (self.targets, self.tensors["A"], self.tensors["B"], moves["A"], moves["B"])
+            for name, A, B, dA, dB in zip(*each, strict=True):
                 # (B* + dB)(A* + dA) − B* A* = dB (A* + dA) + B* dA
-                W = matrix(layer)
-                W.addmm_(torch.cat([dB, B], dim=1), torch.cat([A + dA, dA]), alpha=self.scale)
+                with self.moving(name) as W:
+                    W.addmm_(torch.cat([dB, B], dim=1), torch.cat([A + dA, dA]), alpha=self.scale)
         if "head" in arrays:
             unflatten(arrays["head"], self.head.values())
 
@@ -183,6 +183,6 @@ class FRLora(FedIT):
         return Schema({**fields, **start})  # entry 0 alone has a start
 
     @property
-    def weights_size(self) -> int:
+    def weights_sizes(self) -> tuple[int, int]:
         factors = sum(self.entry.fields[name].shape[0] for name in ("A", "B"))  # type: ignore[misc]
-        return self.shapes.weights + factors + self.shapes.head
+        return self.shapes.weights, factors + self.shapes.head

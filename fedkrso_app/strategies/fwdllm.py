@@ -147,8 +147,8 @@ class FwdLLM(ScalarMethod):
         return Schema({**plain.fields, "p": Field("int64", (1,), "server")}, plain.limits)
 
     @property
-    def weights_size(self) -> int:
-        return sum(self.shapes.small.values()) + (self.shapes.head if self.zeroth.head != "frozen" else 0)
+    def weights_sizes(self) -> tuple[int, int]:
+        return 0, sum(self.shapes.small.values()) + super().weights_sizes[1]
 
     def paper_bytes(self) -> int:
         """All small tensors both ways; and the head, of which the paper has none."""

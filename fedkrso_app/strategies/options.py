@@ -342,12 +342,13 @@ class Scaffold(_Moving):
         return replace(entry, fields={**entry.fields, "drift": Field("float32", (self.moved,), "state")})
 
     @property
-    def weights_size(self) -> int:
-        return super().weights_size + self.moved
+    def weights_sizes(self) -> tuple[int, int]:
+        weights, rest = super().weights_sizes
+        return weights, rest + self.moved
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         arrays = super().conclude(means, round)
         moved = np.concatenate([move.reshape(-1) for move in self.moves(arrays).values()])
         before, s = self.newest["drift"], self.config.fraction_train
         drift = ((1 - s) * before + s * moved).astype(np.float32)
-        return {**arrays, "drift": drift - before if self._by_difference else drift}
+        return {**arrays, "drift": drift}  # no client sends it, so nobody adds a start to it

@@ -14,6 +14,7 @@ logger = logging.getLogger("flwr")
 
 UNITS = ("none", "example", "client")
 _LEAST_NOISE = 0.3  # below, ε of a round is above 30, and computing it fills the memory
+_LEAST_DELTA = 1e-8  # ten times what the ends of the noise's tails take of it
 _FEW_STEPS = 20  # between two starts of Adam's moments: fewer average too few draws of noise
 
 
@@ -33,7 +34,7 @@ class Privacy(Settings):
         for name in ("clip", "noise", "max_epsilon"):
             value = getattr(self, name)
             need(0 <= value < float("inf"), f"privacy.{name.replace('_', '-')}", value, "0 (off) or above")
-        need(0 < self.delta < 1, "privacy.delta", self.delta, "above 0 and below 1")
+        need(_LEAST_DELTA <= self.delta < 1, "privacy.delta", self.delta, f"at least {_LEAST_DELTA:g} and below 1")
         if self.unit != "none" and not (self.clip and self.noise):
             raise ConfigError(
                 f"privacy.unit = {self.unit!r} needs privacy.clip and privacy.noise above 0; fedkrso plan prints ε for "
@@ -55,7 +56,6 @@ def check_client(method: type[Method], config: Config) -> None:
     if not method.linear:
         raise _refused(config, "strategy", config.strategy, "its server needs each client's reply")
     wrong: list[tuple[str, Any, Any, str]] = [
-        ("secure-aggregation", config.secure_aggregation, False, "the noise is made on a sum that the server sees"),
         ("weighting", config.weighting, "uniform", "a weight would multiply what a client adds"),
         ("aggregation", config.aggregation, "mean", "the noise is made for a mean"),
         ("max-update-norm", config.max_update_norm, 0.0, "a refusal would tell of a client's data"),

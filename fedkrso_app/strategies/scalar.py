@@ -67,8 +67,9 @@ class ScalarLocal(Local):
 
     def move(self, seeds: Sequence[int], scalars: Sequence[float]) -> None:
         """Move the model by Σ s_k z_k, in this order."""
-        for name, layer in self.layers.items():
-            move(matrix(layer), seeds, scalars, name, self.zeroth.drawn_rank)
+        for name in self.layers:
+            with self.moving(name) as W:
+                move(W, seeds, scalars, name, self.zeroth.drawn_rank)
         for name, other in self.others.items():
             move_vector(other, seeds, scalars, name, self.zeroth.drawn_rank)
 
@@ -120,8 +121,8 @@ class ScalarMethod(Method):
         return {"head": self.head_field()} if self.zeroth.sends_head else {}
 
     @property
-    def weights_size(self) -> int:
-        return self.shapes.weights + (self.shapes.head if self.zeroth.head != "frozen" else 0)
+    def weights_sizes(self) -> tuple[int, int]:
+        return self.shapes.weights, self.shapes.head if self.zeroth.head != "frozen" else 0
 
     def paper_head(self) -> int:
         """Bytes of the head, both ways."""

@@ -66,6 +66,8 @@ class SeparateSettings(Settings):
 class SketchLocal(Local):
     """Client half: AdamW on the weights of the target layers (without decay) and on the head."""
 
+    dense = True
+
     def state(self) -> dict[str, np.ndarray]:
         return {"head": flatten(self.head.values())}
 
@@ -183,8 +185,8 @@ class Sketch(Method):
     """Server half: the mean of the coefficients."""
 
     @property
-    def weights_size(self) -> int:
-        return self.shapes.weights + self.shapes.head
+    def weights_sizes(self) -> tuple[int, int]:
+        return self.shapes.weights, self.shapes.head
 
     def root(self, round: int) -> np.ndarray:
         return philox(self.config.seed, layer_key(f"sketch/{round}")).random_raw(1)

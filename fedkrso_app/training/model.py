@@ -50,8 +50,10 @@ def load(
     weights: bool = True,
     device: str = "auto",
     head: str = "dense",
+    dtype: str = "float32",
 ) -> LoadedModel:
-    """The model ``name`` for a task, float32, on ``device``; without ``weights`` only its shapes.
+    """The model ``name`` for a task, of ``dtype`` (float32 or bfloat16), on ``device``; without ``weights`` only its
+    shapes. In bfloat16 each tensor of the checkpoint is rounded as it is read, and the head is float32 after that.
 
     A classifier for ``num_labels`` above 1, with the labels' names ``classes`` if there are any; for 1 a regression;
     for 0 a language model. ``name`` is ``embedded``, a local folder, or a hub name with or without ``@revision``. The
@@ -71,7 +73,7 @@ def load(
         module, info = architecture.from_pretrained(
             folder,
             config=_settings(folder, num_labels, classes),
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # of the head; _lacking refuses those of the base model
             device_map=None if weights else "meta",
@@ -95,6 +97,8 @@ def load(
         count = sum(parameter.numel() for key, parameter in module.named_parameters() if key in new)
         checkpoint.say("%s begins with a new %s (%d parameters)", name, ", ".join(sorted(new)), count)
     trained = heads.trained(head, module, on_top, new, num_labels)
+    for parameter in on_top.values():
+        parameter.data = parameter.data.float()
     module = module.to(place) if weights else module
     frozen = frozenset(on_top.keys() - trained.keys())
     return LoadedModel(module, tokenizer, targets, trained, tuple(classes), new, frozen)
@@ -103,8 +107,8 @@ def load(
 def of_run(config: Config, task: Task, weights: bool = True) -> LoadedModel:
     """The model of a run on ``task``, as :func:`load` gives it."""
     c = config
-    place, head = c.weights_device, c.head
-    return load(c.model, task.num_labels, c.seed, task.classes, weights=weights, device=place, head=head)
+    place, head, dtype = c.weights_device, c.head, c.state_dtype
+    return load(c.model, task.num_labels, c.seed, task.classes, weights=weights, device=place, head=head, dtype=dtype)
 
 
 def outline(name: str, num_labels: int, head: str = "dense") -> LoadedModel:
@@ -291,16 +295,23 @@ def state_digest(state: Mapping[str, Tensor], without: set[str] | frozenset[str]
     for name in sorted(set(state) - set(without)):
         value = state[name].detach().cpu().contiguous()
         sha.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        value = value.view(torch.int16) if value.dtype == torch.bfloat16 else value
         sha.update(value.numpy().data if value.numel() else b"")
     return sha.hexdigest()
 
 
 def export(loaded: LoadedModel, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a plain hub-format model with the weights ``state`` and its tokenizer to ``folder``."""
+    """Write a plain hub-format model with the weights ``state`` and its tokenizer to ``folder``, each weight in its own
+    dtype."""
+    few = any(value.dtype == torch.bfloat16 for value in state.values())
     with quiet(), torch.random.fork_rng(devices=[]):
         architecture: Any = type(loaded.module)
-        plain = architecture(loaded.module.config)
-        plain.load_state_dict({name: value.cpu() for name, value in state.items()})
+        with torch.device("meta") if few else contextlib.nullcontext():  # no second copy of a model in bfloat16
+            plain = architecture(loaded.module.config)
+        plain.load_state_dict({name: value.cpu() for name, value in state.items()}, assign=few)
+        if few:
+            plain.tie_weights()
+            plain.config.dtype = torch.bfloat16
         if getattr(loaded.module, "generation_config", None) is not None:
             plain.generation_config = loaded.module.generation_config
         plain.save_pretrained(folder)
