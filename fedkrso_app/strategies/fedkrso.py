@@ -175,8 +175,8 @@ class FedKRSO(Method):
         alone = config.of(FedKRSOSettings).draw == "own" and config.of(FedKRSOSettings).num_seeds > 1
         if config.secure_aggregation and alone and config.of(Privacy).unit != "client":
             raise ConfigError(
-                "secure-aggregation needs fedkrso.draw = 'each', since the sum along a seed that one client alone draws "
-                f"is that client's: set it, and fedkrso.num-seeds = {intervals(config)}."
+                "secure-aggregation needs fedkrso.draw = 'each', since the sum along a seed that one client alone draws"
+                f" is that client's: set it, and fedkrso.num-seeds = {intervals(config)}."
             )
 
     @property
