@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+from flwr.app import ConfigRecord, Message, RecordDict
 from helpers import arrays_of, digest, play, replayed, replica
 
 from fedkrso_app import cli
@@ -208,6 +209,31 @@ def test_the_partitions_of_a_node_share_its_clip_unless_they_are_simulated(run_c
     norms.clear()
     run = play(settings | {"run-name": "simulated", "clients-per-node": 2}, nodes=4, tamper=measure)
     assert norms == pytest.approx([1e-3] * 4, rel=1e-4) and lines(run)[0]["asked"] == [0, 1, 2, 3]
+
+
+def test_a_node_that_is_told_no_partitions_shares_its_clip_among_all_that_it_trains(run_config):
+    """A server says none to a node of one; under masks nobody would clip what a node of two then sent."""
+    norms = []
+
+    def measure(message, context, answer):
+        if message.metadata.message_type == "train" and context.node_id == 100:
+            record = ConfigRecord({**message.content["train"]})
+            record.pop("partitions")
+            made = Message(RecordDict({**message.content, "train": record}), 100, "train")
+            made.metadata.__dict__["_message_id"] = "forged"
+            for update in answer(made, context).content.array_records.values():
+                floats = [a.numpy().astype(float) for key, a in update.items() if key != "seeds"]
+                norms.append(math.sqrt(sum(float((x**2).sum()) for x in floats)))
+        return answer(message, context)
+
+    def two_nodes(grid):
+        for node, held in ((100, "0-1"), (101, "2")):
+            grid.contexts[node].node_config |= {"partitions": held, "num-partitions": 3}
+        answer = grid.app
+        grid.app = lambda message, context: measure(message, context, answer)
+
+    play(run_config | PRIVATE | {"privacy.clip": 1e-3, "num-server-rounds": 1}, nodes=2, prepare=two_nodes)
+    assert norms == pytest.approx([5e-4, 5e-4], rel=1e-4)
 
 
 def test_the_unit_that_was_asked_most_decides(tmp_path):

@@ -60,7 +60,7 @@ def test_the_seed_repeats_a_run_and_the_operating_system_does_not(run_config):
 
 def test_a_node_keeps_to_its_own_bound_over_runs(run_config, tmp_path, caplog):
     """Runs of two rounds: a node whose bound is between three and four rounds leaves in the fourth."""
-    bound = (epsilon_of(40, 8, 12) + epsilon_of(40, 8, 16)) / 2
+    bound = (epsilon_of(40, 8, 12, delta=1e-5) + epsilon_of(40, 8, 16, delta=1e-5)) / 2
 
     def careful(grid):
         grid.contexts[101].node_config["max-epsilon"] = bound
@@ -89,12 +89,32 @@ def test_the_book_adds_up_what_concerns_the_same_rows():
     assert spend(event(data="other"), 1e-3) == pytest.approx(epsilon_of(40, 8, 4), abs=1e-3)
     assert spend(event(round=1), 1e-3) == pytest.approx(epsilon_of(40, 8, 8), abs=1e-3)  # the round is done again
     assert spend(event(run="b"), 1e-3) == pytest.approx(epsilon_of(40, 8, 4), abs=1e-3)  # ε of a run is its own
-    most = (epsilon_of(40, 8, 12) + epsilon_of(40, 8, 16)) / 2
+    most = (epsilon_of(40, 8, 12, delta=1e-5) + epsilon_of(40, 8, 16, delta=1e-5)) / 2
     with pytest.raises(ConfigError, match="this node's max-epsilon would be exceeded"):
         spend(event(run="c"), 1e-3, most)
     assert len(budget.known(budget.book())) == 4  # nothing was written
     spend(event(run="c", data="other"), 1e-3, most)
     assert (budget.book().stat().st_mode & 0o777) == 0o600
+
+
+def test_a_larger_delta_of_the_run_does_not_stretch_a_node_s_own_bound():
+    """The run's settings come from the other side."""
+    most = epsilon_of(40, 8, 4, delta=1e-5) - 0.01
+    assert epsilon_of(40, 8, 4, delta=1e-2) < most
+    with pytest.raises(ConfigError, match="this node's max-epsilon would be exceeded"):
+        budget.spend(budget.book(), event(), 1e-2, most)
+    budget.spend(budget.book(), event(), 1e-2, most + 0.02)
+
+
+def test_under_masks_a_reply_that_is_refused_is_not_in_the_sum(run_config):
+    def silent(partition, message, reply):
+        if partition == 2:
+            del reply.content["shares"]["epsilon"]
+        return reply
+
+    settings = run_config | PRIVATE | {"secure-aggregation": True, "num-server-rounds": 1, "local-steps": 2}
+    line = play(settings, nodes=4, tamper=silent).metrics()[-1]
+    assert (line["clients"], line["refused"], line["partitions"]) == (3, 1, [0, 1, 3])
 
 
 def test_a_run_keeps_to_its_own_bound_and_ends_there(run_config, caplog):

@@ -312,20 +312,45 @@ def test_a_key_of_small_order_is_declined():
 
 def test_a_round_is_opened_once_and_a_version_twice_also_after_a_restart():
     ours = lambda: Opened("0" * 16, 3)  # noqa: E731  # a fresh process each time
-    ours().check(1, 0)
+    enter = lambda round, version: ours().enter(round, version, "all", f"session {round}")  # noqa: E731
+    enter(1, 0)
     ours().note(1, 0, "these survivors")
     ours().note(1, 0, "these survivors")  # the same question again
-    for attempt in (lambda: ours().note(1, 0, "others"), lambda: ours().check(1, 0), lambda: ours().check(1, 1)):
+    for attempt in (lambda: ours().note(1, 0, "others"), lambda: enter(1, 0), lambda: enter(1, 1)):
         with pytest.raises(Declined, match="round 1 is not after round 1"):
             attempt()
     ours().note(2, 0, "a second round of the same version")
     with pytest.raises(Declined, match="version 0 was the start of 2 rounds"):
-        ours().check(3, 0)
+        enter(3, 0)
     ours().note(3, 1, "the next version")
-    Opened("0" * 16, 4).check(1, 0)  # another node of this machine
+    with pytest.raises(Declined, match="version 0 is before version 1"):
+        enter(4, 0)  # or two versions in turn would be opened for ever
+    Opened("0" * 16, 4).enter(1, 0, "all", "session")  # another node of this machine
     ours().path.write_text("{")
     with pytest.raises(Declined, match="cannot be read"):
-        ours().check(9, 9)
+        enter(9, 9)
+
+
+def test_a_round_is_sealed_for_the_same_nodes_only_and_once_per_session_also_after_a_restart():
+    ours = lambda: Opened("0" * 16, 3)  # noqa: E731  # a fresh process each time
+    ours().enter(1, 0, "all", "a")
+    ours().enter(2, 0, "others", "b")  # round 1 was not opened
+    ours().enter(1, 0, "all", "c")  # a server that was killed does round 1 again
+    with pytest.raises(Declined, match="sealed round 1 for other nodes"):
+        ours().enter(1, 0, "others", "d")
+    with pytest.raises(Declined, match="in this session already"):
+        ours().enter(1, 0, "all", "a")
+    ours().note(1, 0, "these survivors")
+    with pytest.raises(Declined, match="sealed round 2 for other nodes"):
+        ours().enter(2, 0, "all", "e")
+
+
+def test_who_takes_part_is_told_by_partitions_and_signers_whatever_the_keys_of_a_session():
+    parties = Parties(4)
+    same = changed(replace(parties.roster, session=bytes(16), threshold=4), 1, key=bytes(32))
+    assert sealing.members(same) == sealing.members(parties.roster)
+    for change in ({"partitions": (1, 9)}, {"signature": b"another signer"}):
+        assert sealing.members(changed(parties.roster, 1, **change)) != sealing.members(parties.roster)
 
 
 def test_two_sums_that_differ_in_one_node_give_that_node_s_vector():
@@ -340,6 +365,26 @@ def test_two_sums_that_differ_in_one_node_give_that_node_s_vector():
         return vector
 
     assert np.array_equal(sum_of([0, 1, 2, 3]) - sum_of([0, 2, 3]), parties.words[1])
+
+
+def test_two_rosters_of_a_round_would_give_a_difference_of_two_nodes_though_each_answers_once():
+    """Why a round is sealed for the same nodes only: 0, 1, 2 open one sum of three of four, 3, 4, 5 the other."""
+    words = np.arange(6, dtype="<u8")[:, None] * np.array([3, 5, 7], "<u8")
+
+    def sum_of(nodes, answering, survivors):
+        parties = Parties(4, threshold=3, d=3)
+        parties.words = words[nodes]
+        parties.sealed = [parties.seal(u) for u in range(4)]
+        chosen = [nodes.index(u) for u in survivors]
+        opening = parties.opening(chosen)
+        assert [opening.add(nodes.index(w), parties.answer(nodes.index(w), chosen)) for w in answering][-1]
+        vector, tail = parties.sums(chosen)
+        opening.unmask(vector, tail)
+        return vector
+
+    one = sum_of([0, 1, 2, 3], [0, 1, 2], [0, 1, 3])
+    other = sum_of([0, 3, 4, 5], [3, 4, 5], [0, 3, 4])
+    assert np.array_equal(one - other, words[1] - words[4])
 
 
 # ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,13 +11,15 @@ from helpers import digest, play
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.rso import RSO
-from fedkrso_app.federation import masked
+from fedkrso_app.federation import masked, masks
 from fedkrso_app.federation.masked import Masked
 from fedkrso_app.federation.opened import Opened
 from fedkrso_app.federation.workplace import Workplace
 from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Ledger
+from fedkrso_app.records.protocol import Instructions
 from fedkrso_app.records.schema import Field, Schema
+from fedkrso_app.records.sealed import Roster
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.plan import plan
 from fedkrso_app.strategies import parse
@@ -230,8 +232,8 @@ def test_a_node_that_has_lost_its_key_says_so_and_takes_part_in_the_next_round(s
 def test_a_node_of_several_partitions_has_one_record_of_what_it_opened(settings, monkeypatch):
     """Or a server could ask it for a round again, by another of its partitions."""
     asked = []
-    check = Opened.check
-    monkeypatch.setattr(Opened, "check", lambda self, *args: (asked.append(self.path.name), check(self, *args))[1])
+    enter = Opened.enter
+    monkeypatch.setattr(Opened, "enter", lambda self, *args: (asked.append(self.path.name), enter(self, *args))[1])
     play(settings | ON | {"clients-per-node": 3, "fraction-train": 0.5}, 12)
     assert set(asked) <= {"0.json", "3.json", "6.json", "9.json"} and len(asked) >= 6
 
@@ -309,12 +311,36 @@ def test_a_node_answers_one_statement_per_round_and_trains_for_no_old_round_or_p
         "sealed something in this session already",
         "round 1 is not after round 1",
         "shares",
-        "sealed something in this session already",
+        "round 1 is not after round 1",
         "round 1 is not after round 1",
     ]
     assert len(answers) == len(reasons)
     for answer, reason in zip(answers, reasons, strict=True):
         assert reason in answer
+
+
+def test_a_node_seals_a_round_for_no_other_nodes_and_never_twice_in_a_session(settings):
+    """Rosters of one round that differ would give sums that differ in a few nodes, each opened by others."""
+
+    def forge(message):
+        if message.metadata.message_type == "train":
+            roster = Roster.read(message.content)
+            fewer = Roster(bytes(16), roster.parties[:3], 3)
+            again = Roster(bytes([1] * 16), roster.parties, 3)
+            for each in (fewer, again, roster):
+                yield like(message, "train", RecordDict({**message.content, "roster": each.record()}))
+
+    answers = answers_to(settings | {"num-server-rounds": 1}, forge)
+    assert "sealed round 1 for other nodes" in answers[0]
+    assert "bundles" in answers[1]
+    assert "in this session already" in answers[2]
+
+
+def test_a_node_that_is_told_another_folder_shares_no_mask(settings):
+    """A server that has all the others train on rows that it knows would read this node's update off the sum."""
+    told = Instructions("0" * 16, 0, "stamp", round=1)
+    one, other = (masks.story_of(told, "", "", parse(settings | ON | more)) for more in ({}, {"data-dir": "elsewhere"}))
+    assert one != other
 
 
 def test_a_node_that_is_told_another_learning_rate_keeps_the_sum_closed(settings, caplog):

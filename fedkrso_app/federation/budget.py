@@ -32,6 +32,7 @@ from fedkrso_app.federation.discretion import Declined
 
 logger = logging.getLogger("flwr")
 
+OWN_DELTA = 1e-5  # at most, of a node's own bound: the run's δ is the server's choice, and a larger one has a smaller ε
 OF_THE_RUN = "privacy.max-epsilon"  # a node's reason names it, and so the server knows
 
 
@@ -77,7 +78,8 @@ def digest(examples: datasets.Dataset) -> str:
 def spend(path: Path, event: Event, delta: float, most: float = 0.0, of_the_run: float = 0.0) -> float:
     """Write ``event`` down as spent in the book ``path``; ε of its run so far at ``delta``, this event included.
 
-    ``most`` is the node's own bound on ε over all runs, ``of_the_run`` the run's own; 0: none. Raises
+    ``most`` is the node's own bound on ε over all runs (at most at :data:`OWN_DELTA`), ``of_the_run`` the run's own; 0:
+    none. Raises
     :class:`Declined` and writes nothing where the event would exceed one, or where ``delta`` promises nothing.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -106,6 +108,7 @@ def check(event: Event, known: list[Event], delta: float, most: float, of_the_ru
         )
     if not most:
         return
+    delta = min(delta, OWN_DELTA)
     same = [e for e in known if e.data == event.data or (event.folder and e.folder == event.folder)]
     total = epsilon([e.releases for e in [*same, event]], delta)
     if total > most:

@@ -141,6 +141,7 @@ def up_to_date(
     partitions = instructions.partitions or held
     if strangers := set(partitions) - set(held):
         raise Refused(f"this node does not hold partition {min(strangers)}")
+    instructions = replace(instructions, partitions=tuple(partitions))  # a clip is shared by those that are trained
     if instructions.afresh and place.store.version >= 0:  # the server has found that these files are not its run's
         place.forget()
         place = workplace_of(context, instructions.run, held, total)

@@ -75,14 +75,15 @@ class Masked(Aggregate):
             raise Refused("its shares for the others have a wrong number or length")
         if len(sealed.checks) != CHECK * n:
             raise Refused("the checks of its secrets have a wrong length")
+        by_example = self.config.of(Privacy).unit == "example"
+        if by_example and sealed.epsilon is None:
+            raise Refused("it says no epsilon")
         self._vector += sealed.vector
         self._tail += sealed.tail
         nothing = np.zeros(0)
         self._arrived[place] = Sealed(nothing, nothing, sealed.bundles, sealed.checks)
         figures = {"train_seconds": float(sealed.seconds), "peak_bytes": 0.0}
-        if self.config.of(Privacy).unit == "example":
-            if sealed.epsilon is None:
-                raise Refused("it says no epsilon")
+        if by_example and sealed.epsilon is not None:
             figures["epsilon"] = sealed.epsilon
         return dict.fromkeys(partitions, figures)
 

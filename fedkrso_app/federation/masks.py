@@ -29,7 +29,7 @@ from fedkrso_app.strategies.secure import SecureSums
 logger = logging.getLogger("flwr")
 
 _STATE, _ROUND = "masks", "masked-round"  # records of the context's state
-_PLACES = ("data-dir", "model", "model-revision", "dataset", "dataset-revision")  # a node's own, or with a commit
+_PLACES = ("model", "model-revision", "dataset", "dataset-revision")  # with a commit where it is known
 _TENS = 10  # seconds to which a training time is rounded up
 
 
@@ -116,15 +116,14 @@ def enter(
     Raises :class:`Declined` or :class:`Refused`.
     """
     roster, settings = Roster.read(content), method.config.of(SecureSums)
-    if _ROUND in context.state and context.state[_ROUND]["session"] == roster.session:
-        raise Declined("this node has sealed something in this session already.")
     least = max(policy.least, settings.min_cohort)
     key = context.state[_STATE]["key"]
     place = sealing.place_of(roster, key, own, least)
     if roster.parties[place].node != context.node_id:
         raise Declined("the roster has this node's key under another node's id.")
     policy.verify(instructions.run, roster.parties)
-    Opened(instructions.run, held[0]).check(instructions.round, instructions.version)
+    opened = Opened(instructions.run, held[0])
+    opened.enter(instructions.round, instructions.version, sealing.members(roster).hex(), roster.session.hex())
     layout = Layout(method, instructions.round, instructions.method, roster.partitions)
     ctx = sealing.context(roster, instructions.round, TRAIN, str(layout), story)
     context.state[_ROUND] = ConfigRecord(
@@ -145,8 +144,8 @@ def enter(
 
 def story_of(instructions: Instructions, history: str, model: str, config: Config) -> str:
     """What the nodes of a round must all have been told, the same at the server: W^0 and every entry since, all
-    settings but where data and model are found, and the round's instructions. A server that trains one node at other
-    settings than the rest would read its update off the sum."""
+    settings but where the hub's model and data are, and the round's instructions. A server that trains one node at
+    other settings, or on other rows, than the rest would read its update off the sum."""
     settings = {key: value for key, value in config.to_dict().items() if key not in _PLACES}
     i = instructions
     return repr((i.run, i.version, i.stamp, sorted(i.method.items()), model, history, sorted(settings.items())))

@@ -1,8 +1,11 @@
-"""Which sum of which round a node has helped to open: a round at most once, ever.
+"""Which sum of which round a node has helped to open: a round at most once, ever; and for whom it has sealed a round.
 
 Training is deterministic, so a round that is done again has the same updates, and two of its sums that differ in one
-node give that node's update. The record is beside the files of runs, not among them: neither the end of a run nor a
-server that finds these files to be of another history takes it away. It costs a hundred bytes per run.
+node give that node's update. Nodes that answer once each do not prevent two such sums where the round has several
+rosters: those that answer for one are then others than those that answer for the next. So a round that is sealed again
+must have the same nodes, of which some would have to answer twice.
+
+The record is beside the files of runs, not among them: neither the end of a run nor a server that finds these files to be of another history takes it away. It costs a hundred bytes per run.
 """
 
 import fcntl
@@ -23,10 +26,21 @@ class Opened:
     def __init__(self, run: str, partition: int) -> None:
         self.path = cache() / "opened" / run / f"{partition}.json"
 
-    def check(self, round: int, version: int) -> None:
-        """Raise :class:`Declined` unless ``round``, trained at ``version``, may still be opened."""
+    def enter(self, round: int, version: int, who: str, session: str) -> None:
+        """Put down, on the disk, that ``round`` (at ``version``) is sealed for the nodes ``who`` in ``session``.
+
+        Raises :class:`Declined` where it may not be opened any more, was sealed for others, or in this session already.
+        """
         with self._locked():
-            self._next(self._read(), round, version)
+            record = self._read()
+            self._next(record, round, version)
+            before, *sessions = record["sealed"].get(str(round), [who])
+            if before != who:
+                raise Declined(f"this node has sealed round {round} for other nodes already.")
+            if session in sessions:
+                raise Declined("this node has sealed something in this session already.")
+            record["sealed"][str(round)] = [who, *sessions, session]
+            self._write(record)
 
     def note(self, round: int, version: int, statement: str) -> None:
         """Put down that this ``statement`` (session and survivors) is answered, on the disk before it is. Raises
@@ -36,21 +50,27 @@ class Opened:
             if (record["round"], record["statement"]) == (round, statement):
                 return
             times = self._next(record, round, version)
-            new = {"round": round, "version": version, "times": times, "statement": statement}
-            temporary = self.path.with_suffix(".tmp")
-            with open(temporary, "w") as file:
-                json.dump(new, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            later = {key: value for key, value in record["sealed"].items() if int(key) > round}
+            new = {"round": round, "version": version, "times": times, "statement": statement, "sealed": later}
+            self._write(new)
+
+    def _write(self, record: dict) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w") as file:
+            json.dump(record, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
     def _next(self, record: dict, round: int, version: int) -> int:
         """How often a sum at ``version`` will have been opened."""
         if round <= record["round"]:
             raise Declined(f"round {round} is not after round {record['round']}, of which this node has opened a sum.")
+        if version < record["version"]:
+            raise Declined(f"version {version} is before version {record['version']}, of which it has opened a sum.")
         times = record["times"] + 1 if version == record["version"] else 1
         if times > _AT_ONE_VERSION:
             raise Declined(f"version {version} was the start of {_AT_ONE_VERSION} rounds that this node has opened.")
@@ -59,10 +79,11 @@ class Opened:
     def _read(self) -> dict:
         try:
             record = json.loads(self.path.read_text())
-            return {key: record[key] for key in ("round", "version", "times", "statement")}
+            sealed = {str(int(key)): [str(each) for each in value] for key, value in record.get("sealed", {}).items()}
+            return {key: record[key] for key in ("round", "version", "times", "statement")} | {"sealed": sealed}
         except FileNotFoundError:
-            return {"round": 0, "version": -1, "times": 0, "statement": ""}
-        except (OSError, ValueError, KeyError, TypeError):
+            return {"round": 0, "version": -1, "times": 0, "statement": "", "sealed": {}}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise Declined("this node's record of opened rounds cannot be read; see opened/ in its cache.") from None
 
     @contextmanager

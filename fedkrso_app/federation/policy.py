@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedkrso_app.config import Config, names, resolved_path
 from fedkrso_app.federation.discretion import Declined
-from fedkrso_app.federation.sealing import digest
+from fedkrso_app.federation.sealing import SIGNER, digest
 from fedkrso_app.records.sealed import Party
 from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.strategies.secure import SecureSums
@@ -27,7 +27,6 @@ from fedkrso_app.strategies.secure import SecureSums
 REQUIREMENTS = ("secure-aggregation", "example-privacy")
 LEAST = 3  # nodes in a sum that is worth the name
 KEYS = ("require", "min-cohort", "key", "peers", "max-epsilon")
-_FINGERPRINT = 8
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class Policy:
         peers, used = self._peers(), set()
         for party in parties:
             about = f"partition {party.partitions[0]}'s key"
-            print_, signature = party.signature[:_FINGERPRINT], party.signature[_FINGERPRINT:]
+            print_, signature = party.signature[:SIGNER], party.signature[SIGNER:]
             if print_ not in peers:
                 raise Declined(f"{about} is not signed by a key in peers.")
             if print_ in used:
@@ -132,4 +131,4 @@ def claim(run: str, node: int, key: bytes) -> bytes:
 
 def _fingerprint(key: ec.EllipticCurvePublicKey) -> bytes:
     raw = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return digest(raw)[:_FINGERPRINT]
+    return digest(raw)[:SIGNER]

@@ -33,6 +33,7 @@ from fedkrso_app.records.sealed import KEY, SESSION, Roster, Sealed
 CHECK = 8  # bytes of a secret's hash that travel
 MOST = 128  # nodes of one round
 VECTOR, TAIL = 0, 1  # labels of a secret's two keystreams
+SIGNER = 8  # bytes of a signature that say whose it is; the others differ each time
 _NONCE = 12
 
 
@@ -60,6 +61,11 @@ def context(roster: Roster, round: int, *more: Any) -> bytes:
     stays noise. ``more``: what else must be the same at all (run, version, model, instructions, shapes)."""
     each = [digest(party.node, repr(party.partitions), party.key, party.signature).hex() for party in roster.parties]
     return digest("fedkrso/context/1", roster.session, round, roster.threshold, *each, *map(repr, more))
+
+
+def members(roster: Roster) -> bytes:
+    """Who takes part, whatever the session and the keys for its masks: partitions and, of signed keys, the signers."""
+    return digest("fedkrso/members/1", repr([(party.partitions, party.signature[:SIGNER]) for party in roster.parties]))
 
 
 def place_of(roster: Roster, key: bytes, partitions: Sequence[int], least: int) -> int:
