@@ -129,8 +129,27 @@ def test_a_run_keeps_to_its_own_bound_and_ends_there(run_config, caplog):
 def test_a_folder_counts_whatever_was_in_it():
     budget.spend(budget.book(), event(data="yesterday", folder="/data"), 1e-3)
     with pytest.raises(ConfigError, match="would be exceeded"):
-        budget.spend(budget.book(), event(data="today", folder="/data"), 1e-3, epsilon_of(40, 8, 4) + 0.1)
-    budget.spend(budget.book(), event(data="today", folder="/elsewhere"), 1e-3, epsilon_of(40, 8, 4) + 0.1)
+        budget.spend(budget.book(), event(data="today", folder="/data"), 1e-3, epsilon_of(40, 8, 4, delta=1e-5) + 0.1)
+    budget.spend(budget.book(), event(data="today", folder="/elsewhere"), 1e-3, epsilon_of(40, 8, 4, delta=1e-5) + 0.1)
+
+
+def test_rows_that_change_within_a_run_do_not_begin_its_epsilon_anew():
+    spend = functools.partial(budget.spend, budget.book(), delta=1e-3)
+    assert spend(event(folder="f")) < spend(event(data="one row more", folder="f", round=2))
+    assert spend(event(data="others", folder="g")) == pytest.approx(epsilon_of(40, 8, 4), abs=1e-3)
+
+
+def test_a_node_with_a_bound_counts_runs_that_split_its_rows_otherwise(run_config, tmp_path):
+    """A server may choose another holdout, and so other rows, for each run."""
+
+    def careful(grid):
+        grid.contexts[101].node_config["max-epsilon"] = 1000
+
+    settings = run_config | PRIVATE | {"num-server-rounds": 1, "local-steps": 2}
+    for name, seed in (("a", 0), ("b", 1)):
+        play(settings | {"run-name": name, "partition-seed": seed}, nodes=4, prepare=careful)
+    one, other = books(tmp_path / "cache" / "privacy.jsonl")
+    assert one["data"] != other["data"] and one["folder"] == other["folder"]
 
 
 def test_a_line_that_was_cut_short_was_not_spent_and_a_broken_one_is_said():

@@ -14,6 +14,7 @@ from fedkrso_app.core.rso import RSO
 from fedkrso_app.federation import masked, masks
 from fedkrso_app.federation.masked import Masked
 from fedkrso_app.federation.opened import Opened
+from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.workplace import Workplace
 from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Ledger
@@ -334,6 +335,16 @@ def test_a_node_seals_a_round_for_no_other_nodes_and_never_twice_in_a_session(se
     assert "sealed round 1 for other nodes" in answers[0]
     assert "bundles" in answers[1]
     assert "in this session already" in answers[2]
+
+
+def test_weights_of_another_start_are_not_trained_on_though_the_entries_are_the_same():
+    """Or a server lets one node start a run at a model, and all of them go on with it at one that learns nothing."""
+    store = NodeStore("0" * 16)
+    assert store.begins("one") and store.begins("one")
+    store.put_weights(3, "stamp", {"weights": [np.ones(4, np.float32)]})
+    assert store.begins("one") and not store.begins("other")
+    store.forget()
+    assert store.begins("other") and store.version == -1
 
 
 def test_a_node_that_is_told_another_folder_shares_no_mask(settings):

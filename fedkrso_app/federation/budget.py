@@ -109,7 +109,7 @@ def check(event: Event, known: list[Event], delta: float, most: float, of_the_ru
     if not most:
         return
     delta = min(delta, OWN_DELTA)
-    same = [e for e in known if e.data == event.data or (event.folder and e.folder == event.folder)]
+    same = [e for e in known if _shared(e, event)]
     total = epsilon([e.releases for e in [*same, event]], delta)
     if total > most:
         before = epsilon([e.releases for e in same], delta)
@@ -126,8 +126,13 @@ def check(event: Event, known: list[Event], delta: float, most: float, of_the_ru
 
 def of_run(event: Event, known: list[Event], delta: float) -> float:
     """ε of the run that ``event`` belongs to, for the event's rows."""
-    same = [e for e in known if (e.run, e.data) == (event.run, event.data)]
+    same = [e for e in known if e.run == event.run and _shared(e, event)]
     return epsilon([e.releases for e in [*same, event]], delta)
+
+
+def _shared(one: Event, other: Event) -> bool:
+    """Whether the two may have had a row in common."""
+    return one.data == other.data or bool(other.folder and one.folder == other.folder)
 
 
 def told(value: float) -> float:

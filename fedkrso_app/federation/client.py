@@ -145,6 +145,10 @@ def up_to_date(
     if instructions.afresh and place.store.version >= 0:  # the server has found that these files are not its run's
         place.forget()
         place = workplace_of(context, instructions.run, held, total)
+    told = config.secure_aggregation and not masks.lost_key(context)
+    if told and not place.store.begins(masks.model_of(context, place)):  # weights here may be of another W^0
+        place.forget()
+        place = workplace_of(context, instructions.run, held, total)
     try:
         place.take(message.content, instructions)
         history = place.history(instructions.version) if config.secure_aggregation else ""

@@ -5,7 +5,8 @@ node give that node's update. Nodes that answer once each do not prevent two suc
 rosters: those that answer for one are then others than those that answer for the next. So a round that is sealed again
 must have the same nodes, of which some would have to answer twice.
 
-The record is beside the files of runs, not among them: neither the end of a run nor a server that finds these files to be of another history takes it away. It costs a hundred bytes per run.
+The record is beside the files of runs, not among them: neither the end of a run nor a server that finds these files
+to be of another history takes it away. It costs a hundred bytes per run.
 """
 
 import fcntl

@@ -79,11 +79,17 @@ class ExampleLevel:
         examples = self.place.share("train", partition)
         if partition not in self._digests:
             self._digests[partition] = budget.digest(examples)
-        folder = str(Path(self.folders[partition]).expanduser().resolve()) if partition in self.folders else ""
         rows, steps = len(examples), self.config.local_steps
         rate = min(1.0, self._batch / rows)
         facts = {"noise": self.own.noise, "clip": self.own.clip, "rate": rate, "steps": steps}
-        return Event(self.run, round, self._digests[partition], folder, rows, **facts)
+        return Event(self.run, round, self._digests[partition], self._folder(partition), rows, **facts)
+
+    def _folder(self, partition: int) -> str:
+        """Where the rows are, whatever the settings make of them: of data that is not the node's own, with the
+        partition."""
+        folder = self.folders.get(partition, self.config.data_dir)
+        where = str(Path(folder).expanduser().resolve()) if folder else self.config.dataset or self.config.task
+        return where if partition in self.folders else f"{where.partition('@')[0]}#{partition}"
 
     def _stream(self, partition: int, round: int) -> NoiseStream:
         """Coins and noise of one client's round."""

@@ -164,6 +164,17 @@ class NodeStore:
                 "write to."
             ) from None
 
+    def begins(self, model: str) -> bool:
+        """Whether these files are of a run that began with the W^0 of this digest; where there are none yet, the digest
+        is kept for those to come."""
+        kept = self.folder / "begin"
+        if self.version < 0:
+            _private(self.folder)
+            kept.write_text(model)
+        with suppress(OSError):
+            return kept.read_text() == model
+        return False
+
     def put_history(self, record: Mapping[str, Any]) -> None:
         """Keep the record of a :class:`History`."""
         _private(self.folder)
