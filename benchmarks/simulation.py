@@ -41,7 +41,7 @@ APPS: dict[str, Any] = {
         "client_parts": {
             "fedkrso_app.federation.replica:Replica.advance": "rebuild",
             "fedkrso_app.training.loop:train": "train",
-            "fedkrso_app.federation.workplace:Workplace._encoded": "pack",
+            "fedkrso_app.federation.workplace:Workplace._trained": "pack",
         },
         "server_parts": {
             "fedkrso_app.federation.round:Round._ask": "aggregate",

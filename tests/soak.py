@@ -43,7 +43,7 @@ def as_it_should_be(folder: Path, expected: str) -> bool:
 
 
 def main(instants: int, seed: int, masked: bool) -> int:
-    more = {"secure-aggregation": masked}
+    more = {"secure-aggregation": masked, "fedkrso.draw": "each", "fedkrso.num-seeds": 5}
     rng = random.Random(seed)
     scratch = Path(tempfile.mkdtemp(prefix="soak-"))
     log = scratch / "log"

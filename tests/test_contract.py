@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
-from helpers import ON_SERVER, arrays_of, default_config, digest, play, replayed, replica, versions
+from helpers import MASKS, ON_SERVER, arrays_of, default_config, digest, play, replayed, replica, versions
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from fedkrso_app import data
@@ -193,19 +193,21 @@ SEALED = {
     "fr-lora",
     "federa",
     "fedblock",
-    "fed-dare",
     "fedmezo",
+    "separate",
 }
-SEALED |= {"separate"}
 
 
 def test_under_masks_the_model_is_the_same_to_the_bit_or_the_method_is_refused(request, settings):
-    sealed = settings | PLAIN | {"secure-aggregation": True, "num-server-rounds": 2, "run-name": "sealed"}
+    sealed = settings | PLAIN | MASKS | {"num-server-rounds": 2, "run-name": "sealed"}
     if settings["strategy"] not in SEALED:
         with pytest.raises(ConfigError, match="secure-aggregation does not work with strategy"):
             play(sealed, 3)
         return
-    plain = request.getfixturevalue("plain")
+    if settings["strategy"] == "fedkrso":
+        plain = request.getfixturevalue("made")(sealed | {"secure-aggregation": False}, 3)
+    else:
+        plain = request.getfixturevalue("plain")
     again = watch_entries(sealed)
     assert same(again, {version: plain.entries[version] for version in (0, 1, 2)})
 

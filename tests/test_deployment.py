@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from federation import CLIENTS, NODES, answers, started, until
-from helpers import ROOT, digest, play
+from helpers import MASKS, ROOT, digest, play
 
 from fedkrso_app.runs.folder import Run
 
@@ -79,25 +79,24 @@ def test_three_devices_with_a_file_or_three_give_the_bits_of_one_process_with_th
     for i, own in enumerate(own_files):
         folder = federation.folder / (f"data-{i}" if i < NODES - 1 else f"data-{NODES - 1}/{i}")
         shutil.copytree(own, folder, dirs_exist_ok=True)
-    runs = []
-    for name, masks in (("devices", False), ("masked", True)):
-        file, own = tmp_path / f"{name}.toml", settings | {"run-name": name, "secure-aggregation": masks}
+    made = []
+    for name, more in (("devices", {}), ("masked", MASKS | {"num-server-rounds": 1})):
+        file, own = tmp_path / f"{name}.toml", settings | more | {"run-name": name}
         file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in own.items()))
         ended = federation.flwr("run", ROOT, "devices", "--stream", "--run-config", file, timeout=400)
         run = Run(Path(settings["output-dir"]) / name)
         said = ended.stdout[-3000:] + ended.stderr[-3000:] + (federation.folder / "superlink.log").read_text()[-2000:]
         assert run.path.is_dir() and run.status == "completed", said
-        assert [line["clients"] for line in run.metrics()[1:]] == [CLIENTS, CLIENTS]
+        assert [line["clients"] for line in run.metrics()[1:]] == [CLIENTS] * own["num-server-rounds"]
         assert re.search(r"server\.pem is valid\s+until", ended.stdout), ended.stdout
-        runs.append(run)
+        made.append((run, own | {"run-name": f"{name}-process", "secure-aggregation": False}))
     assert "server.pem is valid until" in (federation.folder / "superlink.log").read_text()
     left = lambda: [path for i in range(NODES) for path in (federation.folder / f"cache-{i}").glob("nodes/*/*")]  # noqa: E731
     until(lambda: not left(), federation.folder / "superlink.log")  # the farewell is a message too
     for own in own_files:
         longest = max((own / "train.csv").read_bytes().splitlines(), key=len)
         assert not files_with(longest.split(b",")[0], federation.folder)
-    process = digest(play(settings | {"run-name": "process"}, nodes=CLIENTS))
-    assert [digest(run) for run in runs] == [process, process]
+    assert all(digest(run) == digest(play(alike, nodes=CLIENTS)) for run, alike in made)
 
 
 def files_with(text: bytes, folder: Path) -> list[Path]:

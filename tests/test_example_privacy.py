@@ -113,6 +113,7 @@ def test_under_masks_a_reply_that_is_refused_is_not_in_the_sum(run_config):
         return reply
 
     settings = run_config | PRIVATE | {"secure-aggregation": True, "num-server-rounds": 1, "local-steps": 2}
+    settings |= {"fedkrso.draw": "each", "fedkrso.num-seeds": 1}
     line = play(settings, nodes=4, tamper=silent).metrics()[-1]
     assert (line["clients"], line["refused"], line["partitions"]) == (3, 1, [0, 1, 3])
 

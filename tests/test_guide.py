@@ -152,6 +152,18 @@ def test_every_key_that_a_page_names_exists(page):
     assert words <= keys | FEDERATION | OTHERS | said()  # the last: a value that the code knows
 
 
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]), ids=lambda page: page.stem)
+def test_every_link_to_a_file_leads_to_one_and_to_a_heading_in_it(page):
+    for target in re.findall(r"\]\(([^)\s:]+)\)", FENCED.sub("", page.read_text())):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", FENCED.sub("", file.read_text()), re.MULTILINE)
+            names = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in names or f'<a id="{anchor}">' in file.read_text(), target
+
+
 def test_the_messages_of_the_guide_are_those_of_the_code():
     last = (ROOT / "docs" / "guide.md").read_text().split("\n## 10.")[1]
     quoted = [

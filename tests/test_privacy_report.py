@@ -114,6 +114,7 @@ def test_openings_are_told_apart_by_what_came_of_them(tmp_path):
     assert guarantee["rounds_opened"] == 3 and guarantee["partitions_in_smallest_sum"] == 3
     assert guarantee["rounds_opened_without_result"] == [4] and guarantee["rounds_not_opened"] == [3]
     assert (guarantee["nodes"], guarantee["threshold"], guarantee["may_be_missing"]) == (4, 3, 1)
+    assert "drawn by one of 3 clients alone" in facts["saw"]["server"][1]
     assert "no update alone" in facts["summary"] and "Nothing bounds" in facts["summary"]
     assert "the number of the client's training rows" not in facts["clear"]
 
@@ -151,6 +152,10 @@ def test_the_report_shows_epsilon_round_by_round_where_a_run_has_it(tmp_path):
     assert "ε at δ = 0.001, fedkrso" in texts and {"0.50", "1.00", "1.50"} <= set(texts)
     plain = page([make(tmp_path / "plain")], tmp_path).texts
     assert not any("ε" in text for text in plain)
+
+
+def test_an_epsilon_is_shown_rounded_up():
+    assert [privacy.shown(value) for value in (1.0, 1.2301, 0.001, 2.8)] == ["1.00", "1.24", "0.01", "2.80"]
 
 
 def test_seeds_drawn_by_one_client_are_counted_as_they_are_expected(tmp_path):

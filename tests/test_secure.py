@@ -31,8 +31,9 @@ ON = {"secure-aggregation": True}
 
 @pytest.fixture
 def settings(run_config) -> dict:
-    """Two rounds of two steps by seeds that not every client draws."""
-    return run_config | {"num-server-rounds": 2, "local-steps": 2, "fedkrso.interval": 1, "fedkrso.num-seeds": 5}
+    """Two rounds of two steps, each along a seed of its own."""
+    steps = {"num-server-rounds": 2, "local-steps": 2, "fedkrso.interval": 1}
+    return run_config | steps | {"fedkrso.draw": "each", "fedkrso.num-seeds": 2}
 
 
 def error_to(message: Message) -> Message:
@@ -156,11 +157,21 @@ def test_at_fewer_bits_the_mean_is_near_and_bytes_are_fewer(settings, bits, erro
 def test_each_client_takes_every_seed_once_in_an_order_of_its_own(settings, monkeypatch):
     begin, taken = RSO.start_interval, []
     monkeypatch.setattr(RSO, "start_interval", lambda self, seed: (taken.append(seed), begin(self, seed))[1])
-    play(settings | {"fedkrso.draw": "each", "fedkrso.num-seeds": 2, "num-server-rounds": 1}, 6)
+    play(settings | {"num-server-rounds": 1}, 6)
     orders = [tuple(taken[i : i + 2]) for i in range(0, 12, 2)]
     assert {frozenset(order) for order in orders} == {frozenset(taken)} and len(set(taken)) == 2 == len(set(orders))
     with pytest.raises(ConfigError, match=r"fedkrso\.num-seeds = 5 is impossible: it must be 2 with fedkrso.draw"):
-        parse(settings | {"fedkrso.draw": "each"})
+        parse(settings | {"fedkrso.num-seeds": 5})
+
+
+@pytest.mark.parametrize("strategy", ["fedkrso", "rolora"])
+def test_fresh_processes_that_missed_rounds_agree_with_a_server_without_the_model(settings, strategy):
+    """Whose masks depend on every entry: those that come late get another selection of them."""
+    settings |= {"strategy": strategy, "evaluate": "off", "num-server-rounds": 3, "fraction-train": 0.75}
+    plain = play(settings | {"run-name": "plain"}, 4)
+    sealed = play(settings | ON | {"run-name": "sealed"}, 4, run_id=2, devices=True)
+    a, b = (Ledger(run.ledger).read(3).arrays for run in (plain, sealed))
+    assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
 # ── Interruptions ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -381,7 +392,6 @@ def test_a_plan_foretells_the_bytes_of_a_round_to_a_hundredth(settings, strategy
     (row,) = plan(settings, [strategy], 5)["rows"]
     lines = play(settings, 5).metrics()[1:]
     assert row["up"] == pytest.approx(np.mean([line["uplink_bytes"] / 5 for line in lines]), rel=0.01)
-    # FedKRSO's seeds are as many as the draw makes them.
     exact = 0.1 if strategy == "fedkrso" else 0.01
     assert row["down"] == pytest.approx(np.mean([line["downlink_bytes"] / 5 for line in lines]), rel=exact)
     assert row["masks"] == {"nodes": 5, "threshold": 4, "missing": 1, "honest": {0: 4, 1: 3}}
@@ -456,6 +466,8 @@ def test_keys_that_peers_sign_are_taken_and_others_are_not(settings, tmp_path, c
     [
         ({"strategy": "fedsrd"}, "strategy = 'fedsrd': its server needs each client's reply"),
         ({"strategy": "flora"}, "strategy = 'flora'"),
+        ({"strategy": "fed-dare"}, "of a value that one client alone keeps"),
+        ({"fedkrso.draw": "own"}, "set it, and fedkrso.num-seeds = 2"),
         ({"strategy": "flexlora"}, "strategy = 'flexlora'"),
         ({"aggregation": "median"}, "aggregation = 'median'"),
         ({"client-metrics": True}, "client-metrics = True"),

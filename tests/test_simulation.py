@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import digest
+from helpers import MASKS, digest
 
 from fedkrso_app.runs import engines
 from fedkrso_app.runs.folder import Run
@@ -38,12 +38,12 @@ def flower(tmp_path, monkeypatch):
 @pytest.mark.skipif(not engines.FLWR.is_file(), reason="the flwr command is not installed beside this Python")
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep is needed to end the SuperLink")
 def test_flowers_engine_with_two_workers_gives_the_same_bits_as_one_process(sites, flower, tmp_path):
-    """Both as ``fedkrso compare`` starts them, on the very run that tests/test_deployment.py gives to three devices; in
+    """Both as ``fedkrso compare`` starts them, on five sites; in
     Flower's engine under masks, whose secrets its nodes keep from message to message."""
 
-    def made_by(engine, each, **more) -> str:
+    def made_by(engine, each, masked) -> str:
         file, log = tmp_path / f"{engine}.toml", tmp_path / f"{engine}.log"
-        settings = sites[0] | {"run-name": engine, "clients-per-node": each, **more}
+        settings = sites[0] | MASKS | {"run-name": engine, "clients-per-node": each, "secure-aggregation": masked}
         file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
         for _ in zip(range(480), engines.play(engine, file, 5, each, log), strict=False):  # of half a second
             pass
@@ -53,5 +53,4 @@ def test_flowers_engine_with_two_workers_gives_the_same_bits_as_one_process(site
         assert all(f"round {number}/2" in said for number in range(3))
         return digest(run)
 
-    masks = {"secure-aggregation": True}
-    assert made_by("flower", each=1, **masks) == made_by("process", each=5)  # one node then, which holds all clients
+    assert made_by("flower", each=1, masked=True) == made_by("process", each=5, masked=False)  # one node holds all then

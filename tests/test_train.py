@@ -251,7 +251,7 @@ def test_intervals_begin_at_every_jth_step_and_draw_every_seed_alike(config, mod
     drawn, at = [], []
     monkeypatch.setattr(RSO, "start_interval", lambda self, seed: drawn.append(seed))
     loaded = load(str(model_folder), 2, 0)
-    local = make(config, Shapes.of(loaded)).local(loaded)
+    local = make(dataclasses.replace(config, local_steps=6000), Shapes.of(loaded)).local(loaded)
     pool = np.array([11, 22, 33], "<u8")
     with local.session({"seeds": pool.tobytes()}, np.random.default_rng(0)) as session:
         for j in range(6000):

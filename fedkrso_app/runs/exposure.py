@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.runs.privacy import ROW, SEEDED, noise_of, sums_of
+from fedkrso_app.runs.privacy import ROW, SEEDED, noise_of, shown, sums_of
 from fedkrso_app.runs.results import measures
 
 _SILENT = ("name", "assumptions", "broken")
@@ -18,8 +18,7 @@ def facts(run: Run) -> dict[str, Any]:
     """Everything that ``fedkrso privacy`` says, as JSON would hold it. Raises :class:`ConfigError` where ``run`` is no
     run's folder."""
     settings, rounds = run.info["config"], [line for line in run.metrics() if line["round"]]
-    sums = sums_of(run, rounds)
-    noise = noise_of(run, rounds, bool(sums))
+    sums, noise = sums_of(run, rounds), noise_of(run, rounds)
     return {
         "run": str(run.path),
         "status": run.status,
@@ -27,7 +26,7 @@ def facts(run: Run) -> dict[str, Any]:
         "rounds": len(rounds),
         "summary": _summary(sums, noise, rounds, settings),
         "saw": {
-            "server": _server(run, sums, noise, rounds),
+            "server": [*_server(run, sums, noise, rounds), *(_alone(settings, rounds) if sums else [])],
             "other nodes": _nodes(settings, noise, rounds),
             "network": [
                 "Without TLS: all that the server and the nodes see. With TLS: sizes and times of messages. This "
@@ -78,7 +77,7 @@ def _summary(
         parts.append(f"NOT PRIVATE: noise was added, but {SEEDED}.")
     elif noise:
         parts.append(
-            f"For {noise['unit']} epsilon is {noise['epsilon_spent']:.2f} at delta = {noise['delta']:g}, against "
+            f"For {noise['unit']} epsilon is {shown(noise['epsilon_spent'])} at delta = {noise['delta']:g}, against "
             f"{noise['against']}."
         )
     elif settings.get("privacy.unit", "none") != "none":
@@ -124,14 +123,22 @@ def _nodes(settings: Mapping[str, Any], noise: Any, rounds: list[dict[str, Any]]
         found.append("A mean of one client is its update.")
     if 2 in counts and not covered:
         found.append("Of two clients each can subtract its own update and has the other's.")
-    if settings["strategy"] == "fedkrso" and settings.get("fedkrso.draw", "own") == "own" and not covered:
-        K, n = settings["fedkrso.num-seeds"], min(counts)
-        drawn = 1 - (1 - 1 / K) ** math.ceil(settings["local-steps"] / settings["fedkrso.interval"])
-        found.append(
-            f"About {K * n * drawn * (1 - drawn) ** (n - 1):.1f} of {K} seeds per round are drawn by one of {n} "
-            "clients alone: the mean along such a seed is that client's own accumulator over their number."
-        )
-    return found
+    return [*found, *([] if covered else _alone(settings, rounds))]
+
+
+def _alone(settings: Mapping[str, Any], rounds: list[dict[str, Any]]) -> list[str]:
+    """Where FedKRSO's clients draw seeds by themselves, sums and means along a seed may be of one client."""
+    counts = [line["clients"] for line in rounds if line["clients"]]
+    if settings["strategy"] != "fedkrso" or settings.get("fedkrso.draw", "own") != "own" or not counts:
+        return []
+    K, n = settings["fedkrso.num-seeds"], min(counts)
+    drawn = 1 - (1 - 1 / K) ** math.ceil(settings["local-steps"] / settings["fedkrso.interval"])
+    lone = K * n * drawn * (1 - drawn) ** (n - 1)
+    return [
+        f"About {lone:.1f} of {K} seeds per round are drawn by one of {n} clients alone,"
+        " and everybody can tell which: sum and mean along such a seed are that client's own accumulator. "
+        "fedkrso.draw = 'each' avoids it."
+    ]
 
 
 def _clear(settings: Mapping[str, Any], sums: Any, noise: Any, rounds: list[dict[str, Any]]) -> Iterator[str]:

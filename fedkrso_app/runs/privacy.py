@@ -6,6 +6,7 @@ the run has left a trace of it: settings alone protect nothing.
 """
 
 import json
+import math
 from typing import Any
 
 from fedkrso_app.config import ConfigError
@@ -36,10 +37,15 @@ def sentence(run: Run, round: int) -> str:
     unit = "each training row" if settings["privacy.unit"] == "example" else "all data of each client"
     if settings["privacy.randomness"] == "seed":
         return f"none: {SEEDED}"
-    return f"ε = {so_far[-1]:.2f} at δ = {settings['privacy.delta']:g} for {unit}; the metric above is not covered"
+    return f"ε = {shown(so_far[-1])} at δ = {settings['privacy.delta']:g} for {unit}; the metric above is not covered"
 
 
-def noise_of(run: Run, rounds: list[dict[str, Any]], masked: bool) -> dict[str, Any] | None:
+def shown(epsilon: float) -> str:
+    """To two digits after the point, rounded up: no promise may look stronger than it is."""
+    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}" if epsilon < math.inf else "infinite"
+
+
+def noise_of(run: Run, rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The guarantee of differential privacy; None where no noise was ever added."""
     settings = run.info["config"]
     unit, by_round = settings.get("privacy.unit", "none"), epsilons(run)
@@ -62,19 +68,12 @@ def noise_of(run: Run, rounds: list[dict[str, Any]], masked: bool) -> dict[str, 
             "name": "differential privacy for each client",
             "unit": "all data of one client",
             "adjacency": "one client's update replaced by zero; that it took part is public",
-            "against": "readers of the model and the ledger, and other nodes; "
-            + (
-                "the server sees sums that the nodes have added noise to"
-                if masked
-                else "not the server, which adds noise"
-            ),
+            "against": "readers of the model and the ledger, and other nodes; not the server, which adds the noise",
             **common,
             "sampling": "none: the draw of clients follows from the public seed (q = 1)",
             "accountant": "closed form of the Gaussian",
             "assumptions": [
-                "nodes clip and add their share of the noise"
-                if masked
-                else "the server adds the noise and keeps single updates to itself",
+                "the server adds the noise and keeps single updates to itself",
                 "clients are different people or institutions",
                 *_randomness(seeded),
             ],

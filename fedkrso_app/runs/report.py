@@ -8,7 +8,7 @@ from jinja2 import Template
 
 from fedkrso_app.runs import pictures
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.runs.privacy import epsilons
+from fedkrso_app.runs.privacy import epsilons, shown
 from fedkrso_app.runs.results import Line, lines, mean_sd, plus_minus, text
 
 # Column of the table -> figure of a run, and its digits after the point; means over the seeds.
@@ -86,7 +86,7 @@ def _spent(here: list[Line]) -> Iterator[tuple[list[str], list[list[str]]]]:
     spent = {name: values for name, values in spent.items() if values}
     if spent:
         rounds = sorted(set().union(*spent.values()))
-        cells = [[f"{values[r]:.2f}" if r in values else "–" for values in spent.values()] for r in rounds]
+        cells = [[shown(values[r]) if r in values else "–" for values in spent.values()] for r in rounds]
         yield ["round", *spent], [[str(r), *row] for r, row in zip(rounds, cells, strict=True)]
 
 

@@ -127,7 +127,7 @@ class Server:
                 round.start(grid, ArrayRecord(), rounds, self.config.round_timeout)  # type: ignore[arg-type]
             except Spent as reason:
                 logger.warning("%s; the run ends here", reason)
-                rounds = 0
+                rounds = rounds if self.ledger.version == 0 else 0  # what there is, is the model
         if rounds and self.ledger.version == newest["version"]:
             raise TrainingError(f"none of {rounds} rounds published anything; the warnings above say why")
         self.nodes.dismiss(grid)

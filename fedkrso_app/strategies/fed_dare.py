@@ -72,6 +72,11 @@ class FedDARE(FedIT):
                 f"aggregation = {config.aggregation!r} does not go with fed-dare, whose clients send zeros for most "
                 "values: set it to 'mean'."
             )
+        if config.secure_aggregation:
+            raise ConfigError(
+                "secure-aggregation does not work with strategy = 'fed-dare': of a value that one client alone keeps, "
+                "the sum is that client's."
+            )
 
     @property
     def size(self) -> int:

@@ -9,6 +9,7 @@
 B already contains -η; eq. 13 of the paper multiplies by η once more.
 """
 
+import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkrso_app.config import Config, Settings, choice, need, need_positive
+from fedkrso_app.config import Config, ConfigError, Settings, choice, need, need_positive
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import beside, projections, stream
 from fedkrso_app.core.rso import RSO
@@ -104,7 +105,8 @@ class FedKRSOLocal(Local):
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
         pool = np.frombuffer(instructions["seeds"], dtype="<u8")
         settings = self.config.of(FedKRSOSettings)
-        turns = iter(drawn(pool, intervals(self.config), settings.draw, beside(rng)))
+        # again from the first: a plan may count more steps than a round has
+        turns = itertools.cycle(drawn(pool, intervals(self.config), settings.draw, beside(rng)))
         with self._subspaces() as layers:
             seeds = len(pool), -(-self.config.local_steps // settings.interval)
             rso = RSO(layers, settings.learning_rate, settings.projection, seeds=seeds)
@@ -169,6 +171,13 @@ class FedKRSO(Method):
             rule = f"{intervals(config)} with fedkrso.draw = 'each', one for each interval of a round"
             K = config.of(FedKRSOSettings).num_seeds
             need(intervals(config) == K, "fedkrso.num-seeds", K, rule)
+        # Who draws what follows from the run's public seed. Where clients are protected, noise covers every slot.
+        alone = config.of(FedKRSOSettings).draw == "own" and config.of(FedKRSOSettings).num_seeds > 1
+        if config.secure_aggregation and alone and config.of(Privacy).unit != "client":
+            raise ConfigError(
+                "secure-aggregation needs fedkrso.draw = 'each', since the sum along a seed that one client alone draws"
+                f" is that client's: set it, and fedkrso.num-seeds = {intervals(config)}."
+            )
 
     @property
     def own(self) -> FedKRSOSettings:
