@@ -14,7 +14,6 @@ from fedkrso_app.core.rso import RSO
 from fedkrso_app.federation import masked, masks
 from fedkrso_app.federation.masked import Masked
 from fedkrso_app.federation.opened import Opened
-from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.workplace import Workplace
 from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Ledger
@@ -337,14 +336,23 @@ def test_a_node_seals_a_round_for_no_other_nodes_and_never_twice_in_a_session(se
     assert "in this session already" in answers[2]
 
 
-def test_weights_of_another_start_are_not_trained_on_though_the_entries_are_the_same():
-    """Or a server lets one node start a run at a model, and all of them go on with it at one that learns nothing."""
-    store = NodeStore("0" * 16)
-    assert store.begins("one") and store.begins("one")
-    store.put_weights(3, "stamp", {"weights": [np.ones(4, np.float32)]})
-    assert store.begins("one") and not store.begins("other")
-    store.forget()
-    assert store.begins("other") and store.version == -1
+def test_files_of_another_start_are_not_trained_on_though_the_entries_are_the_same(settings, tmp_path, caplog):
+    """Or a server lets one node start a run at a model, and all of them continue it at one that learns nothing."""
+
+    def prepare(grid):
+        answer = grid.app
+
+        def app(message, context):
+            if message.metadata.message_type == "train" and message.content["train"]["round"] == 2:
+                for file in (tmp_path / "cache" / "nodes").glob("*/begin"):
+                    file.write_text("the digest of another model")
+            return answer(message, context)
+
+        grid.app = app
+
+    run = play(settings | ON | {"num-server-rounds": 3}, 4, prepare)
+    assert [line["version"] for line in run.metrics()] == [0, 1, 1, 2]
+    assert "asks to be brought up to date" in caplog.text
 
 
 def test_a_node_that_is_told_another_folder_shares_no_mask(settings):
