@@ -15,8 +15,12 @@ from fedkrso_app.core.rounding import moving, rounded
 from fedkrso_app.federation.round import Round
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
+from fedkrso_app.runs import plan
+from fedkrso_app.runs.energy import captured
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.strategies import parse
+from fedkrso_app.strategies import STRATEGIES, make, parse
+from fedkrso_app.strategies.base import Shapes
+from fedkrso_app.training import model
 
 FEW = {"state-dtype": "bfloat16", "compute-dtype": "bfloat16", "local-steps": 2, "num-server-rounds": 4}
 LATE = FEW | {"fraction-train": 0.5}  # two of four nodes per round
@@ -110,3 +114,24 @@ def test_what_trains_weights_in_float32_is_refused(run_config):
             parse(run_config | FEW | {"strategy": strategy})
     with pytest.raises(ConfigError, match="needs compute-dtype = 'bfloat16'"):
         parse(run_config | {"state-dtype": "bfloat16"})
+
+
+def test_dense_is_said_by_those_halves_whose_optimizers_move_a_layer_s_weight(run_config):
+    for strategy in STRATEGIES:
+        config = parse(run_config | {"strategy": strategy, "evaluate": "clients"})
+        loaded = model.outline(config.model, 2)
+        with torch.device("meta"):
+            half = make(config, Shapes.of(loaded)).local(loaded)
+        weights = {id(layer.weight) for layer in half.targets.values()}
+        assert half.dense == any(id(parameter) in weights for parameter in half.optimized()), strategy
+
+
+def test_a_plan_gives_bytes_and_says_why_it_counts_no_memory(run_config):
+    (row,) = plan.plan(run_config | FEW, ["fedkrso"], clients=2)["rows"]
+    assert row["up"] > 0 and not row["memory"] and "compute-dtype='float32'" in row["refused"]["keep"]
+
+
+def test_directions_of_rounded_weights_are_not_measured(run_config):
+    run = play(run_config | FEW | {"num-server-rounds": 1}, 2)
+    with pytest.raises(ConfigError, match="--energy needs a run with state-dtype = 'float32'"):
+        captured(run, Ledger(run.ledger))

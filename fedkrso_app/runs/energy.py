@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkrso_app import data
+from fedkrso_app.config import ConfigError
 from fedkrso_app.core.subspace import is_conv1d, matrix
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs import replay
@@ -24,9 +25,13 @@ def captured(run: Run, entries: Ledger) -> dict[int, dict[str, tuple[float, int]
     G (m × n) is the gradient of the mean loss on :data:`ROWS` training rows at the version before, without dropout. The
     share is ‖G Vᵀ‖² / ‖G‖², V an orthonormal basis of the rows of W^v − W^{v−1}: for FedKRSO the span of the P_k that
     the entry uses, for LoRA methods that of the factors' rows. ``all`` takes the layers together. Needs the training
-    rows; raises ConfigError where they are not here.
+    rows; raises ConfigError where they are not here, or where W was rounded.
     """
     config = run.config
+    if config.state_dtype != "float32":  # a rounded W has moved a little in every direction
+        raise ConfigError(
+            f"--energy needs a run with state-dtype = 'float32': in {run.path} rounding moves W in all directions."
+        )
     task = data.resolve(config)
     every = data.load(task, config.data_dir, "train", config.holdout)
     chosen = np.sort(np.random.default_rng(0).permutation(len(every))[:ROWS])

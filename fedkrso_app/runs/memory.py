@@ -57,8 +57,8 @@ def client_memory(
     config = local.config
     memories: dict[str, Memory] = {}
     refused: dict[str, str] = {}
-    if not config.on_device:
-        reason = "torch knows no autocast on its meta device; plan with compute-dtype='float32'."
+    if config.compute_dtype != "float32":
+        reason = "torch has no autocast on its meta device; plan with compute-dtype='float32' (and state-dtype)."
         return {}, dict.fromkeys(SETTINGS, f"compute-dtype = {config.compute_dtype!r}: {reason}")
     replica = Replica(local, Ledger(Path()), span=1)  # to lend a model takes no entries
 
