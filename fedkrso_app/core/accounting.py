@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from importlib.util import find_spec
 
 from scipy.optimize import brentq
@@ -81,11 +80,6 @@ def noise_for(target: float, delta: float, rate: float = 1.0, count: int = 1) ->
         middle = math.sqrt(lower * upper)
         lower, upper = (lower, middle) if kept(middle) else (middle, upper)
     return upper
-
-
-def accountant(rate: float) -> str:
-    """What :func:`epsilon` computes with, for the record."""
-    return "closed form of the Gaussian" if rate == 1 else f"PLD of dp-accounting {version('dp-accounting')}"
 
 
 def can_sample() -> bool:

@@ -17,9 +17,8 @@ KEY_BYTES = 32
 _CHUNK = 1 << 16  # values drawn at once, so that they stay in the cache
 
 BITS = 36  # fractional bits of a clipped value: the grid of :mod:`core.fixed_point`
-LARGEST = (
-    1024.0  # of a clip, and of a noise over its clip: the sum of 100,000 clipped updates and its noise has 63 bits
-)
+# Of a clip, and of a noise over its clip: the sum of 100,000 clipped updates and its noise has 63 bits.
+LARGEST = 1024.0
 _MARGIN = 1e-9  # of a norm in float64, and more than summing 1e9 squares can lose
 
 
@@ -36,6 +35,11 @@ def derived_key(key: bytes, *labels: str | int) -> bytes:
 def public_key(seed: int) -> bytes:
     """A key that follows from the run's seed: for tests and comparisons; it protects nothing."""
     return hashlib.sha256(f"fedkrso/public-noise/{seed}".encode()).digest()
+
+
+def key_for(randomness: str, seed: int, *labels: str | int) -> bytes:
+    """A key for one purpose, by ``privacy.randomness``: from the operating system ("os"), or from the run's seed."""
+    return fresh_key() if randomness == "os" else derived_key(public_key(seed), *labels)
 
 
 class NoiseStream:

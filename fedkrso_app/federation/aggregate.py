@@ -101,6 +101,10 @@ class Aggregate:
         """The weighted mean under ``key``, float32; a reply without it counts as zero."""
         return self._sums.mean(key, self.weight)
 
+    def moved(self, key: Hashable, mean: np.ndarray) -> np.ndarray:
+        """What a ``mean`` of differences leads to from the start, for methods that compute with values."""
+        return mean + self.start[key] if self.method.from_values and key in self.start else mean  # type: ignore[index]
+
     def __contains__(self, key: Hashable) -> bool:
         return key in self._sums
 

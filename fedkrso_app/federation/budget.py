@@ -6,8 +6,7 @@ A book has a line for each client and round, written and synced before the first
 
 ``data`` is the digest of the rows, in any order. The events of all lines with the same rows count together; so do those
 of one ``folder`` (of data that is not the node's own, with the partition), whatever was in it: rows that stayed are in
-both. A round that is
-done again is a line of its own, with other noise.
+both. A round that is done again is a line of its own, with other noise.
 
 A node with data or a bound of its own has one book for all runs, ``<cache>/privacy.jsonl``. Others, as those of a
 simulation, have one for each run and partition in ``<cache>/privacy``. Whoever deletes a book deletes what was spent.

@@ -35,9 +35,8 @@ class Layout:
         self.reach: Mapping[Hashable, float] = {}
         self.step: Mapping[Hashable, float] = {}
         if self.bits < 64:
-            moved = {} if own.range else method.reach(round, told, partitions)
-            # A slot that nobody draws moves by nothing, and its grid is any.
-            self.reach = {key: own.range or _ADAM * moved[key] or 1.0 for key in self.shapes}
+            moved = {} if own.range else method.reach(round, told)
+            self.reach = {key: own.range or _ADAM * moved[key] for key in self.shapes}
             self.step = {key: ring.step(reach, self.partitions, self.bits) for key, reach in self.reach.items()}
 
     def __str__(self) -> str:

@@ -157,8 +157,7 @@ class Masked(Aggregate):
     def mean(self, key: Hashable) -> np.ndarray:
         mean = self.layout.mean(key, ring.signed(self._vector), self.weight)
         by_difference = narrow(self.config) or self.config.of(Privacy).unit == "client"
-        moved = by_difference and self.method.from_values and key in self.start
-        return mean + self.start[key] if moved else mean  # type: ignore[index]
+        return self.moved(key, mean) if by_difference else mean
 
     def __contains__(self, key: Hashable) -> bool:
         """A summand that clients draw (no array of every reply) and that is zero in the sum counts as not drawn."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedkrso_app.core.noise import NoiseStream, derived_key, fresh_key, public_key
+from fedkrso_app.core.noise import NoiseStream, key_for
 from fedkrso_app.core.projection import stream
 from fedkrso_app.data.batching import batch, lengths
 from fedkrso_app.federation import budget
@@ -93,9 +93,7 @@ class ExampleLevel:
 
     def _stream(self, partition: int, round: int) -> NoiseStream:
         """Coins and noise of one client's round."""
-        if self.own.randomness == "os":
-            return NoiseStream(fresh_key())
-        return NoiseStream(derived_key(public_key(self.config.seed), "example", round, partition))
+        return NoiseStream(key_for(self.own.randomness, self.config.seed, "example", round, partition))
 
     def _reader(self, partition: int) -> Any:
         examples, c = self.place.share("train", partition), self.config

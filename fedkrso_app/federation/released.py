@@ -72,15 +72,11 @@ class Released(Aggregate):
 
     def mean(self, key: Hashable) -> np.ndarray:
         """Of what has moved, and of methods that compute with values, the start beside it."""
-        mean = super().mean(key)
-        moved = self.method.from_values and key in self.start
-        return mean + self.start[key] if moved else mean  # type: ignore[index]
+        return self.moved(key, super().mean(key))
 
     def _key(self) -> bytes:
         """Of this release alone. It is nowhere but here, so nobody can take the noise off again."""
-        if self.own.randomness == "os":
-            return noise.fresh_key()
-        return noise.derived_key(noise.public_key(self.config.seed), "client", self.round)
+        return noise.key_for(self.own.randomness, self.config.seed, "client", self.round)
 
 
 def release_of(
@@ -103,9 +99,7 @@ def add_share(vector: np.ndarray, config: Config, threshold: int, place: int, ro
     """Add to a node's ``vector`` (64-bit words in steps of 2^-36, in place) its share of the noise: any ``threshold``
     of which ``secagg.colluders`` are left out bring the whole. ``place``: of the node among those of the round."""
     own, honest = config.of(Privacy), threshold - config.of(SecureSums).colluders
-    key = noise.fresh_key()
-    if own.randomness == "seed":
-        key = noise.derived_key(noise.public_key(config.seed), "share", round, place)
+    key = noise.key_for(own.randomness, config.seed, "share", round, place)
     _add_noise(vector.view("<i8"), NoiseStream(key), own.noise * own.clip * 2.0**noise.BITS / math.sqrt(honest))
 
 

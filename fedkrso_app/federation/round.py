@@ -132,16 +132,15 @@ class Round(Strategy):
         """Make the sums of the round that asks these nodes (id -> partitions). Raises :class:`Unopened`, and
         :class:`released.Spent` where the round must not be."""
         start = self._newest_state() if self.transforms or self.config.max_update_norm else {}
+        given = self.method.instructions(self.round)
         self._sums = Aggregate(self.method, self.round, self.transforms, start)
         if self._by_client:
             spending, held = self.host.spending, self.nodes.partitions
             pay = functools.partial(spending.write, released.release_of(self.round, self.config, asked, held, spending))
-            given = self.method.instructions(self.round)
             self._sums = released.Released(self.method, self.round, start, given, asked, pay)
         if self.config.secure_aggregation:
             version = self.ledger.version
-            method = self.method.instructions(self.round)
-            told = Instructions(self.nodes.run, version, self.ledger.stamp(version), round=self.round, method=method)
+            told = Instructions(self.nodes.run, version, self.ledger.stamp(version), round=self.round, method=given)
             roster = masked.roster_of(asked, self.nodes, self.config)
             story = masks.story_of(told, self._history.digest, self.nodes.model, self.config)
 

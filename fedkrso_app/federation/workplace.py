@@ -122,10 +122,10 @@ class Workplace:
     def take(self, content: RecordDict, instructions: Instructions) -> None:
         """Keep what a message brings and advance to the version that it names. Raises :class:`NeedSync`."""
         schema = self.method.entry.travelling
-        history = History(schema, self.store.history())
+        history = History(schema, self.store.history()) if self.config.secure_aggregation else None
         for name, record in content.array_records.items():
             kind, _, number = name.partition("-")
-            if kind == "weights" and self.config.secure_aggregation:
+            if kind == "weights" and history:
                 raise Refused("under masks a node is brought up to date by entries, which all of them can compare")
             if kind == "weights":
                 arrays = wire.unpack(record, self.method.weights)
@@ -138,7 +138,7 @@ class Workplace:
                 # A server without a model leaves version 0 to the seed: an entry without arrays.
                 arrays = wire.unpack(record, expected) if record else {}
                 self.store.put(Entry(version, arrays))
-                if self.config.secure_aggregation:
+                if history:
                     self._follow(history, version, arrays)
         try:
             self.replica.advance(instructions.version)

@@ -387,9 +387,8 @@ class Method(ABC):
             )
         return shapes  # type: ignore[return-value]
 
-    def reach(self, round: int, told: Mapping[str, Any], partitions: Sequence[int]) -> Mapping[Hashable, float]:
-        """How far each of the :meth:`layout` moves in a client at most, in learning rate times steps, if ``partitions``
-        are asked."""
+    def reach(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, float]:
+        """How far each of the :meth:`layout` moves in a client at most, in learning rate times steps."""
         rate = float(self.config.to_dict()[self.learning_rate_key])
         return dict.fromkeys(self.layout(round, told), rate * self.config.local_steps)
 

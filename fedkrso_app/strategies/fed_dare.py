@@ -4,7 +4,7 @@ The baseline of that name in FedSRD's comparison (arXiv:2510.04601). A client se
 that are left of A's and B's changes, divided by 1 − p, which keeps their mean. The head is dense.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -113,11 +113,6 @@ class FedDARE(FedIT):
 
     def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
         return {"update": (self.size,), "head": (self.shapes.head,)}
-
-    def reach(self, round: int, told: Mapping[str, Any], partitions: Sequence[int]) -> Mapping[Hashable, float]:
-        """What is kept of an update is multiplied by 1 / (1 − p)."""
-        reach = super().reach(round, told, partitions)
-        return {**reach, "update": reach["update"] / (1 - self.own.sparsity)}
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         A, B = np.split(means.mean("update"), [self.factors["A"].size])

@@ -10,7 +10,7 @@ B already contains -η; eq. 13 of the paper multiplies by η once more.
 """
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,8 +108,8 @@ class FedKRSOLocal(Local):
         # again from the first: a plan may count more steps than a round has
         turns = itertools.cycle(drawn(pool, intervals(self.config), settings.draw, beside(rng)))
         with self._subspaces() as layers:
-            seeds = len(pool), -(-self.config.local_steps // settings.interval)
-            rso = RSO(layers, settings.learning_rate, settings.projection, seeds=seeds)
+            most = len(pool), intervals(self.config)
+            rso = RSO(layers, settings.learning_rate, settings.projection, seeds=most)
 
             def before_step(j: int) -> None:
                 if j % settings.interval == 0:
@@ -244,14 +244,11 @@ class FedKRSO(Method):
         Q = self.shapes.outputs(self.own.rank)
         return dict.fromkeys(self.pool(round).tolist(), (Q,)) | {"head": (self.shapes.head,)}
 
-    def reach(self, round: int, told: Mapping[str, Any], partitions: Sequence[int]) -> Mapping[Hashable, float]:
-        """A slot moves for as many steps as it is drawn for: those of the client that draws it most often."""
-        pool, own = self.pool(round), self.own
-        each = [stream(self.config.seed, "client", round, partition) for partition in partitions]
-        turns = [drawn(pool, self.intervals, own.draw, beside(rng)) for rng in each]
-        most = {seed: max((one.count(seed) for one in turns), default=0) for seed in pool.tolist()}
-        steps = {seed: min(count * own.interval, self.config.local_steps) for seed, count in most.items()}
-        return {key: own.learning_rate * steps.get(key, self.config.local_steps) for key in self.layout(round, told)}
+    def reach(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, float]:
+        """A slot moves for one interval, or for all of a round's steps where there is one seed."""
+        steps = self.own.interval if self.own.draw == "each" else self.config.local_steps
+        slots = dict.fromkeys(self.pool(round).tolist(), self.own.learning_rate * steps)
+        return super().reach(round, told) | slots  # type: ignore[operator]
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         used = [seed for seed in self.pool(round).tolist() if seed in means]

@@ -29,7 +29,7 @@ from fedkrso_app.strategies import secure
 from fedkrso_app.strategies.base import Arrays, Local, Means, Method, Shapes
 from fedkrso_app.strategies.label_skew import AdjustedLocal, HeadRateLocal
 from fedkrso_app.strategies.local_head import LocalHead, LocalHeadLocal
-from fedkrso_app.training.loop import Session, schedules
+from fedkrso_app.training.loop import Session, rate_factors
 from fedkrso_app.training.model import LoadedModel
 
 MOMENTS = {"fedavgm": ("m",), "fedadam": ("m", "v"), "fedyogi": ("m", "v")}  # that the server keeps
@@ -250,8 +250,7 @@ def server_step(
 
 def shares(config: Config, constant: bool) -> np.ndarray:
     """λ_j: each local step's share of the learning rates of all, as :func:`training.loop.train` sets them."""
-    (schedule,) = schedules([torch.optim.SGD([torch.zeros(1)], lr=1.0)], constant, config)
-    rates = np.array([schedule.lr_lambdas[0](j) for j in range(config.local_steps)])
+    rates = np.array(rate_factors(constant, config))
     return rates / max(rates.sum(), 1e-300)
 
 

@@ -168,6 +168,12 @@ def schedules(
     ]
 
 
+def rate_factors(constant: bool, config: Config) -> list[float]:
+    """What :func:`schedules` multiplies a learning rate by, at each local step."""
+    (schedule,) = schedules([torch.optim.SGD([torch.zeros(1)], lr=1.0)], constant, config)
+    return [schedule.lr_lambdas[0](j) for j in range(config.local_steps)]
+
+
 @contextmanager
 def at_work(
     module: nn.Module,
@@ -197,13 +203,15 @@ def at_work(
             module.train(was_training)
 
 
-def show_progress(j: int, steps: int, loss: Tensor, began: float, shown: float) -> float:
-    """Log how far step ``j`` is, now and then; when that was last done (monotonic seconds)."""
+def show_progress(j: int, steps: int, loss: Tensor | None, began: float, shown: float) -> float:
+    """Log how far step ``j`` is, now and then, with its ``loss`` where that may be told; when that was last done
+    (monotonic seconds)."""
     now = time.monotonic()
     if j + 1 == steps or now - shown < _PROGRESS_SECONDS:
         return shown
     left = (now - began) / (j + 1) * (steps - j - 1)
-    logger.info("step %d/%d, loss %.4f, about %.0f s left", j + 1, steps, loss.item(), left)
+    text = "" if loss is None else f", loss {loss.item():.4f}"
+    logger.info("step %d/%d%s, about %.0f s left", j + 1, steps, text, left)
     return now
 
 

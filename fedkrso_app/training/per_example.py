@@ -26,12 +26,11 @@ from fedkrso_app.core.examples import NotRows, RowGradients, row_gradients
 from fedkrso_app.core.noise import NoiseStream
 from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training import vocabulary
-from fedkrso_app.training.loop import Session, at_work, precision, schedules
+from fedkrso_app.training.loop import Session, at_work, precision, schedules, show_progress
 from fedkrso_app.training.together import client_losses
 
 logger = logging.getLogger("flwr")
 
-_PROGRESS_SECONDS = 15.0
 _SAME = {"float32": 1e-3, "bfloat16": 5e-2}  # relative distance of two gradients that differ by rounding, at most
 
 Batch = dict[str, Tensor]
@@ -101,7 +100,7 @@ def train(
                     optimizer.step()
                     optimizer.zero_grad()
                     rate.step()
-                shown = _show(j, steps, began, shown)
+                shown = show_progress(j, steps, None, began, shown)
         finally:
             for parameter in parameters:
                 parameter.grad = None
@@ -197,12 +196,3 @@ def row_losses(module: nn.Module, batch: Mapping[str, Tensor], output_layer: nn.
     if output_layer is not None:
         return vocabulary.losses(logits, output_layer, labels, weights, len(labels))
     return client_losses(logits, labels, weights, len(labels))
-
-
-def _show(j: int, steps: int, began: float, shown: float) -> float:
-    """Log how far step ``j`` is, now and then, and nothing of its loss; when that was last done (monotonic seconds)."""
-    now = time.monotonic()
-    if j + 1 == steps or now - shown < _PROGRESS_SECONDS:
-        return shown
-    logger.info("step %d/%d, about %.0f s left", j + 1, steps, (now - began) / (j + 1) * (steps - j - 1))
-    return now

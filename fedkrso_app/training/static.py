@@ -23,7 +23,7 @@ from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.stacked import Group, Stack, StackedRSO
 from fedkrso_app.data.tasks import Task
 from fedkrso_app.training import vocabulary
-from fedkrso_app.training.loop import Session, at_work, precision, predicted, schedules, show_progress
+from fedkrso_app.training.loop import Session, at_work, precision, predicted, rate_factors, show_progress
 from fedkrso_app.training.together import client_losses, fused, joined, seed_of, trained_stacks
 
 logger = logging.getLogger("flwr")
@@ -227,8 +227,8 @@ def _prepared(
     for rso in () if stacks else projected:
         rso.fix()
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    (schedule,) = schedules([torch.optim.SGD([torch.zeros(1)], lr=1.0)], sessions[0].constant_rate, config)
-    each = [[group["lr"] * schedule.lr_lambdas[0](j) for group in groups] for j in range(config.local_steps)]
+    factors = rate_factors(sessions[0].constant_rate, config)
+    each = [[group["lr"] * factor for group in groups] for factor in factors]
     # torch's fused AdamW reads float32 on a GPU
     shares = torch.tensor(each, dtype=torch.float64 if device.type == "cpu" else torch.float32).to(device)
     rates = shares[0].clone()
