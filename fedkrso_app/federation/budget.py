@@ -14,21 +14,20 @@ simulation, have one for each run and partition in ``<cache>/privacy``. Whoever 
 
 import fcntl
 import hashlib
-import json
 import logging
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from fedkrso_app.config import ConfigError, cache
+from fedkrso_app.config import cache
 from fedkrso_app.core.accounting import Releases, epsilon
 from fedkrso_app.federation.discretion import Declined
+from fedkrso_app.records import lines
 
 logger = logging.getLogger("flwr")
 
@@ -83,14 +82,12 @@ def spend(path: Path, event: Event, delta: float, most: float = 0.0, of_the_run:
     :class:`Declined` and writes nothing where the event would exceed one, or where ``delta`` promises nothing.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(path, "a+b", opener=_private) as handle:
+    with open(path, "a+b", opener=lines.private) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        known = list(_events(path, handle))
+        handle.seek(0)
+        known = lines.spent(path, handle.read(), _event)
         check(event, known, delta, most, of_the_run)
-        handle.seek(0, os.SEEK_END)
-        handle.write(json.dumps({**vars(event), "time": int(time.time())}).encode() + b"\n")
-        handle.flush()
-        os.fsync(handle.fileno())
+        lines.append(handle, {**vars(event), "time": int(time.time())})
     return of_run(event, known, delta)
 
 
@@ -142,32 +139,8 @@ def told(value: float) -> float:
 
 def known(path: Path) -> list[Event]:
     """All events in a book."""
-    if not path.exists():
-        return []
-    with open(path, "rb") as handle:
-        return list(_events(path, handle))
-
-
-def _events(path: Path, handle: Any) -> Iterator[Event]:
-    """Those in an open file. A last line that was cut short was never spent: nothing begins before it is written."""
-    handle.seek(0)
-    text = handle.read()
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            if handle.writable():
-                handle.truncate(len(text) - len(line))
-            return
-        try:
-            yield _event(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path}, line {number} cannot be read ({error}): restore it; it says what was spent of privacy."
-            ) from None
+    return lines.spent(path, path.read_bytes(), _event) if path.exists() else []
 
 
 def _event(facts: Mapping[str, Any]) -> Event:
     return Event(**{name: kind(facts[name]) for name, kind in Event.__annotations__.items()})
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

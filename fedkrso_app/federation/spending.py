@@ -5,15 +5,14 @@ the round asked, those included that it left out. A round that is done again is 
 with other noise.
 """
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkrso_app.config import ConfigError
 from fedkrso_app.core.accounting import Releases, epsilon
+from fedkrso_app.records import lines
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Spending:
 
     def __init__(self, file: Path, delta: float) -> None:
         self._file, self._delta = file, delta
-        self.releases = list(_read(file))
+        self.releases = lines.spent(file, file.read_bytes(), _release) if file.is_file() else []
 
     def epsilon(self, *more: Release) -> float:
         """ε of the unit that was asked most, after all releases and ``more``.
@@ -50,34 +49,14 @@ class Spending:
     def write(self, release: Release) -> None:
         """Note ``release`` as spent; it is on the disk when this returns."""
         line = {"round": release.round, "unit": "client", "noise": release.noise, "clip": release.clip}
-        with open(self._file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            if file.tell() != (whole := _whole(self._file.read_bytes())):
-                file.truncate(whole)
-            file.write(json.dumps({**line, "asked": release.asked}).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with open(self._file, "a+b", opener=lines.private) as file:
+            lines.append(file, {**line, "asked": release.asked})
         folder = os.open(self._file.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the file's name, where it is new
         finally:
             os.close(folder)
         self.releases.append(release)
-
-
-def _whole(text: bytes) -> int:
-    """The length of the lines that are complete. Of one that was cut short nothing was released."""
-    return text.rfind(b"\n") + 1
-
-
-def _read(file: Path) -> Iterator[Release]:
-    text = file.read_bytes() if file.is_file() else b""
-    for number, line in enumerate(text[: _whole(text)].splitlines(), 1):
-        try:
-            yield _release(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{file}, line {number} cannot be read ({error}): restore it; it says what was spent of privacy."
-            ) from None
 
 
 def _release(facts: Mapping[str, Any]) -> Release:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedkrso_app.config import Config, ConfigError, resolved_path
 from fedkrso_app.data import hub
+from fedkrso_app.records import lines as logs
 from fedkrso_app.strategies import parse
 
 _LIBRARIES = ("flwr", "torch", "transformers", "datasets", "flwr-datasets", "peft", "numpy", "safetensors")
@@ -131,11 +132,7 @@ class Run:
     def add_opening(self, round: int, partitions: list[int]) -> None:
         """Append to openings.jsonl, on the disk when this returns, whose sum is about to be opened."""
         with open(self.path / "openings.jsonl", "a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut short: nobody was asked
-            file.write(json.dumps({"round": round, "partitions": partitions}).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            logs.append(file, {"round": round, "partitions": partitions})
 
     @property
     def opened(self) -> int:
