@@ -32,11 +32,12 @@ from fedkrso_app.core.subspace import matrix
 from fedkrso_app.data.batching import batch, lengths
 from fedkrso_app.runs.compare import settings
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Local, Shapes
+from fedkrso_app.strategies.base import Local
 from fedkrso_app.strategies.fedkrso import FedKRSOSettings
 from fedkrso_app.training import loop, model, per_example
 from fedkrso_app.training.loop import Session
 from fedkrso_app.training.per_example import Mechanism
+from fedkrso_app.training.shapes import Shapes
 
 Row = dict[str, Any]
 Update = Mapping[str, np.ndarray]

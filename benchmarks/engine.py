@@ -42,10 +42,11 @@ from fedkrso_app.federation.replica import Replica
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs.study import settings
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Method, Shapes
+from fedkrso_app.strategies.base import Method
 from fedkrso_app.training import loop, static, together
 from fedkrso_app.training.device import device, module_of, peak_bytes, release, reset_peak
 from fedkrso_app.training.graphs import Graphs
+from fedkrso_app.training.shapes import Shapes
 from fedkrso_app.training.static import Recorder
 
 PADDING = {"input_ids": 1}, False

@@ -34,10 +34,10 @@ from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import SubspaceLinear
 from fedkrso_app.runs.compare import settings
 from fedkrso_app.strategies import parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import FedKRSO, FedKRSOSettings, distinct_seeds
 from fedkrso_app.training.loop import head_optimizer
 from fedkrso_app.training.model import find_targets
+from fedkrso_app.training.shapes import Shapes
 
 CLIENTS, STEPS, ROUNDS = 10, 100, 10
 ROWS, TOKENS = 8, 64

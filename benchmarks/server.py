@@ -37,8 +37,8 @@ from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.records.protocol import Figures, Status, trained
 from fedkrso_app.runs.compare import settings
 from fedkrso_app.strategies import parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import FedKRSO
+from fedkrso_app.training.shapes import Shapes
 
 Arrays = dict[str, np.ndarray]
 _POOL = 4  # different replies; each is packed anew whenever it is its turn

@@ -31,8 +31,9 @@ from fedkrso_app.records.schema import Schema
 from fedkrso_app.runs import plan
 from fedkrso_app.runs.compare import settings
 from fedkrso_app.strategies import STRATEGIES, make, parse
-from fedkrso_app.strategies.base import Method, Shapes
+from fedkrso_app.strategies.base import Method
 from fedkrso_app.training.model import LoadedModel, find_targets
+from fedkrso_app.training.shapes import Shapes
 
 CLIENTS = 10
 

@@ -19,9 +19,9 @@ from fedkrso_app.runs import folder as run
 from fedkrso_app.runs import tracking
 from fedkrso_app.runs.server import Server
 from fedkrso_app.strategies import make, parse, privacy
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import model, threads
 from fedkrso_app.training.activations import TrainingError
+from fedkrso_app.training.shapes import Shapes
 
 logger = logging.getLogger("flwr")
 app = ServerApp()

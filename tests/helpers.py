@@ -21,8 +21,9 @@ from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.replay import exportable
 from fedkrso_app.strategies import STRATEGIES, make
-from fedkrso_app.strategies.base import Local, Shapes
+from fedkrso_app.strategies.base import Local
 from fedkrso_app.training import model
+from fedkrso_app.training.shapes import Shapes
 
 ON_SERVER = [name for name, method in STRATEGIES.items() if not method.local_head]  # whose model a server can judge
 ROOT = Path(__file__).parent.parent

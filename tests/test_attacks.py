@@ -13,8 +13,8 @@ from fedkrso_app.core.projection import projection
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.runs.compare import settings
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import model
+from fedkrso_app.training.shapes import Shapes
 
 
 @pytest.fixture

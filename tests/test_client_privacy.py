@@ -21,9 +21,9 @@ from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.runs import plan
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.privacy import noise_over_clip
 from fedkrso_app.training.loop import NotFinite
+from fedkrso_app.training.shapes import Shapes
 
 PRIVATE = {"privacy.unit": "client", "privacy.clip": 1.0, "privacy.noise": 2.0, "privacy.delta": 1e-3}
 SILENT = PRIVATE | {"privacy.clip": 1000.0, "privacy.noise": 1e-15}  # a deviation of 0.07 steps: rounded to none

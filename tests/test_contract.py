@@ -25,9 +25,9 @@ from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import loop, model
 from fedkrso_app.training.loop import TrainingError
+from fedkrso_app.training.shapes import Shapes
 
 
 def kinds_of_method() -> list[str]:

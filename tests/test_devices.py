@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 from fedkrso_app.federation.aggregate import Aggregate
 from fedkrso_app.records import wire
 from fedkrso_app.strategies import STRATEGIES, make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import loop, model
+from fedkrso_app.training.shapes import Shapes
 
 
 class Mps(TorchFunctionMode):

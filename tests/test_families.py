@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedkrso_app.config import ConfigError
-from fedkrso_app.strategies.base import LoraLocal
+from fedkrso_app.strategies.lora import LoraLocal
 from fedkrso_app.training import model
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

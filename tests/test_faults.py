@@ -21,10 +21,10 @@ from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger, LedgerError
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.strategies import make
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import FedKRSO
 from fedkrso_app.training import model
 from fedkrso_app.training.activations import TrainingError
+from fedkrso_app.training.shapes import Shapes
 
 # Nodes
 

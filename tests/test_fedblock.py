@@ -12,9 +12,9 @@ from fedkrso_app.core.flat import flatten
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedblock import block_of
 from fedkrso_app.training import model
+from fedkrso_app.training.shapes import Shapes
 
 BLOCK = 4 * (16 * 16 + 16) + 2 * 16 * 24 + 24 + 16 + 2 * 2 * 16  # by hand: attention, feed-forward, two norms
 

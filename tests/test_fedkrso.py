@@ -18,9 +18,9 @@ from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.records.protocol import Figures, Instructions, Status, trained
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import FedKRSO, FedKRSOLocal, draw_seeds
 from fedkrso_app.training import model
+from fedkrso_app.training.shapes import Shapes
 
 
 def test_seeds_are_distinct_fresh_every_round_and_the_same_for_the_same_run():

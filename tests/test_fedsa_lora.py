@@ -22,8 +22,8 @@ from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs import compare, plan
 from fedkrso_app.runs.study import Study
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import loop, model
+from fedkrso_app.training.shapes import Shapes
 
 CLIENTS = {"evaluate": "clients", "client-metrics": True}
 

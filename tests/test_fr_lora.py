@@ -13,8 +13,8 @@ from fedkrso_app.federation.round import Round
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import model
+from fedkrso_app.training.shapes import Shapes
 
 S, RANK = 4.0, 2  # alpha / rank of run_config
 

@@ -11,9 +11,9 @@ from fedkrso_app.federation.aggregate import Aggregate
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fwdllm import paced
 from fedkrso_app.training import model
+from fedkrso_app.training.shapes import Shapes
 
 SMALL = {"a.bias": 3, "b.bias": 4, "c.bias": 2}
 SHAPES = Shapes({"a": (3, 4)}, head=2, parameters=23, small=SMALL)

@@ -16,8 +16,8 @@ from fedkrso_app.config import ConfigError
 from fedkrso_app.core.flat import flatten
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs import plan
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import model
+from fedkrso_app.training.shapes import Shapes
 
 SMALL = ["linear", "frozen"]
 OUTPUT = ["classifier.out_proj.bias", "classifier.out_proj.weight"]

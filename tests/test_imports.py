@@ -53,7 +53,7 @@ def test_core_knows_only_torch_and_numpy(path):
 
 
 def test_a_strategy_imports_no_sibling_but_those_that_families_are_built_on():
-    common = {"base", "privacy", "scalar", "factors", "label_skew", "local_head", "fedit", "fedsrd"}
+    common = {"base", "lora", "privacy", "scalar", "factors", "label_skew", "local_head", "fedit", "fedsrd"}
     for path in (PACKAGE / "strategies").glob("*.py"):
         if path.stem == "__init__":
             continue

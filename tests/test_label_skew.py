@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.strategies import STRATEGIES, make, options, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.label_skew import log_shares
 from fedkrso_app.training import loop
 from fedkrso_app.training.model import load
+from fedkrso_app.training.shapes import Shapes
 
 METHODS = ["fedkrso", "fedfft", "fedit", "fedblock"]
 LABELS = np.array([0, 1, 1, 1, 1])

@@ -20,11 +20,11 @@ from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs import plan
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import FedKRSOLocal
 from fedkrso_app.strategies.flora import FLoRALocal
 from fedkrso_app.strategies.rolora import RoLoRA
 from fedkrso_app.training import loop, model
+from fedkrso_app.training.shapes import Shapes
 
 SCALE = 4.0  # alpha / rank of run_config
 

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, RobertaConfig
 
 from fedkrso_app.config import ConfigError
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import model
+from fedkrso_app.training.shapes import Shapes
 
 
 def test_tied_weights_are_never_targets():

@@ -33,9 +33,10 @@ from fedkrso_app.records.wire import Refused
 from fedkrso_app.runs import plan, report
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.strategies import STRATEGIES, make, parse
-from fedkrso_app.strategies.base import Local, Method, Shapes
+from fedkrso_app.strategies.base import Local, Method
 from fedkrso_app.training import model
 from fedkrso_app.training.loop import Session
+from fedkrso_app.training.shapes import Shapes
 
 SEEDS, EPSILON = 3, 1e-3
 

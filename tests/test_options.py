@@ -18,9 +18,10 @@ from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.runs import plan
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.strategies import STRATEGIES, make, options, parse
-from fedkrso_app.strategies.base import Local, Method, Shapes
+from fedkrso_app.strategies.base import Local, Method
 from fedkrso_app.training import loop
 from fedkrso_app.training.loop import Session
+from fedkrso_app.training.shapes import Shapes
 
 MEANS = ["fedfft", "fedit", "ffa-lora", "rolora"]  # methods whose entries are the means of their replies
 STEPS, RATE, A, TARGETS = 5, 0.1, np.array([1.0, 3.0]), np.array([[1.0, -2.0], [3.0, 0.5]])

@@ -19,11 +19,11 @@ from fedkrso_app.runs import plan
 from fedkrso_app.runs.compare import settings
 from fedkrso_app.runs.memory import SETTINGS, client_memory
 from fedkrso_app.strategies import STRATEGIES, make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkrso import distinct_seeds
 from fedkrso_app.training import model
 from fedkrso_app.training.activations import activation_memory
 from fedkrso_app.training.metrics import tally_size
+from fedkrso_app.training.shapes import Shapes
 
 MIB = 2**20
 KINDS = ("weights", "gradients", "optimizer", "activations", "peak")

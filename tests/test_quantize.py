@@ -17,8 +17,8 @@ from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import model
+from fedkrso_app.training.shapes import Shapes
 
 LENGTHS = [0, 1, 2, 127, 128, 129, 777]
 

@@ -14,9 +14,9 @@ from fedkrso_app.federation.aggregate import Aggregate
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.fedkseed import probabilities
 from fedkrso_app.training import model
+from fedkrso_app.training.shapes import Shapes
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from fedkrso_app.federation.store import cache
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.strategies.sketch import SeparateLocal
 from fedkrso_app.training import model
+from fedkrso_app.training.shapes import Shapes
 
 DELTA = torch.tensor([[0.5, -2.0], [1.0, 0.25]], dtype=torch.float64)
 

@@ -19,8 +19,8 @@ from fedkrso_app.runs import plan
 from fedkrso_app.runs.energy import captured
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.strategies import STRATEGIES, make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import model
+from fedkrso_app.training.shapes import Shapes
 
 FEW = {"state-dtype": "bfloat16", "compute-dtype": "bfloat16", "local-steps": 2, "num-server-rounds": 4}
 LATE = FEW | {"fraction-train": 0.5}  # two of four nodes per round

@@ -14,8 +14,8 @@ from test_together import CLIENTS, STEPS, alone, batches_of, ends, exact, in_one
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.stacked import Group
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training import graphs, model, static
+from fedkrso_app.training.shapes import Shapes
 from fedkrso_app.training.static import Recorder
 
 LONGEST = 16

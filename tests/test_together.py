@@ -15,8 +15,9 @@ from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.stacked import Group, Stack, StackedLinear, Unstackable
 from fedkrso_app.federation.workplace import Workplace
 from fedkrso_app.strategies import STRATEGIES, make, parse
-from fedkrso_app.strategies.base import Local, Shapes
+from fedkrso_app.strategies.base import Local
 from fedkrso_app.training import loop, model, together
+from fedkrso_app.training.shapes import Shapes
 
 BATCHING = [n for n, m in STRATEGIES.items() if m.half.stacked is not Local.stacked and not m.zeroth_order]
 IN_ONE = {"batch-clients": "9"}

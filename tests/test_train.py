@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.strategies import STRATEGIES, make, parse
-from fedkrso_app.strategies.base import Shapes
 from fedkrso_app.training.loop import Session, train
 from fedkrso_app.training.model import load
+from fedkrso_app.training.shapes import Shapes
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 MODELS = {

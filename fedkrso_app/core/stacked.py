@@ -4,9 +4,10 @@ Rows come client by client (the first client's b, then the next one's), so that 
 client's part of a result depends on its own rows and parameters alone, to the bit.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch.nn import functional
 
 from fedkrso_app.core.rso import RSO, adam_update
 from fedkrso_app.core.subspace import matrix
+
+T = TypeVar("T")
 
 
 class Unstackable(RuntimeError):
@@ -236,3 +239,19 @@ def stacked_linears(
         weight, bias = cast(Stack, own["weight"]), own.get("bias")
         layers[name] = StackedLinear(weight.whole, bias.whole if bias else None, group)
     return layers, stacks
+
+
+def sliced(half: T, stacks: Mapping[int, Stack], client: int) -> T:
+    """``half`` for one client of a pass: the same, with slices in the place of the parameters that ``stacks`` (by the
+    id of the parameter) were made of."""
+
+    def swapped(value: Any) -> Any:
+        if isinstance(value, nn.Parameter) and id(value) in stacks:
+            return stacks[id(value)].slices[client]
+        if isinstance(value, dict):
+            return {key: swapped(item) for key, item in value.items()}
+        return type(value)(map(swapped, value)) if type(value) in (list, tuple) else value
+
+    own = copy.copy(half)
+    vars(own).update({name: swapped(value) for name, value in vars(half).items()})
+    return own

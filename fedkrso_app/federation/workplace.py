@@ -32,11 +32,12 @@ from fedkrso_app.records.ledger import Entry
 from fedkrso_app.records.protocol import TALLY, Figures, Instructions, Status
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import make
-from fedkrso_app.strategies.base import Arrays, Shapes
+from fedkrso_app.strategies.base import Arrays
 from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.strategies.secure import narrow
 from fedkrso_app.training import graphs, loop, model, static, together
 from fedkrso_app.training.device import device, peak_bytes, release, reset_peak
+from fedkrso_app.training.shapes import Shapes
 
 logger = logging.getLogger("flwr")
 

@@ -25,9 +25,10 @@ from fedkrso_app.records.schema import Schema
 from fedkrso_app.runs.memory import Memory, client_memory
 from fedkrso_app.runs.sealed import with_masks
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Method, Shapes
+from fedkrso_app.strategies.base import Method
 from fedkrso_app.strategies.privacy import Privacy, noise_over_clip
 from fedkrso_app.training import metrics, model
+from fedkrso_app.training.shapes import Shapes
 
 _CLIENTS_ROWS = (200, 500, 1000, 2000, 5000, 10000, 50000)
 

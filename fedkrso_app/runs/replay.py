@@ -20,8 +20,9 @@ from fedkrso_app.records.ledger import Ledger, LedgerError
 from fedkrso_app.records.schema import Schema
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.strategies import make
-from fedkrso_app.strategies.base import Arrays, Local, Method, Shapes
+from fedkrso_app.strategies.base import Arrays, Local, Method
 from fedkrso_app.training import model, threads
+from fedkrso_app.training.shapes import Shapes
 
 
 def opened(folder: Path) -> tuple[Run, Ledger]:

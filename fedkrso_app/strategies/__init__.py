@@ -6,7 +6,7 @@ from typing import Any
 from fedkrso_app import config as common
 from fedkrso_app.config import Config, ConfigError, Settings, choice
 from fedkrso_app.strategies import options, privacy, secure
-from fedkrso_app.strategies.base import Lora, Method, Shapes
+from fedkrso_app.strategies.base import Method
 from fedkrso_app.strategies.decomfl import DeComFL
 from fedkrso_app.strategies.fed_dare import FedDARE
 from fedkrso_app.strategies.fedblock import FedBlock
@@ -25,9 +25,11 @@ from fedkrso_app.strategies.flora import FLoRA
 from fedkrso_app.strategies.fr_lora import FeDeRA, FRLora
 from fedkrso_app.strategies.fwdllm import FwdLLM
 from fedkrso_app.strategies.hetlora import HetLoRA
+from fedkrso_app.strategies.lora import Lora
 from fedkrso_app.strategies.lora_fair import LoRAFAIR
 from fedkrso_app.strategies.rolora import RoLoRA
 from fedkrso_app.strategies.sketch import Ferret, Separate
+from fedkrso_app.training.shapes import Shapes
 
 STRATEGIES: dict[str, type[Method]] = {
     "fedkrso": FedKRSO,

@@ -4,64 +4,27 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkrso_app.config import Config, ConfigError, Settings, need, need_positive
-from fedkrso_app.core import lora
+from fedkrso_app.config import Config, ConfigError, Settings
 from fedkrso_app.core.flat import unflatten
 from fedkrso_app.core.rounding import moving
-from fedkrso_app.core.stacked import Group, Stack, StackedLora, Unstackable, stacked_linears
-from fedkrso_app.core.subspace import matrix, replaced
+from fedkrso_app.core.stacked import Group, Stack, Unstackable
+from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Schema
-from fedkrso_app.training.loop import Session, head_optimizer
-from fedkrso_app.training.model import LoadedModel, find_blocks, find_small
+from fedkrso_app.training.loop import Session
+from fedkrso_app.training.model import LoadedModel
+from fedkrso_app.training.shapes import Shapes
 
 Arrays = Mapping[str, np.ndarray]
-L = TypeVar("L", bound="Local")
 
 # ``wire-dtype`` -> the dtype of a head, and that of other states in a ledger entry, which every round rounds anew.
 _HEAD = {"float32": "float32", "float16": "float16", "int8": "int8", "int4": "int8"}
 _STATE = {"float32": "float32", "float16": "float16", "int8": "float16", "int4": "float16"}
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """All that the server must know of a model: target layers (name -> m, n), and numbers of parameters."""
-
-    targets: Mapping[str, tuple[int, int]]
-    head: int  # what is trained of it
-    parameters: int  # all
-    frozen: int = 0  # what is left of the head
-    blocks: tuple[int, ...] = ()  # each transformer block
-    small: Mapping[str, int] = field(default_factory=dict)  # norms and biases, by name
-
-    @classmethod
-    def of(cls, loaded: LoadedModel) -> "Shapes":
-        sizes = {name: (matrix(layer).shape[0], matrix(layer).shape[1]) for name, layer in loaded.targets.items()}
-        head = sum(parameter.numel() for parameter in loaded.head.values())
-        every = {name: parameter.numel() for name, parameter in loaded.module.named_parameters()}
-        blocks = tuple(sum(parameter.numel() for parameter in block.values()) for block in find_blocks(loaded).values())
-        small = {name: parameter.numel() for name, parameter in find_small(loaded).items()}
-        frozen = sum(every[name] for name in loaded.frozen)
-        return cls(sizes, head, sum(every.values()), frozen, blocks, small)
-
-    @property
-    def weights(self) -> int:
-        """Σ m·n, the size of the target layers' weights."""
-        return sum(m * n for m, n in self.targets.values())
-
-    def outputs(self, rank: int) -> int:
-        """Q = Σ m·r, the size of all B factors."""
-        return rank * sum(m for m, _ in self.targets.values())
-
-    def inputs(self, rank: int) -> int:
-        """A# = Σ n·r, the size of all A factors."""
-        return rank * sum(n for _, n in self.targets.values())
 
 
 class Means(Protocol):
@@ -158,102 +121,6 @@ class Local(ABC):
     def plain_state(self) -> dict[str, Tensor]:
         """The model's state under the names of the plain hub model."""
         return self.module.state_dict()
-
-
-@dataclass(frozen=True)
-class Lora(Settings):
-    """LoRA on the target layers: ΔW = (alpha / rank) B A."""
-
-    table = "lora"
-    rank: int
-    ranks: str  # partition i trains at the i-th, counting on from the first after the last; "": all at ``rank``
-    alpha: float
-    learning_rate: float  # FedIT's
-
-    def __post_init__(self) -> None:
-        need(self.rank >= 1, "lora.rank", self.rank, "at least 1")
-        if self.ranks and not all(part.strip().isdecimal() and int(part) for part in self.ranks.split(",")):
-            raise ConfigError(f"lora.ranks = {self.ranks!r} is not a list of ranks; write for instance '8,4,4'.")
-        need_positive("lora.alpha", self.alpha)
-        need_positive("lora.learning-rate", self.learning_rate)
-
-    @property
-    def each(self) -> list[int]:
-        """The ranks that partitions take in turn."""
-        return [int(part) for part in self.ranks.split(",")] if self.ranks else [self.rank]
-
-    @property
-    def most(self) -> int:
-        """R, the rank of the factors that all have: a smaller one uses the first components."""
-        return max(self.each)
-
-    def of(self, partition: int) -> int:
-        return self.each[partition % len(self.each)]
-
-
-class LoraLocal(Local):
-    """Client half of the methods that train low-rank factors: LoRA layers on the targets, and their tensors by name."""
-
-    by_row: ClassVar[bool] = True
-    factors: ClassVar[tuple[str, ...]] = ("A", "B")  # those that are trained
-
-    def __init__(self, loaded: LoadedModel, config: Config) -> None:
-        super().__init__(loaded, config)
-        settings = config.of(Lora)
-        # alpha / rank is the scale at every rank
-        alpha = settings.alpha * settings.most / settings.rank if settings.ranks else settings.alpha
-        self.layers = lora.attach(self.module, list(self.targets), settings.most, alpha, config.seed)
-        self.module.requires_grad_(False)  # the new factors too: training turns on those that it trains
-        self.pairs = [lora.factors(layer) for layer in self.layers.values()]
-        tensors = {"A": [A for A, _ in self.pairs], "B": [B for _, B in self.pairs], "head": list(self.head.values())}
-        self.tensors: dict[str, list[nn.Parameter]] = {name: tensors[name] for name in (*self.factors, "head")}
-
-    def optimized(self) -> list[nn.Parameter]:
-        return [parameter for name in (*self.factors, "head") for parameter in self.tensors.get(name, [])]
-
-    def shared(self) -> list[Tensor]:
-        return [parameter.detach() for parameters in self.tensors.values() for parameter in parameters]
-
-    def trained(self) -> list[Tensor]:
-        own = [tensor for tensors in self.personal().values() for tensor in tensors]
-        return [parameter.detach() for parameter in self.optimized()] + own
-
-    def optimizers(self, factors: Sequence[str], learning_rate: float) -> list[torch.optim.Optimizer]:
-        """AdamW on the named ``factors`` (without decay) and on the head."""
-        parameters = [parameter for name in factors for parameter in self.tensors[name]]
-        adamw = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        return [adamw, head_optimizer(self.head, learning_rate)]
-
-    def plain_state(self) -> dict[str, Tensor]:
-        return lora.merged_state(self.module, self.layers)
-
-    @contextmanager
-    def stacked(self, group: Group) -> Iterator[tuple[list[Local], list[Stack]]]:
-        layers, heads = stacked_linears(self.module, list(self.head), group)
-        stacks = {id(self.head[name]): stack for name, stack in heads.items()}
-        for name, layer in self.layers.items():
-            A, B = lora.factors(layer)
-            stacks |= {id(factor): Stack(factor, group.clients) for factor in (A, B)}
-            both = stacks[id(A)].whole, stacks[id(B)].whole
-            layers[name] = StackedLora(layer.get_base_layer(), *both, lora.scaling(layer), group)
-        with replaced(self.module, layers):
-            yield [sliced(self, stacks, client) for client in range(group.clients)], list(stacks.values())
-
-
-def sliced(local: L, stacks: Mapping[int, Stack], client: int) -> L:
-    """``local`` for one client of a pass: the same, with slices in the place of the parameters that ``stacks`` (by the
-    id of the parameter) were made of."""
-
-    def swapped(value: Any) -> Any:
-        if isinstance(value, nn.Parameter) and id(value) in stacks:
-            return stacks[id(value)].slices[client]
-        if isinstance(value, dict):
-            return {key: swapped(item) for key, item in value.items()}
-        return type(value)(map(swapped, value)) if type(value) in (list, tuple) else value
-
-    own = copy.copy(local)
-    vars(own).update({name: swapped(value) for name, value in vars(local).items()})
-    return own
 
 
 class Method(ABC):

@@ -21,8 +21,10 @@ from fedkrso_app.core.products import by_component, by_layer
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Role, Schema
 from fedkrso_app.records.wire import Refused
-from fedkrso_app.strategies.base import Arrays, Lora, LoraLocal, Means, Method, Shapes
+from fedkrso_app.strategies.base import Arrays, Means, Method
+from fedkrso_app.strategies.lora import Lora, LoraLocal
 from fedkrso_app.training.loop import Session
+from fedkrso_app.training.shapes import Shapes
 
 LARGEST = 1e6  # of a factor's values; sound ones are far below 1
 

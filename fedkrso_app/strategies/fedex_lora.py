@@ -15,8 +15,9 @@ import numpy as np
 from fedkrso_app.config import Settings, need, need_positive
 from fedkrso_app.core.products import residual, truncated
 from fedkrso_app.records.schema import Schema
-from fedkrso_app.strategies.base import Arrays, Lora, Means
+from fedkrso_app.strategies.base import Arrays, Means
 from fedkrso_app.strategies.factors import MovingLocal, Products
+from fedkrso_app.strategies.lora import Lora
 
 _LONGEST = 2**20  # components of a residual: a bound on what a node takes
 

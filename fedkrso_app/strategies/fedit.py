@@ -16,7 +16,8 @@ from fedkrso_app.config import Settings
 from fedkrso_app.core import lora
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.records.schema import Field, Schema
-from fedkrso_app.strategies.base import Arrays, Lora, LoraLocal, Method
+from fedkrso_app.strategies.base import Arrays, Method
+from fedkrso_app.strategies.lora import Lora, LoraLocal
 from fedkrso_app.training.loop import Session
 
 

@@ -24,11 +24,11 @@ from fedkrso_app.config import Config, ConfigError, Settings, choice, need, need
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.projection import beside, projections, stream
 from fedkrso_app.core.rso import RSO
-from fedkrso_app.core.stacked import Group, Stack, StackedSubspace, SubspaceSlice, stacked_linears
+from fedkrso_app.core.stacked import Group, Stack, StackedSubspace, SubspaceSlice, sliced, stacked_linears
 from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear, attached, fold, matrix, replaced
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
-from fedkrso_app.strategies.base import Arrays, Local, Means, Method, sliced
+from fedkrso_app.strategies.base import Arrays, Local, Means, Method
 from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.training.loop import Session, head_optimizer
 

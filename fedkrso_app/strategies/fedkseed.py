@@ -23,10 +23,11 @@ from fedkrso_app.core.directions import seeds_of
 from fedkrso_app.core.projection import beside, layer_key, philox
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
-from fedkrso_app.strategies.base import Arrays, Means, Shapes
+from fedkrso_app.strategies.base import Arrays, Means
 from fedkrso_app.strategies.scalar import SCALE, ScalarLocal, ScalarMethod, Zeroth
 from fedkrso_app.training.loop import Session
 from fedkrso_app.training.model import LoadedModel
+from fedkrso_app.training.shapes import Shapes
 
 STEEPEST = 1000.0  # a larger |g| counts as this one (the authors' code)
 

@@ -15,8 +15,8 @@ from fedkrso_app.config import Config, Settings, need_positive
 from fedkrso_app.core.projection import beside
 from fedkrso_app.core.zeroth import ZerothOrder
 from fedkrso_app.records.schema import Schema
-from fedkrso_app.strategies.base import Lora
 from fedkrso_app.strategies.fedit import FedIT, FedITLocal
+from fedkrso_app.strategies.lora import Lora
 from fedkrso_app.strategies.scalar import Zeroth
 from fedkrso_app.training.loop import Session, head_optimizer
 from fedkrso_app.training.model import LoadedModel

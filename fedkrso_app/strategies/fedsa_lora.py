@@ -14,8 +14,9 @@ from torch import Tensor
 from fedkrso_app.config import Settings, need_positive
 from fedkrso_app.core.flat import flatten
 from fedkrso_app.records.schema import Schema
-from fedkrso_app.strategies.base import Arrays, Lora
+from fedkrso_app.strategies.base import Arrays
 from fedkrso_app.strategies.fedit import FedIT, FedITLocal
+from fedkrso_app.strategies.lora import Lora
 
 
 @dataclass(frozen=True)

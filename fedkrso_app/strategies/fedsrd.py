@@ -28,9 +28,11 @@ from fedkrso_app.core.projection import layer_key, philox
 from fedkrso_app.core.srd import Term
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
-from fedkrso_app.strategies.base import Arrays, Lora, LoraLocal, Means, Method, Shapes
+from fedkrso_app.strategies.base import Arrays, Means, Method
 from fedkrso_app.strategies.factors import bounded
+from fedkrso_app.strategies.lora import Lora, LoraLocal
 from fedkrso_app.training.loop import Session, head_optimizer
+from fedkrso_app.training.shapes import Shapes
 
 logger = logging.getLogger("flwr")
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from fedkrso_app.config import Settings, need_positive
-from fedkrso_app.strategies.base import Lora
 from fedkrso_app.strategies.fedit import FedIT, FedITLocal
+from fedkrso_app.strategies.lora import Lora
 
 
 @dataclass(frozen=True)

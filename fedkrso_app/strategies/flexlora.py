@@ -13,8 +13,9 @@ import numpy as np
 from fedkrso_app.config import Settings, need_positive
 from fedkrso_app.core import lora
 from fedkrso_app.core.products import by_component, spectral
-from fedkrso_app.strategies.base import Lora, Means
+from fedkrso_app.strategies.base import Means
 from fedkrso_app.strategies.factors import ComponentsLocal, Products
+from fedkrso_app.strategies.lora import Lora
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.products import truncated
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Role, Schema
-from fedkrso_app.strategies.base import Arrays, Lora, Means
+from fedkrso_app.strategies.base import Arrays, Means
 from fedkrso_app.strategies.factors import MovingLocal, Products
+from fedkrso_app.strategies.lora import Lora
 
 _LONGEST = 2**20  # components of an entry: a bound on what a node takes
 

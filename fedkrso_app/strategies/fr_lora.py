@@ -25,8 +25,9 @@ from fedkrso_app.core import lora
 from fedkrso_app.core.flat import flatten, unflatten
 from fedkrso_app.core.subspace import matrix
 from fedkrso_app.records.schema import Field, Schema
-from fedkrso_app.strategies.base import Arrays, Lora
+from fedkrso_app.strategies.base import Arrays
 from fedkrso_app.strategies.fedit import FedIT, FedITLocal
+from fedkrso_app.strategies.lora import Lora
 from fedkrso_app.training.loop import Session
 from fedkrso_app.training.model import LoadedModel
 

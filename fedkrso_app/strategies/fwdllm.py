@@ -24,10 +24,11 @@ from fedkrso_app.core.directions import move_vector, vectors
 from fedkrso_app.core.projection import beside
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
-from fedkrso_app.strategies.base import Arrays, Means, Shapes
+from fedkrso_app.strategies.base import Arrays, Means
 from fedkrso_app.strategies.scalar import ScalarLocal, ScalarMethod, Zeroth
 from fedkrso_app.training.loop import Session
 from fedkrso_app.training.model import LoadedModel, find_small
+from fedkrso_app.training.shapes import Shapes
 
 _MOST = 2**22  # pairs of an entry: 48 MiB
 

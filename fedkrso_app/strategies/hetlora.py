@@ -13,8 +13,9 @@ import numpy as np
 
 from fedkrso_app.config import Settings, choice, need_positive
 from fedkrso_app.core.products import by_layer, squared_norm
-from fedkrso_app.strategies.base import Arrays, Lora, Means
+from fedkrso_app.strategies.base import Arrays, Means
 from fedkrso_app.strategies.factors import ComponentsLocal, Products
+from fedkrso_app.strategies.lora import Lora
 
 
 @dataclass(frozen=True)

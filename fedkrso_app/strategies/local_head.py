@@ -15,8 +15,9 @@ from torch import Tensor
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.flat import flatten, storage
 from fedkrso_app.records.schema import Field, Schema
-from fedkrso_app.strategies.base import Arrays, Local, Method, Shapes
+from fedkrso_app.strategies.base import Arrays, Local, Method
 from fedkrso_app.training.loop import Session
+from fedkrso_app.training.shapes import Shapes
 
 
 class LocalHeadLocal(Local):

@@ -15,9 +15,10 @@ import numpy as np
 from fedkrso_app.config import Settings, need, need_positive
 from fedkrso_app.core.flat import flatten
 from fedkrso_app.core.products import ridge
-from fedkrso_app.strategies.base import Arrays, Lora, Means
+from fedkrso_app.strategies.base import Arrays, Means
 from fedkrso_app.strategies.factors import bounded
 from fedkrso_app.strategies.fedit import FedIT, FedITLocal
+from fedkrso_app.strategies.lora import Lora
 
 
 @dataclass(frozen=True)

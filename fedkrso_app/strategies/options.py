@@ -26,11 +26,12 @@ from fedkrso_app.core.rso import RSO
 from fedkrso_app.data import tasks
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies import secure
-from fedkrso_app.strategies.base import Arrays, Local, Means, Method, Shapes
+from fedkrso_app.strategies.base import Arrays, Local, Means, Method
 from fedkrso_app.strategies.label_skew import AdjustedLocal, HeadRateLocal
 from fedkrso_app.strategies.local_head import LocalHead, LocalHeadLocal
 from fedkrso_app.training.loop import Session, rate_factors
 from fedkrso_app.training.model import LoadedModel
+from fedkrso_app.training.shapes import Shapes
 
 MOMENTS = {"fedavgm": ("m",), "fedadam": ("m", "v"), "fedyogi": ("m", "v")}  # that the server keeps
 

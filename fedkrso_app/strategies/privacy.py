@@ -8,7 +8,8 @@ from typing import Any
 from fedkrso_app.config import Config, ConfigError, Settings, choice, need
 from fedkrso_app.core.accounting import INSTALL, Releases, can_sample, epsilon
 from fedkrso_app.core.noise import LARGEST
-from fedkrso_app.strategies.base import Lora, Method
+from fedkrso_app.strategies.base import Method
+from fedkrso_app.strategies.lora import Lora
 
 logger = logging.getLogger("flwr")
 

@@ -17,9 +17,11 @@ from fedkrso_app.config import Config, Settings, need_positive
 from fedkrso_app.core.flat import flatten
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
-from fedkrso_app.strategies.base import Arrays, Lora, Shapes
+from fedkrso_app.strategies.base import Arrays
 from fedkrso_app.strategies.fedit import FedIT, FedITLocal
+from fedkrso_app.strategies.lora import Lora
 from fedkrso_app.training.loop import Session
+from fedkrso_app.training.shapes import Shapes
 
 
 @dataclass(frozen=True)
