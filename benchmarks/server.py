@@ -30,8 +30,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.models import classifier, loaded, show
 from fedkrso_app.core.fixed_point import FixedPointMeans
+from fedkrso_app.federation.exchange import no_figures
 from fedkrso_app.federation.nodes import Nodes
-from fedkrso_app.federation.round import Round, no_figures
+from fedkrso_app.federation.published import Published
+from fedkrso_app.federation.round import Round
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Entry, Ledger
 from fedkrso_app.records.protocol import Figures, Status, trained
@@ -130,15 +132,17 @@ def _aggregate(method: FedKRSO, pool: list[Arrays], clients: int, beside: Callab
         ledger = Ledger(Path(folder))
         ledger.append(Entry(0, {}, no_figures()))
         nodes = Nodes("", "0" * 16, 60.0, ledger)
-        strategy = Round(method, [], ledger, Ledger(Path(folder) / "server"), nodes, host=None)  # type: ignore[arg-type]
+        published = Published(method, [], ledger, Ledger(Path(folder) / "server"), lambda: None)
+        strategy = Round(published, nodes, host=None)  # type: ignore[arg-type]
         asked = []
         for node in range(clients):
             message = Message(RecordDict(), node, "train")
             message.metadata.__dict__["_message_id"] = str(node)  # as Flower's grid does when it sends
             asked.append(message)
         # What configure_train leaves behind once the messages are out.
-        strategy.round, strategy._started, strategy._figures = 1, time.monotonic(), no_figures()
-        strategy._asked, strategy._training = [(message, (node, [node])) for node, message in enumerate(asked)], True
+        strategy.round, strategy._started = 1, time.monotonic()
+        exchange = strategy._exchange
+        exchange._asked, exchange._training = [(message, (node, [node])) for node, message in enumerate(asked)], True
         strategy.nodes.partitions = {node: (node,) for node in range(clients)}
         strategy.begin({node: [node] for node in range(clients)})
         strategy._grid = None

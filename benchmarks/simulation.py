@@ -44,7 +44,7 @@ APPS: dict[str, Any] = {
             "fedkrso_app.federation.workplace:Workplace._trained": "pack",
         },
         "server_parts": {
-            "fedkrso_app.federation.round:Round._ask": "aggregate",
+            "fedkrso_app.federation.exchange:Exchange.ask": "aggregate",
             "fedkrso_app.federation.aggregate:Aggregate.accept": "aggregate",
             "fedkrso_app.federation.round:Round._close": "aggregate",
             "fedkrso_app.training.metrics:tally": "evaluate",

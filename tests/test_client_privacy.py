@@ -9,12 +9,12 @@ import scipy.stats
 from flwr.app import ConfigRecord, Message, RecordDict
 from helpers import arrays_of, digest, play, replayed, replica
 
-from fedkrso_app import cli
+from fedkrso_app.cli import planning
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core import projection
 from fedkrso_app.core.accounting import gaussian_epsilon
-from fedkrso_app.federation import round as rounds
 from fedkrso_app.federation import workplace
+from fedkrso_app.federation.published import Published
 from fedkrso_app.federation.released import Released, Spent, release_of
 from fedkrso_app.federation.spending import Release, Spending
 from fedkrso_app.records.ledger import Ledger
@@ -138,15 +138,15 @@ def test_under_masks_without_noise_the_sum_is_the_plain_one(run_config):
 
 
 def test_whoever_is_killed_after_paying_pays_again(run_config, monkeypatch):
-    plain = rounds.Round._publish
+    plain = Published.append
 
-    def killed(self, figures, arrays):
+    def killed(self, figures, *args):
         if figures["round"] == 2:
             raise KeyboardInterrupt
-        plain(self, figures, arrays)
+        plain(self, figures, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rounds.Round, "_publish", killed)
+        patch.setattr(Published, "append", killed)
         play(run_config | PRIVATE, nodes=2)
     path = f"{run_config['output-dir']}/run"
     run = play(run_config | PRIVATE | {"resume": path}, nodes=2)
@@ -264,7 +264,7 @@ def test_a_plan_has_the_epsilon_and_the_size_of_the_noise(run_config):
     assert noise_over_clip(7.62, 3_909_890, 10) == pytest.approx(1506, rel=1e-3)
     facts = plan.plan(run_config | PRIVATE, ["fedkrso"], clients=20)
     assert facts["rows"][0]["noise_over_clip"] > 1 and facts["rows"][0]["used"] == 3
-    assert any("times a full update" in line for line in cli._plan_notes(facts))
+    assert any("times a full update" in line for line in planning.notes(facts))
 
 
 def test_a_round_beyond_the_bound_is_not_begun(run_config, tmp_path):

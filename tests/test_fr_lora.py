@@ -9,7 +9,7 @@ from test_families import build
 
 from fedkrso_app.core import lora
 from fedkrso_app.core.subspace import matrix
-from fedkrso_app.federation.round import Round
+from fedkrso_app.federation.published import Published
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.strategies import make, parse
@@ -144,14 +144,14 @@ def test_weights_in_the_place_of_entries_bring_the_start_too(run_config, monkeyp
     """A fresh node that is sent weights never sees entry 0: here from the second missed round on."""
     settings = run_config | {"strategy": "fr-lora", "fraction-train": 0.5, "num-server-rounds": 5}
     plain, brought = play(settings), []
-    smaller = lambda self, since: catch_up(self, since) if self.ledger.version - since < 2 else weights(self)  # noqa: E731
-    catch_up = Round.catch_up
+    smaller = lambda self, since: catch_up(self, since) if self.version - since < 2 else weights(self)  # noqa: E731
+    catch_up = Published.catch_up
 
     def weights(self):
-        brought.append(self.ledger.version)
-        return RecordDict({f"weights-{self.ledger.version}": wire.pack(self.host.weights())})
+        brought.append(self.version)
+        return RecordDict({f"weights-{self.version}": wire.pack(self.weights())})
 
-    monkeypatch.setattr(Round, "catch_up", smaller)
+    monkeypatch.setattr(Published, "catch_up", smaller)
     run = play(settings | {"run-name": "devices"}, run_id=2, devices=True)
     assert brought and digest(run) == digest(plain) == replayed(plain)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.rounding import moving, rounded
-from fedkrso_app.federation.round import Round
+from fedkrso_app.federation.published import Published
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.runs import plan
@@ -78,10 +78,10 @@ def test_late_nodes_fresh_processes_and_a_resume_lead_to_the_same_bits(run_confi
     brought = []
 
     def smaller(self, *args):
-        brought.append(self.ledger.version)
-        return RecordDict({f"weights-{self.ledger.version}": wire.pack(self.host.weights())})
+        brought.append(self.version)
+        return RecordDict({f"weights-{self.version}": wire.pack(self.weights())})
 
-    monkeypatch.setattr(Round, "catch_up", smaller)
+    monkeypatch.setattr(Published, "catch_up", smaller)
     by_weights = play(settings | {"run-name": "weights"}, run_id=5, devices=True)
     assert max(brought) > 1 and digest(by_weights) == digest(whole)
 

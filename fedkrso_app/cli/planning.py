@@ -37,7 +37,7 @@ def plan(
     out.print(_costs_table(facts))
     if any(row["memory"] for row in facts["rows"]):
         out.print(_memory_table(facts))
-    for line in _plan_notes(facts):
+    for line in notes(facts):
         out.print(f"- {line}", **PLAIN)
 
 
@@ -82,7 +82,7 @@ def _memory_table(facts: Mapping[str, Any]) -> Table:
     return table
 
 
-def _plan_notes(facts: Mapping[str, Any]) -> Iterator[str]:
+def notes(facts: Mapping[str, Any]) -> Iterator[str]:
     """What the figures mean and what moves them; each follows from a formula or from the count itself."""
     for name, reason in facts["left_out"].items():
         yield f"{name} is left out: {reason}"

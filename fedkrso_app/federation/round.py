@@ -3,30 +3,24 @@
 import functools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
 from fedkrso_app.config import ConfigError
-from fedkrso_app.core.projection import stream
-from fedkrso_app.federation import budget, masked, masks, released
+from fedkrso_app.federation import masked, masks, released
 from fedkrso_app.federation.aggregate import Aggregate, Unopened
-from fedkrso_app.federation.nodes import UNKNOWN_HISTORY, Nodes, sampled
-from fedkrso_app.federation.replica import first_needed
+from fedkrso_app.federation.exchange import Exchange
+from fedkrso_app.federation.nodes import Nodes, sampled
+from fedkrso_app.federation.published import Published
 from fedkrso_app.federation.spending import Spending
-from fedkrso_app.federation.transforms import Transform
 from fedkrso_app.records import protocol, wire
-from fedkrso_app.records.history import History
-from fedkrso_app.records.ledger import Entry, Ledger
-from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Instructions, Status
-from fedkrso_app.records.schema import Schema, superseded
+from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Instructions
+from fedkrso_app.records.schema import Schema
 from fedkrso_app.records.wire import Refused
-from fedkrso_app.strategies.base import Arrays, Method
 from fedkrso_app.strategies.privacy import Privacy
 
 logger = logging.getLogger("flwr")
@@ -47,9 +41,6 @@ class Host(Protocol):
     def opened(self) -> int:
         """The last round whose sum was, or may have been, opened; 0 if none was."""
 
-    def weights(self) -> Arrays | None:
-        """All shared tensors at the newest version (:attr:`Method.weights`); None where the server has no model."""
-
     def score(self, tally: np.ndarray) -> tuple[float, float]:
         """Metric and loss. Raises ValueError for a tally that cannot be."""
 
@@ -58,19 +49,16 @@ class Round(Strategy):
     """A Flower strategy: sample, send each node the entries it lacks, aggregate what fits, append one entry.
 
     Flower's ``start`` drives it. W itself is never an argument or a result of Flower's hooks: the ledger is the state,
-    and whoever wants W (evaluation, export) replays it. ``kept`` holds the method's arrays of role "server"; the method
-    has seen all entries that there are.
+    and whoever wants W (evaluation, export) replays it.
     """
 
-    def __init__(
-        self, method: Method, transforms: Sequence[Transform], ledger: Ledger, kept: Ledger, nodes: Nodes, host: Host
-    ) -> None:
-        self.method, self.transforms, self.ledger, self.kept = method, transforms, ledger, kept
-        self.config, self.nodes, self.host = method.config, nodes, host
+    def __init__(self, published: Published, nodes: Nodes, host: Host) -> None:
+        self.published, self.nodes, self.host = published, nodes, host
+        self.method, self.transforms, self.config = published.method, published.transforms, published.method.config
         unit = self.config.of(Privacy).unit
         self._by_example, self._by_client = unit == "example", unit == "client"
-        self._figures, self._spent = no_figures(), 0  # clients that declined by the run's bound on ε
-        done = int(ledger.read(ledger.version).record["round"])
+        done = int(self.published.record["round"])
+        self._exchange = Exchange(done, self.published, nodes, self.config)
         self.first_round = 1 + done  # later than 1 in a resumed run
         if (opened := host.opened() if self.config.secure_aggregation else 0) > done:
             logger.warning(
@@ -79,13 +67,6 @@ class Round(Strategy):
                 opened,
             )
             self.first_round = 1 + opened
-        self.span = method.entry.span
-        self._history = History(method.entry.travelling)
-        for version in ledger.versions() if self.config.secure_aggregation else ():
-            self._history.follow(version, ledger.read(version).arrays)
-        method.replies = int(ledger.read(ledger.version).record["clients"])
-        if ledger.version > 0 and method.entry.named("server"):
-            method.kept = dict(kept.read(ledger.version).arrays)
 
     # What Flower's loop calls
 
@@ -117,21 +98,21 @@ class Round(Strategy):
         else:
             self.nodes.welcome(grid, again=True)
             self.nodes.wait_online(grid, least)
-        if self._spent and self._spent == self.nodes.expected and not self._figures["clients"]:
+        if self._exchange.spent == self.nodes.expected and not self._exchange.figures["clients"]:
             raise released.Spent("privacy.max-epsilon would be exceeded for each client")
-        self._figures, self._grid, self._spent = no_figures(), grid, 0
+        self._exchange, self._grid = Exchange(self.round, self.published, self.nodes, self.config), grid
         asked = self.nodes.sample(grid, fraction, self.config.seed, self.round)
         try:
             self.begin(asked)
         except Unopened as reason:
             logger.warning("nobody is asked: %s", reason)
             asked = {}
-        return self._ask(TRAIN, asked, self.round, self.method.instructions(self.round))
+        return self._exchange.ask(TRAIN, asked, self.method.instructions(self.round), self._sums.records)
 
     def begin(self, asked: Mapping[int, Sequence[int]]) -> None:
         """Make the sums of the round that asks these nodes (id -> partitions). Raises :class:`Unopened`, and
         :class:`released.Spent` where the round must not be."""
-        start = self._newest_state() if self.transforms or self.config.max_update_norm else {}
+        start = self.published.state() if self.transforms or self.config.max_update_norm else {}
         given = self.method.instructions(self.round)
         self._sums = Aggregate(self.method, self.round, self.transforms, start)
         if self._by_client:
@@ -139,10 +120,11 @@ class Round(Strategy):
             pay = functools.partial(spending.write, released.release_of(self.round, self.config, asked, held, spending))
             self._sums = released.Released(self.method, self.round, start, given, asked, pay)
         if self.config.secure_aggregation:
-            version = self.ledger.version
-            told = Instructions(self.nodes.run, version, self.ledger.stamp(version), round=self.round, method=given)
+            version = self.published.version
+            stamp = self.published.ledger.stamp(version)
+            instructions = Instructions(self.nodes.run, version, stamp, round=self.round, method=given)
             roster = masked.roster_of(asked, self.nodes, self.config)
-            story = masks.story_of(told, self._history.digest, self.nodes.model, self.config)
+            story = masks.story_of(instructions, self.published.history.digest, self.nodes.model, self.config)
 
             def note(partitions: list[int]) -> None:
                 if self._by_client:
@@ -156,9 +138,9 @@ class Round(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         accepted: dict[int, dict[str, float]] = {}  # partition id -> figures
         self._to_evaluate: dict[int, list[int]] = {}
-        for node, partitions, content, size in self._received(replies):
-            with self._refusing(partitions):
-                version = self._check_version(content, node, partitions)
+        for node, partitions, content, size in self._exchange.received(replies, self._sums):
+            with self._exchange.refusing(partitions):
+                version = self._exchange.check_version(content, node, partitions)
                 figures = self._sums.accept(content, node, partitions)
                 self.nodes.found(node, version, partitions)
                 accepted |= {partition: {**each, "uplink_bytes": size} for partition, each in figures.items()}
@@ -169,15 +151,15 @@ class Round(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any
     ) -> Iterable[Message]:
-        return self._ask(EVALUATE, self._to_evaluate) if self.config.evaluate == "clients" else []
+        return self._exchange.ask(EVALUATE, self._to_evaluate) if self.config.evaluate == "clients" else []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         tallies: dict[int, np.ndarray] = {}
         scores: dict[int, float] = {}
-        for node, (partition,), content, size in self._received(replies):
+        for node, (partition,), content, size in self._exchange.received(replies, self._sums):
             figures: dict[str, float] = {}
-            with self._refusing([partition]):
-                version = self._check_version(content, node, [partition])
+            with self._exchange.refusing([partition]):
+                version = self._exchange.check_version(content, node, [partition])
                 tally = wire.unpack(protocol.arrays(content, TALLY), self.host.tally_schema)["tally"]
                 try:
                     figures = dict(zip(("metric", "eval_loss"), self.host.score(tally), strict=True))
@@ -186,172 +168,38 @@ class Round(Strategy):
                 tallies[partition], scores[partition] = tally, figures["metric"]
                 self.nodes.found(node, version, [partition])
             if self.config.client_metrics:
-                own = self._figures["per_client"][str(partition)]
+                own = self._exchange.figures["per_client"][str(partition)]
                 own.update(figures, uplink_bytes=own["uplink_bytes"] + size)
         if tallies:
-            self._figures["tally"] = sum(tallies[partition] for partition in sorted(tallies))
+            self._exchange.figures["tally"] = sum(tallies[partition] for partition in sorted(tallies))
             own = np.array([scores[partition] for partition in sorted(scores)])
-            self._figures["client_metric"] = {
+            self._exchange.figures["client_metric"] = {
                 "mean": own.mean(), "sd": own.std(ddof=1) if len(own) > 1 else 0.0, "min": own.min(), "max": own.max()
             }  # fmt: skip
-        self._figures["seconds"] = time.monotonic() - self._started
-        self.host.report(self._figures)
+        self._exchange.figures["seconds"] = time.monotonic() - self._started
+        self.host.report(self._exchange.figures)
         return None
-
-    # What is sent
-
-    def _ask(
-        self,
-        kind: str,
-        asked: Mapping[int, Sequence[int]],
-        round: int = 0,
-        method: Mapping[str, Any] = MappingProxyType({}),
-    ) -> list[Message]:
-        """A message for each node of ``asked`` (node id -> partition ids); those that lack the same entries share them.
-
-        Bytes are those of messages to each partition by itself.
-        """
-        version = self.ledger.version
-        stamp = self.ledger.stamp(version)
-
-        @functools.cache
-        def entries(since: int) -> RecordDict:
-            return self.catch_up(max(since, -1))
-
-        @functools.cache
-        def content(since: int, partitions: tuple[int, ...] = ()) -> RecordDict:
-            afresh = since == UNKNOWN_HISTORY
-            told = Instructions(self.nodes.run, version, stamp, afresh, round, method, partitions)
-            more = self._sums.records if kind == TRAIN else {}
-            return RecordDict({**entries(since), kind: told.record(), **more})
-
-        messages = []
-        for node, partitions in asked.items():
-            alone = len(self.nodes.partitions[node]) == 1
-            text = content(self.nodes.versions[node], () if alone else tuple(partitions))
-            messages.append(Message(text, node, kind, group_id=str(self.round)))
-        behind = [self.nodes.alone[node, partition] for node, partitions in asked.items() for partition in partitions]
-        if self.config.secure_aggregation:  # where a node is one
-            behind = [self.nodes.versions[node] for node in asked]
-        sizes = {since: wire.measured_bytes(content(since)) for since in dict.fromkeys(behind)}
-        self._figures["downlink_bytes"] += sum(sizes[since] for since in behind)
-        if missed := [since for since in behind if since < version - 1]:
-            usual = wire.measured_bytes(content(version - 1))
-            self._figures["catchup_bytes"] += sum(sizes[since] - usual for since in missed)
-        self._asked = list(zip(messages, asked.items(), strict=True))
-        self._training = kind == TRAIN
-        return messages
-
-    def catch_up(self, since: int) -> RecordDict:
-        """What leads from version ``since`` (-1: nothing) to the newest: entries, or the weights where those are
-        smaller."""
-        newest, schema = self.ledger.version, self.method.entry
-        first = first_needed(since, newest, self.span)
-        names = [self.ledger.names(version) for version in range(first, newest + 1)]
-        content, size = RecordDict(), 0
-        for version, dropped in zip(range(first, newest + 1), superseded(names, schema), strict=True):
-            entry = self.ledger.read(version).arrays
-            arrays = {name: value for name, value in entry.items() if name not in dropped}
-            content[f"entry-{version}"] = wire.pack(arrays)
-            size += sum(value.nbytes for value in arrays.values())
-            smaller = self.span is None and version > first and size > self.method.weights_bytes
-            if smaller and not self.config.secure_aggregation:  # nodes compare entries there
-                weights = self.host.weights()
-                if weights is not None:
-                    return RecordDict({f"weights-{newest}": wire.pack(weights)})
-        return content
-
-    def _newest_state(self) -> dict[str, np.ndarray]:
-        """The arrays of role "state" at the newest version; where the server began without a model, those that the
-        seed gives."""
-        state: dict[str, np.ndarray] = {}
-        names = self.method.entry.named("state")
-        every = max((self.method.entry.fields[name].every for name in names), default=0)
-        for version in self.ledger.versions()[-every:] if every else ():
-            arrays = wire.decode(self.ledger.read(version).arrays)
-            state |= {name: arrays[name] for name in names if name in arrays}
-        if missing := self.method.entry.start.travelling.fields.keys() - state.keys():
-            state |= {name: array for name, array in self.method.known_start().items() if name in missing}
-        return self.method.entry.filled(state)
-
-    # What comes back
-
-    def _received(self, replies: Iterable[Message]) -> Iterator[tuple[int, Sequence[int], RecordDict, int]]:
-        """The replies that are no errors, partition by partition unless they are under masks: node, partitions,
-        content, its bytes. Errors and silence are logged and counted."""
-        waiting: dict[str, tuple[int, Sequence[int]]] = {}
-        told = False
-        for reply in replies:
-            # Messages have their ids only now: the grid sends them when the first reply is asked for.
-            if not told:
-                waiting, told = {message.metadata.message_id: asked for message, asked in self._asked}, True
-            node, partitions = waiting.pop(reply.metadata.reply_to_message_id, (0, ()))
-            if not partitions:
-                logger.warning("a reply that nobody is waiting for was dropped")
-            elif reply.has_error():
-                reason = f"{reply.error.reason or 'no reason given'} (code {reply.error.code})"
-                self._without(partitions, "failed", f"failed: {reason.strip()}")
-            else:
-                for some, content in self._sums.apart(reply.content, partitions):
-                    if reason_given := protocol.reason_of_failure(content):
-                        self._without(some, "failed", f"failed: {reason_given}")
-                        continue
-                    size = wire.measured_bytes(content)
-                    self._figures["uplink_bytes"] += size
-                    yield node, some, content, size
-        silent = waiting.values() if told else [asked for _, asked in self._asked]
-        for _, partitions in silent:
-            self._without(partitions, "failed", f"sent no reply within {self.config.round_timeout:g} s")
-        self._asked = []
-
-    def _without(self, partitions: Sequence[int], counter: str, reason: str) -> None:
-        """Log why a reply does not count; in training it is counted, as ``refused`` or ``failed``."""
-        self._spent += len(partitions) * (budget.OF_THE_RUN in reason)
-        for partition in partitions:
-            logger.warning("partition %s %s", partition, reason)
-            if self._training:
-                self._figures[counter] += 1
-
-    @contextmanager
-    def _refusing(self, partitions: Sequence[int]) -> Iterator[None]:
-        try:
-            yield
-        except Refused as reason:
-            self._without(partitions, "refused", f"refused: {reason}")
-
-    def _check_version(self, content: RecordDict, node: int, partitions: Sequence[int]) -> int:
-        """The version that a reply was made at, if it is the newest; else :class:`Refused`."""
-        status = Status.read(content, self.ledger.version)
-        if status.key:
-            self.nodes.keys[node] = status.key, status.signature
-            raise Refused("has lost its key for masks and made a new one: it takes part in the next round")
-        if status.need_sync:
-            self.nodes.found(node, status.version, partitions)
-            raise Refused(f"is at version {status.version} and asks to be brought up to date")
-        if status.version != self.ledger.version:
-            raise Refused(f"is at version {status.version}, expected {self.ledger.version}")
-        return status.version
 
     def _close(self, accepted: dict[int, dict[str, float]]) -> None:
         """Publish the next entry if enough replies count."""
-        self._figures["clients"] = len(accepted)
+        self._exchange.figures["clients"] = len(accepted)
         problem, arrays = f"{len(accepted)} good replies, min-replies = {self.config.min_replies}", {}
         if len(accepted) >= self.config.min_replies:
             try:
-                self._sums.open(self._grid, self._figures)
+                self._sums.open(self._grid, self._exchange.figures)
                 problem = ""
             except Unopened as reason:
                 problem = str(reason)
-        figures = self._figures | {
+        figures = self._exchange.figures | {
             "round": self.round,
             "train_loss": self._sums.loss,
             "client_seconds": max((f["train_seconds"] for f in accepted.values()), default=0.0),
             "client_peak_bytes": max((f["peak_bytes"] for f in accepted.values()), default=0),
             "partitions": sorted(accepted),
-            "version": self.ledger.version,
+            "version": self.published.version,
         }
         if self._by_example:
-            newest = self.ledger.read(self.ledger.version).record.get("epsilon", 0.0)
+            newest = self.published.record.get("epsilon", 0.0)
             figures["epsilon"] = max([newest, *(figures["epsilon"] for figures in accepted.values())])
         if self._by_client:
             figures["epsilon"] = self.host.spending.epsilon()
@@ -365,34 +213,9 @@ class Round(Strategy):
             problem = f"the average of {bad[0]} is not finite" if bad else ""
         figures["seconds"] = time.monotonic() - self._started
         if problem:
-            logger.warning("%s: nothing is published, the version stays %d", problem, self.ledger.version)
+            logger.warning("%s: nothing is published, the version stays %d", problem, self.published.version)
             self._to_evaluate = {}
         else:
             figures["version"] += 1
-            self._publish(figures, arrays)
-        self._figures = figures
-
-    def _publish(self, figures: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Append the next entry. What the method keeps is on disk before: an entry never leads beyond it."""
-        version, schema = figures["version"], self.method.entry
-        own = {name: arrays.pop(name) for name in schema.named("server") if name in arrays}
-        if own:
-            self.kept.discard(version)  # of a round that was interrupted here and is done again
-            self.kept.put(Entry(version, own))
-            for older in self.kept.versions()[:-2]:
-                self.kept.discard(older)
-            self.method.kept = own
-        for transform in reversed(self.transforms):
-            arrays = transform.mean(arrays, self._sums.start)
-        stored = wire.encode(arrays, schema, stream(self.config.seed, "broadcast", self.round))
-        self.ledger.append(Entry(version, stored, figures))
-        if self.config.secure_aggregation:
-            self._history.follow(version, stored)
-        self.method.observe(version, schema.filled(wire.decode(stored)))
-        self.method.replies = figures["clients"]
-
-
-def no_figures() -> dict[str, Any]:
-    """What a round is described by, before there was any."""
-    counts = ("uplink_bytes", "downlink_bytes", "catchup_bytes", "paper_bytes", "clients", "refused", "failed")
-    return {"round": 0, "version": 0, "train_loss": None, **dict.fromkeys(counts, 0), "partitions": [], "seconds": 0.0}
+            self.published.append(figures, arrays, self._sums.start)
+        self._exchange.figures = figures

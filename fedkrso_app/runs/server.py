@@ -14,10 +14,12 @@ from fedkrso_app.config import Config
 from fedkrso_app.core.projection import stream
 from fedkrso_app.data import hub
 from fedkrso_app.federation import evaluation
+from fedkrso_app.federation.exchange import no_figures
 from fedkrso_app.federation.nodes import Nodes
+from fedkrso_app.federation.published import Published
 from fedkrso_app.federation.released import Spent
 from fedkrso_app.federation.replica import Replica
-from fedkrso_app.federation.round import Round, no_figures
+from fedkrso_app.federation.round import Round
 from fedkrso_app.federation.spending import Spending
 from fedkrso_app.federation.streaming import StreamingGrid
 from fedkrso_app.federation.transforms import transforms
@@ -117,8 +119,9 @@ class Server:
     def play(self, grid: StreamingGrid) -> None:
         """All rounds that are left, then the model."""
         kept = Ledger(self.folder.path / "server")
-        round = Round(self.method, transforms(self.method), self.ledger, kept, self.nodes, self)
-        newest = dict(self.ledger.read(self.ledger.version).record)
+        published = Published(self.method, transforms(self.method), self.ledger, kept, self.weights)
+        round = Round(published, self.nodes, self)
+        newest = published.record
         if newest["round"] not in [figures["round"] for figures in self.folder.metrics()]:  # else a resumed run has it
             self.report(newest)
         rounds = max(0, self.config.num_server_rounds - round.first_round + 1)
