@@ -84,13 +84,15 @@ def _memory_table(facts: Mapping[str, Any]) -> Table:
 
 def notes(facts: Mapping[str, Any]) -> Iterator[str]:
     """What the figures mean and what moves them; each follows from a formula or from the count itself."""
+    from fedkrso_app.core.accounting import shown
+
     for name, reason in facts["left_out"].items():
         yield f"{name} is left out: {reason}"
     if facts["epsilon"]:
-        values = ", ".join(f"{rows:,} rows {value:.2f}" for rows, value in facts["epsilon"].items())
+        values = ", ".join(f"{rows:,} rows {shown(value)}" for rows, value in facts["epsilon"].items())
         yield f"epsilon of the run for each example, by the rows of a client that is asked in every round: {values}."
     if facts["client_epsilon"] is not None:
-        yield f"epsilon of the run for each client that is asked in every round: {facts['client_epsilon']:.2f}."
+        yield f"epsilon of the run for each client that is asked in every round: {shown(facts['client_epsilon'])}."
     yield "trained: numbers with a gradient and moments; moved: weights that change, FedKRSO's along a few directions."
     for row in facts["rows"]:
         if "drawn" in row:

@@ -64,6 +64,16 @@ def epsilon(releases: Iterable[Releases], delta: float) -> float:
     return _sampled_epsilon(tuple(sorted(counts.items())), delta - TAILS)
 
 
+def rounded_up(epsilon: float, digits: int) -> float:
+    """ε to so many digits after the point, and never below what it is: no promise may look stronger."""
+    return math.ceil(epsilon * 10**digits - 1e-9) / 10**digits if epsilon < math.inf else epsilon
+
+
+def shown(epsilon: float) -> str:
+    """ε for a reader: to two digits after the point, rounded up."""
+    return f"{rounded_up(epsilon, 2):.2f}" if epsilon < math.inf else "infinite"
+
+
 def noise_for(target: float, delta: float, rate: float = 1.0, count: int = 1) -> float:
     """The smallest noise, to one part in 10,000, with which ``count`` releases have an ε of at most ``target`` > 0."""
 

@@ -29,6 +29,11 @@ def take_raw(values: np.ndarray, tensor: Tensor) -> None:
     tensor.copy_((part.view(torch.bfloat16) if part.dtype == torch.uint16 else part).view(tensor.shape))
 
 
+def sent(tensor: Tensor, to: torch.device) -> Tensor:
+    """``tensor`` on a device, which need not have finished its work before."""
+    return tensor.pin_memory().to(to, non_blocking=True) if to.type == "cuda" else tensor.to(to)
+
+
 def storage(tensor: Tensor) -> int:
     """Which memory a tensor is, also on the meta device, where all have the address 0."""
     return tensor.untyped_storage()._cdata

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fedkrso_app.core.flat import sent
 from fedkrso_app.core.projection import projection
 from fedkrso_app.core.subspace import SubspaceLinear
 
@@ -82,8 +83,7 @@ class RSO(torch.optim.Optimizer):
             P = layer.kept(seed)
             if P is None:
                 drawn = torch.from_numpy(projection(seed, name, layer.B.shape[1], layer.W.shape[1], self.kind))
-                # pinned, so that a GPU need not finish its work before the next one is drawn
-                P = (drawn.pin_memory() if layer.W.is_cuda else drawn).to(layer.W, non_blocking=True)  # Alg. 2, l. 4
+                P = sent(drawn, layer.W.device).to(layer.W.dtype)  # Alg. 2, l. 4
             layer.follow(seed, P, block.view_as(layer.B))
 
     def _reuse(self, seed: int) -> None:

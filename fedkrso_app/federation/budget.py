@@ -15,7 +15,6 @@ simulation, have one for each run and partition in ``<cache>/privacy``. Whoever 
 import fcntl
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any
 import datasets
 
 from fedkrso_app.config import cache
-from fedkrso_app.core.accounting import Releases, epsilon
+from fedkrso_app.core.accounting import Releases, epsilon, rounded_up, shown
 from fedkrso_app.federation.discretion import Declined
 from fedkrso_app.records import lines
 
@@ -111,10 +110,10 @@ def check(event: Event, known: list[Event], delta: float, most: float, of_the_ru
     if total > most:
         before = epsilon([e.releases for e in same], delta)
         logger.error(
-            "These rows have spent an epsilon of %.2f in all runs, and this round would make it %.2f (delta = %g); "
+            "These rows have spent an epsilon of %s in all runs, and this round would make it %s (delta = %g); "
             "max-epsilon is %g",
-            before,
-            total,
+            shown(before),
+            shown(total),
             delta,
             most,
         )
@@ -134,7 +133,7 @@ def _shared(one: Event, other: Event) -> bool:
 
 def told(value: float) -> float:
     """ε as a node tells it: rounded up to 0.1, since it hints at how many rows there are."""
-    return math.ceil(value * 10 - 1e-9) / 10 if value < math.inf else value
+    return rounded_up(value, 1)
 
 
 def known(path: Path) -> list[Event]:

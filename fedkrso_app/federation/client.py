@@ -8,7 +8,7 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
-from fedkrso_app.config import ConfigError
+from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.projection import probe
 from fedkrso_app.data import hub
 from fedkrso_app.federation import masks
@@ -57,10 +57,10 @@ def identity(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> t
     return held, total
 
 
-def workplace_of(context: Any, run: str, held: tuple[int, ...], total: int) -> Workplace:
-    """That of a node with its :func:`identity`. A ``data-dir`` of its own wins over the run's, and is its own share as
-    a whole."""
-    config = hub.at(parse(context.run_config), NodeStore(run).commits())
+def workplace_of(context: Any, config: Config, run: str, held: tuple[int, ...], total: int) -> Workplace:
+    """That of a node with its :func:`identity`, in a run with this ``config``. A ``data-dir`` of its own wins over the
+    run's, and is its own share as a whole."""
+    config = hub.at(config, NodeStore(run).commits())
     threads.hold(config.torch_threads)
     if "data-dir" not in context.node_config:
         return bounded(workplace(run, config, total), context.node_config)
@@ -90,7 +90,7 @@ def join(message: Message, context: Any) -> Answer:
         held, total = identity(context.node_config, context.run_config)
         answer = Answer(held, total)
         NodeStore(asked.run).pin(asked.commits)
-        place = workplace_of(context, asked.run, held, total)
+        place = workplace_of(context, config, asked.run, held, total)
         place.check("train", held)
         if place.config.evaluate == "clients":
             try:
@@ -137,18 +137,18 @@ def up_to_date(
     policy.check(config)
     instructions = Instructions.read(message.content, message.metadata.message_type)
     held, total = identity(context.node_config, context.run_config)
-    place = workplace_of(context, instructions.run, held, total)
+    place = workplace_of(context, config, instructions.run, held, total)
     partitions = instructions.partitions or held
     if strangers := set(partitions) - set(held):
         raise Refused(f"this node does not hold partition {min(strangers)}")
     instructions = replace(instructions, partitions=tuple(partitions))  # a clip is shared by those that are trained
     if instructions.afresh and place.store.version >= 0:  # the server has found that these files are not its run's
         place.forget()
-        place = workplace_of(context, instructions.run, held, total)
-    told = config.secure_aggregation and not masks.lost_key(context)
-    if told and not place.store.begins(masks.model_of(context, place)):  # weights here may be of another W^0
+        place = workplace_of(context, config, instructions.run, held, total)
+    has_key = config.secure_aggregation and not masks.lost_key(context)
+    if has_key and not place.store.begins(masks.model_of(context, place)):  # weights here may be of another W^0
         place.forget()
-        place = workplace_of(context, instructions.run, held, total)
+        place = workplace_of(context, config, instructions.run, held, total)
     try:
         place.take(message.content, instructions)
         history = place.history(instructions.version) if config.secure_aggregation else ""

@@ -11,12 +11,12 @@ to be of another history takes it away. It costs a hundred bytes per run.
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fedkrso_app.config import cache
 from fedkrso_app.federation.discretion import Declined
+from fedkrso_app.records import disk
 
 _AT_ONE_VERSION = 2  # a sum that was opened and could not be published is followed by another, not by a series
 
@@ -41,7 +41,7 @@ class Opened:
             if session in sessions:
                 raise Declined("this node has sealed something in this session already.")
             record["sealed"][str(round)] = [who, *sessions, session]
-            self._write(record)
+            disk.write(self.path, json.dumps(record))
 
     def note(self, round: int, version: int, statement: str) -> None:
         """Put down that this ``statement`` (session and survivors) is answered, on the disk before it is. Raises
@@ -53,18 +53,7 @@ class Opened:
             times = self._next(record, round, version)
             later = {key: value for key, value in record["sealed"].items() if int(key) > round}
             new = {"round": round, "version": version, "times": times, "statement": statement, "sealed": later}
-            self._write(new)
-
-    def _write(self, record: dict) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w") as file:
-            json.dump(record, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+            disk.write(self.path, json.dumps(new))
 
     def _next(self, record: dict, round: int, version: int) -> int:
         """How often a sum at ``version`` will have been opened."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fedkrso_app.core.accounting import shown
 from fedkrso_app.core.noise import NoiseStream, key_for
 from fedkrso_app.core.projection import stream
 from fedkrso_app.data.batching import batch, lengths
@@ -59,7 +60,7 @@ class ExampleLevel:
         """
         event = self._event(partition, round)
         spent = budget.spend(self._book(partition), event, self.own.delta, self.most, self.own.max_epsilon)
-        logger.info("partition %d: epsilon of this run is %.2f at delta = %g", partition, spent, self.own.delta)
+        logger.info("partition %d: epsilon of this run is %s at delta = %g", partition, shown(spent), self.own.delta)
         mechanism = Mechanism(event.rows, self._batch, self.own.clip, self.own.noise, self._stream(partition, round))
         characters = lengths(self.place.share("train", partition), self.place.task)
         read = self._reader(partition)

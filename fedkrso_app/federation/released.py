@@ -19,6 +19,7 @@ import numpy as np
 
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core import noise
+from fedkrso_app.core.accounting import shown
 from fedkrso_app.core.fixed_point import FixedPointMeans
 from fedkrso_app.core.noise import NoiseStream
 from fedkrso_app.federation.aggregate import Aggregate
@@ -91,7 +92,7 @@ def release_of(
     own, whole = config.of(Privacy), asked if simulated(config) else held
     release = Release(round, own.noise, own.clip, tuple(sorted({p for node in asked for p in whole[node]})))
     if own.max_epsilon and (total := spending.epsilon(release)) > own.max_epsilon:
-        raise Spent(f"privacy.max-epsilon = {own.max_epsilon:g} would be exceeded in round {round} ({total:.2f})")
+        raise Spent(f"privacy.max-epsilon = {own.max_epsilon:g} would be exceeded in round {round} ({shown(total)})")
     return release
 
 

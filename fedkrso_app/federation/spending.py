@@ -5,14 +5,13 @@ the round asked, those included that it left out. A round that is done again is 
 with other noise.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedkrso_app.core.accounting import Releases, epsilon
-from fedkrso_app.records import lines
+from fedkrso_app.records import disk, lines
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,7 @@ class Spending:
         line = {"round": release.round, "unit": "client", "noise": release.noise, "clip": release.clip}
         with open(self._file, "a+b", opener=lines.private) as file:
             lines.append(file, {**line, "asked": release.asked})
-        folder = os.open(self._file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the file's name, where it is new
-        finally:
-            os.close(folder)
+        disk.keep_names(self._file.parent)
         self.releases.append(release)
 
 

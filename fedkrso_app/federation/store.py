@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedkrso_app.config import ConfigError, cache
 from fedkrso_app.core.flat import raw, take_raw
+from fedkrso_app.records import disk
 from fedkrso_app.records.ledger import Entry, Ledger, LedgerError
 
 _KEEP = 25  # entries on a node's disk: about the bytes of the weights themselves (RoBERTa-base, K = 10, r = 4)
@@ -178,9 +179,7 @@ class NodeStore:
     def put_history(self, record: Mapping[str, Any]) -> None:
         """Keep the record of a :class:`History`."""
         _private(self.folder)
-        temporary = self.folder / f"history.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(dict(record)))
-        os.replace(temporary, self.folder / "history.json")
+        disk.write(self.folder / "history.json", json.dumps(dict(record)))
 
     def history(self) -> Mapping[str, Any] | None:
         """What :meth:`put_history` kept; None if there is nothing that can be read."""

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,8 @@ from zlib import crc32
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+
+from fedkrso_app.records import disk
 
 logger = logging.getLogger("flwr")
 
@@ -71,18 +72,7 @@ class Ledger:
             "crc32": str(checksum(arrays)),
             "record": json.dumps(dict(entry.record), sort_keys=True),
         }
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(save(arrays, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(self.folder, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        disk.write(path, save(arrays, metadata))
 
     def read(self, version: int) -> Entry:
         """Entry ``version``. Raises LedgerError if it is missing or damaged."""

@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedkrso_app.core.accounting import shown
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.runs.privacy import ROW, SEEDED, noise_of, shown, sums_of
+from fedkrso_app.runs.privacy import ROW, SEEDED, noise_of, sums_of
 from fedkrso_app.runs.results import measures
 
 _SILENT = ("name", "assumptions", "broken")
@@ -19,6 +20,7 @@ def facts(run: Run) -> dict[str, Any]:
     run's folder."""
     settings, rounds = run.info["config"], [line for line in run.metrics() if line["round"]]
     sums, noise = sums_of(run, rounds), noise_of(run, rounds)
+    covered = noise and not noise["broken"]
     return {
         "run": str(run.path),
         "status": run.status,
@@ -26,7 +28,7 @@ def facts(run: Run) -> dict[str, Any]:
         "rounds": len(rounds),
         "summary": _summary(sums, noise, rounds, settings),
         "saw": {
-            "server": [*_server(run, sums, noise, rounds), *(_alone(settings, rounds) if sums else [])],
+            "server": [*_server(run, sums, noise, rounds), *(_alone(settings, rounds) if sums and not covered else [])],
             "other nodes": _nodes(settings, noise, rounds),
             "network": [
                 "Without TLS: all that the server and the nodes see. With TLS: sizes and times of messages. This "
@@ -34,7 +36,7 @@ def facts(run: Run) -> dict[str, Any]:
             ],
             "readers of the model": [
                 "The weights after the last round; whoever has this folder's ledger/, the mean of every round as well."
-                + (" Both are covered by epsilon." if noise and not noise["broken"] else "")
+                + (" Both are covered by epsilon." if covered else "")
             ],
         },
         "guarantees": [each for each in (noise, sums) if each],
@@ -51,7 +53,8 @@ def lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"- {who}: {what}" for who, seen in facts["saw"].items() for what in seen)
     for each in facts["guarantees"]:
         yield f"\nGuarantee: {each['name']}"
-        yield from (f"- {key.replace('_', ' ')}: {_shown(value)}" for key, value in each.items() if key not in _SILENT)
+        known = {key: value for key, value in each.items() if key not in _SILENT}
+        yield from (f"- {key.replace('_', ' ')}: {_shown(value, key)}" for key, value in known.items())
         yield from (f"- assumed: {assumption}" for assumption in each["assumptions"])
     yield "\nIn clear: what the server learns beside updates"
     yield from (f"- {each}" for each in facts["clear"])
@@ -59,9 +62,11 @@ def lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"- {each}" for each in facts["not_covered"])
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, of: str) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_shown(each)}" for key, each in value.items())
+        return ", ".join(f"{key}: {_shown(each, of)}" for key, each in value.items())
+    if of in ("epsilon_spent", "epsilon_by_round"):
+        return shown(value)
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else "–" if value is None else str(value)

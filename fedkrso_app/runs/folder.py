@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import re
 import secrets
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 from fedkrso_app.config import Config, ConfigError, resolved_path
 from fedkrso_app.data import hub
+from fedkrso_app.records import disk
 from fedkrso_app.records import lines as logs
 from fedkrso_app.strategies import parse
 
@@ -95,15 +95,15 @@ class Run:
         """Note the digest of W^0, which a server without the weights learns from the first node."""
         info = self.info
         if digest and info["model_digest"] != digest:
-            _write(self.path / "config.json", json.dumps(info | {"model_digest": digest}, indent=2) + "\n")
+            disk.write(self.path / "config.json", json.dumps(info | {"model_digest": digest}, indent=2) + "\n")
 
     def set_status(self, status: str) -> None:
         """``running``, ``completed`` or ``failed: <reason>``, in the file ``status``."""
-        _write(self.path / "status", status + "\n")
+        disk.write(self.path / "status", status + "\n")
 
     def complete(self, digest: str | None) -> None:
         """Say that the run ended well; ``digest`` is the SHA-256 of the final weights, if the server has made them."""
-        _write(
+        disk.write(
             self.path / "result.json",
             json.dumps({**self.metrics()[-1], "head": self.info["config"]["head"], "digest": digest}, indent=2) + "\n",
         )
@@ -149,7 +149,7 @@ class Run:
     def add_metrics(self, figures: dict[str, Any]) -> None:
         """Append one line, or replace the lines from its round on (a resumed run does a round again)."""
         kept = [line for line in self.metrics() if line["round"] < figures["round"]]
-        _write(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in [*kept, figures]))
+        disk.write(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in [*kept, figures]))
 
 
 def create(config: Config, model_digest: str, commits: Mapping[str, str] | None = None) -> Run:
@@ -184,7 +184,7 @@ def create(config: Config, model_digest: str, commits: Mapping[str, str] | None 
         "model_digest": model_digest,
     }
     try:
-        _write(path / "config.json", json.dumps(info, indent=2) + "\n")
+        disk.write(path / "config.json", json.dumps(info, indent=2) + "\n")
     except OSError as error:
         path.rmdir()  # or the name would be taken by a folder that no run can continue
         raise ConfigError(f"output-dir = {config.output_dir!r}: nothing can be written ({error.strerror}).") from None
@@ -204,13 +204,3 @@ def resume(config: Config, model_digest: str) -> Run:
     if model_digest and run.info["model_digest"] != model_digest:
         raise ConfigError(f"resume: model = {config.model!r} has other weights than when the run in {run.path} began.")
     return run
-
-
-def _write(file: Path, text: str) -> None:
-    """Replace a small file whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -6,10 +6,10 @@ the run has left a trace of it: settings alone protect nothing.
 """
 
 import json
-import math
 from typing import Any
 
 from fedkrso_app.config import ConfigError
+from fedkrso_app.core.accounting import shown
 from fedkrso_app.core.shamir import honest, usual_threshold
 from fedkrso_app.federation.spending import Spending
 from fedkrso_app.runs.folder import Run
@@ -38,11 +38,6 @@ def sentence(run: Run, round: int) -> str:
     if settings["privacy.randomness"] == "seed":
         return f"none: {SEEDED}"
     return f"ε = {shown(so_far[-1])} at δ = {settings['privacy.delta']:g} for {unit}; the metric above is not covered"
-
-
-def shown(epsilon: float) -> str:
-    """To two digits after the point, rounded up: no promise may look stronger than it is."""
-    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}" if epsilon < math.inf else "infinite"
 
 
 def noise_of(run: Run, rounds: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -6,9 +6,10 @@ from typing import Any
 
 from jinja2 import Template
 
+from fedkrso_app.core.accounting import shown
 from fedkrso_app.runs import pictures
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.runs.privacy import epsilons, shown
+from fedkrso_app.runs.privacy import epsilons
 from fedkrso_app.runs.results import Line, lines, mean_sd, plus_minus, text
 
 # Column of the table -> figure of a run, and its digits after the point; means over the seeds.

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedkrso_app.config import Config
+from fedkrso_app.core.accounting import shown
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.results import asked_in, replied_in
 from fedkrso_app.strategies.privacy import Privacy
@@ -20,7 +21,7 @@ def line(figures: dict[str, Any], config: Config, metric: str) -> str:
         parts.append(f"{metric} {figures['metric']:.4f}  loss {figures['eval_loss']:.4f}")
     if figures["round"]:
         train_loss = "none" if figures["train_loss"] is None else f"{figures['train_loss']:.4f}"
-        parts.append(f"epsilon {figures['epsilon']:.2f}" if "epsilon" in figures else f"train loss {train_loss}")
+        parts.append(f"epsilon {shown(figures['epsilon'])}" if "epsilon" in figures else f"train loss {train_loss}")
         parts.append(f"up {figures['uplink_bytes'] / 1e6:.2f} MB  down {figures['downlink_bytes'] / 1e6:.2f} MB")
         if figures.get("catchup_bytes"):
             parts.append(f"catch-up {figures['catchup_bytes'] / 1e6:.2f} MB of it")
@@ -54,9 +55,9 @@ def closing_table(run: Run, metric: str) -> str:
         table.add_row("of down, catch-up", f"{catchup / 1e6:.2f} MB to nodes that had missed rounds")
     if idle := len(rounds) - run.metrics()[-1]["version"]:
         table.add_row("rounds without an update", f"{idle}: too few good replies, see the warnings above")
-    if told := [figures["epsilon"] for figures in rounds if "epsilon" in figures]:
+    if epsilons := [figures["epsilon"] for figures in rounds if "epsilon" in figures]:
         own = config.of(Privacy)
-        promise = f"{told[-1]:.2f} at delta = {own.delta:g} for each {own.unit}"
+        promise = f"{shown(epsilons[-1])} at delta = {own.delta:g} for each {own.unit}"
         table.add_row("epsilon", promise if own.randomness == "os" else f"{promise}; NOT PRIVATE: noise from the seed")
     for key in ("refused", "failed"):
         table.add_row(f"replies {key}", str(sum(figures[key] for figures in rounds)))

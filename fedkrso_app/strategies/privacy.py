@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedkrso_app.config import Config, ConfigError, Settings, choice, need
-from fedkrso_app.core.accounting import INSTALL, Releases, can_sample, epsilon
+from fedkrso_app.core.accounting import INSTALL, Releases, can_sample, epsilon, shown
 from fedkrso_app.core.noise import LARGEST
 from fedkrso_app.strategies.base import Method
 from fedkrso_app.strategies.lora import Lora
@@ -69,7 +69,8 @@ def check_client(method: type[Method], config: Config) -> None:
         need(getattr(own, name) <= LARGEST, f"privacy.{name}", getattr(own, name), f"at most {LARGEST:g}")
     if own.max_epsilon and (one := epsilon([Releases(own.noise)], own.delta)) > own.max_epsilon:
         raise ConfigError(
-            f"privacy.max-epsilon = {own.max_epsilon:g} would be exceeded in round 1 ({one:.2f}): raise privacy.noise."
+            f"privacy.max-epsilon = {own.max_epsilon:g} would be exceeded in round 1 ({shown(one)}): raise "
+            "privacy.noise."
         )
 
 

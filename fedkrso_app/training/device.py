@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedkrso_app.config import ConfigError
 
@@ -35,11 +34,6 @@ def device(setting: str) -> torch.device:
     elif kind != "cpu":
         _warn(f"device {kind}: torch promises same bits for the same seed on cpu and cuda only; results may differ")
     return torch.device(kind)
-
-
-def sent(tensor: Tensor, to: torch.device) -> Tensor:
-    """``tensor`` on a device, which need not have finished its work before."""
-    return tensor.pin_memory().to(to, non_blocking=True) if to.type == "cuda" else tensor.to(to)
 
 
 def exact_products() -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import get_constant_schedule, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from fedkrso_app.config import Config
+from fedkrso_app.core.flat import sent
 from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training.activations import TrainingError, activation_memory
-from fedkrso_app.training.device import sent
 from fedkrso_app.training.vocabulary import without_logits
 
 logger = logging.getLogger("flwr")

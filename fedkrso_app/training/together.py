@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkrso_app.config import Config
+from fedkrso_app.core.flat import sent
 from fedkrso_app.core.stacked import Group, Stack, Unstackable
 from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training import vocabulary
-from fedkrso_app.training.device import sent
 from fedkrso_app.training.loop import Session, at_work, precision, predicted, schedules, show_progress
 
 logger = logging.getLogger("flwr")
