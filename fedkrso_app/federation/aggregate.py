@@ -37,7 +37,7 @@ class Aggregate:
         kind = method.config.aggregation
         self._sums = FixedPointMeans() if kind == "mean" else RobustMeans(kind)
         self._kept: dict[int, tuple[int, Arrays]] = {}
-        self._told: dict[int, tuple[float, int]] = {}  # partition -> its loss and its weight
+        self._losses: dict[int, tuple[float, int]] = {}  # partition -> its loss and its weight
         self.weight = 0  # of all replies
 
     # What travels
@@ -74,7 +74,7 @@ class Aggregate:
             hint = "; set weighting = 'uniform'" if weight > 1 else ""
             raise Refused(f"{error}{hint}") from None
         if figures.train_loss is not None:
-            self._told[partition] = figures.train_loss, weight
+            self._losses[partition] = figures.train_loss, weight
         return {partition: {**figures.known(), "weight": weight}}
 
     def open(self, grid: Any, figures: dict[str, Any]) -> None:
@@ -93,9 +93,9 @@ class Aggregate:
     @property
     def loss(self) -> float | None:
         """The mean training loss; None where nobody tells his."""
-        if not self._told:
+        if not self._losses:
             return None
-        return sum(loss * weight for _, (loss, weight) in sorted(self._told.items())) / self.weight
+        return sum(loss * weight for _, (loss, weight) in sorted(self._losses.items())) / self.weight
 
     def mean(self, key: Hashable) -> np.ndarray:
         """The weighted mean under ``key``, float32; a reply without it counts as zero."""

@@ -100,7 +100,7 @@ def check(event: Event, known: list[Event], delta: float, most: float, of_the_ru
     if of_the_run and (total := of_run(event, known, delta)) > of_the_run:
         raise Declined(
             f"privacy.max-epsilon = {of_the_run:g} would be exceeded for a client, whose epsilon this round makes "
-            f"{told(total):g}."
+            f"{reported(total):g}."
         )
     if not most:
         return
@@ -131,8 +131,8 @@ def _shared(one: Event, other: Event) -> bool:
     return one.data == other.data or bool(other.folder and one.folder == other.folder)
 
 
-def told(value: float) -> float:
-    """ε as a node tells it: rounded up to 0.1, since it hints at how many rows there are."""
+def reported(value: float) -> float:
+    """ε as a node reports it: rounded up to 0.1, since it hints at how many rows there are."""
     return rounded_up(value, 1)
 
 

@@ -65,7 +65,7 @@ class ExampleLevel:
         characters = lengths(self.place.share("train", partition), self.place.task)
         read = self._reader(partition)
         per_example.train(local.module, read, session, self.config, rng, mechanism, characters)
-        return budget.told(spent)
+        return budget.reported(spent)
 
     def _book(self, partition: int) -> Path:
         own = bool(self.folders or self.most)

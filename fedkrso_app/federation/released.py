@@ -41,7 +41,7 @@ class Spent(Exception):
 
 
 class Released(Aggregate):
-    """The sums of a round that asks these nodes (``asked``: id -> partitions) and has ``told`` them its instructions.
+    """The sums of a round that asks these nodes (``asked``: id -> partitions) and gives them these ``instructions``.
     ``pay`` writes the release down."""
 
     def __init__(
@@ -49,13 +49,13 @@ class Released(Aggregate):
         method: Method,
         round: int,
         start: Arrays,
-        told: Mapping[str, Any],
+        instructions: Mapping[str, Any],
         asked: Mapping[int, Sequence[int]],
         pay: Callable[[], None],
     ) -> None:
         super().__init__(method, round, (), start)
         self.own, self._pay = self.config.of(Privacy), pay
-        self._shapes = method.layout(round, told)
+        self._shapes = method.layout(round, instructions)
         self._sums = FixedPointMeans({key: np.zeros(shape, np.int64) for key, shape in self._shapes.items()})
         self._clips = {p: share(self.config, len(some)) for some in asked.values() for p in some}
 

@@ -156,7 +156,7 @@ def answer(
     """
     n = len(keys)
     lost = [v for v in range(n) if v not in set(survivors)]
-    told = []
+    shares = []
     for u in survivors:
         box, about = _box(key, keys[u], ctx, u, place)
         try:
@@ -166,8 +166,8 @@ def answer(
         if len(plain) != shamir.SHARE * n:
             raise Declined(f"the shares of the node at place {u} have a wrong length.")
         wanted = [0, *(rank(u, v) for v in lost)]
-        told.append(b"".join(plain[shamir.SHARE * i : shamir.SHARE * (i + 1)] for i in wanted))
-    return told
+        shares.append(b"".join(plain[shamir.SHARE * i : shamir.SHARE * (i + 1)] for i in wanted))
+    return shares
 
 
 def rank(u: int, v: int) -> int:

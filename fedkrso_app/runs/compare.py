@@ -144,8 +144,8 @@ class Comparison:
         for case, arm in self.study.pairs():
             made = [line for line in self.journal.find(case, arm) if not line["sweep"]]
             if others := sum(line["rate"] != self.rate(case, arm) for line in made):
-                told = f"{others} runs of arm {arm!r} in case {case!r} had another learning rate and are not counted."
-                self.journal.notes.append(f"{self.journal.file}: {told}")
+                note = f"{others} runs of arm {arm!r} in case {case!r} had another learning rate and are not counted."
+                self.journal.notes.append(f"{self.journal.file}: {note}")
         table = [self._row(*pair) for pair in self.study.pairs()]
         with open(self.output / "results.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(table[0]))
@@ -217,10 +217,10 @@ class Comparison:
                             raise OutOfTime
                         live.update(Group(Text(f"{title}\n{_last(job.config)}"), bar))
                         bar.update(task, completed=sum(missing[:i]) + _rounds(job.config) - before[i])
-                told = _last(job.config)
+                outcome = _last(job.config)
                 if not self._finished(job):
-                    told = failures[job.config["run-name"]] = _why(job.config)
-                console.print(f"{title}  {told}", markup=False, highlight=False, soft_wrap=True)
+                    outcome = failures[job.config["run-name"]] = _why(job.config)
+                console.print(f"{title}  {outcome}", markup=False, highlight=False, soft_wrap=True)
         return failures
 
     def _finished(self, job: Job) -> bool:

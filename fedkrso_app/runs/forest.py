@@ -96,13 +96,13 @@ def shares(journal: Journal, case: str, arms: list[Arm]) -> list[Shares]:
         runs = [
             r for r in journal.find(case, arm.label) if not r["sweep"] and r["rate"] == arm.rate and r.get("energy")
         ]
-        told = Shares(arm.label, arm.style, [{row[0]: row[1] for row in run["energy"]} for run in runs])
-        if runs and len(told.curves()[0]) > 1:
-            found.append(told)
+        curve = Shares(arm.label, arm.style, [{row[0]: row[1] for row in run["energy"]} for run in runs])
+        if runs and len(curve.curves()[0]) > 1:
+            found.append(curve)
     return found
 
 
-def _section(case: str, arms: list[Arm], metric: str, told: list[Shares]) -> dict[str, Any]:
+def _section(case: str, arms: list[Arm], metric: str, energy: list[Shares]) -> dict[str, Any]:
     apart = differences({arm.label: arm.draws for arm in arms})
     better = ", lower is better" if metric in LOWER_IS_BETTER else ""
     head = ["arm", "rate", "draws", f"{metric}{better}, last round", f"last {LAST}", "MB per client, all rounds"]
@@ -122,5 +122,5 @@ def _section(case: str, arms: list[Arm], metric: str, told: list[Shares]) -> dic
     tables += [(["difference", "compared", "draws", "mean [95 % interval]"], cells)] if apart else []
     drawn = [pictures.forest(apart, metric)] if apart else []
     drawn += [pictures.curves(arms, metric, by_bytes) for by_bytes in (True, False)]
-    drawn += [pictures.curves(told, "share of the gradient's energy", False)] if told else []
+    drawn += [pictures.curves(energy, "share of the gradient's energy", False)] if energy else []
     return {"title": case, "pictures": drawn, "tables": tables}

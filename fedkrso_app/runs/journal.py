@@ -195,7 +195,7 @@ def _processors() -> Iterator[str]:
 
 def _commit() -> str:
     """The repository's commit, with a + where files differ from it; "" where there is none."""
-    told = []
+    answers = []
     for words in (
         [
             "ls-files",
@@ -211,5 +211,5 @@ def _commit() -> str:
             return ""
         if said.returncode:
             return ""
-        told.append(said.stdout.strip())
-    return told[1] + ("+" if told[2] else "")
+        answers.append(said.stdout.strip())
+    return answers[1] + ("+" if answers[2] else "")

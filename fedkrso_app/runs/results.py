@@ -122,9 +122,9 @@ def lines(runs: Sequence[Run]) -> list[Line]:
         others = RATES - {STRATEGIES[config["strategy"]].learning_rate_key}
         kept = {key: value for key, value in config.items() if key not in _REPEATS | others}
         # How many clients there were is no setting, and a resumed run may have had more rounds than it began with.
-        told = run.metrics()
-        kept["clients"] = max((asked_in(line) for line in told), default=0)
-        kept["num-server-rounds"] = max([kept["num-server-rounds"], *(line["round"] for line in told)])
+        recorded = run.metrics()
+        kept["clients"] = max((asked_in(line) for line in recorded), default=0)
+        kept["num-server-rounds"] = max([kept["num-server-rounds"], *(line["round"] for line in recorded)])
         grouped.setdefault(repr(sorted(kept.items())), Line(kept, [])).runs.append(run)
     methods = list(STRATEGIES)
     found = sorted(

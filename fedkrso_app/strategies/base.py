@@ -243,9 +243,9 @@ class Method(ABC):
         """What is to be averaged of a checked reply."""
         return arrays
 
-    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
+    def layout(self, round: int, instructions: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
         """The summands of ``round`` with their shapes: those that all replies together can have, from what clients are
-        ``told`` (:meth:`instructions`) alone. Raises ConfigError where the replies decide that."""
+        given (:meth:`instructions`) alone. Raises ConfigError where the replies decide that."""
         shapes = {name: self.reply.fields[name].shape for name in self.reply.named("update", "state")}
         if type(self).summands is not Method.summands or not all(type(n) is int for s in shapes.values() for n in s):
             raise ConfigError(
@@ -254,10 +254,10 @@ class Method(ABC):
             )
         return shapes  # type: ignore[return-value]
 
-    def reach(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, float]:
+    def reach(self, round: int, instructions: Mapping[str, Any]) -> Mapping[Hashable, float]:
         """How far each of the :meth:`layout` moves in a client at most, in learning rate times steps."""
         rate = float(self.config.to_dict()[self.learning_rate_key])
-        return dict.fromkeys(self.layout(round, told), rate * self.config.local_steps)
+        return dict.fromkeys(self.layout(round, instructions), rate * self.config.local_steps)
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         """The arrays of the next ledger entry."""

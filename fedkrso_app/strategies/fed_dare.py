@@ -113,7 +113,7 @@ class FedDARE(FedIT):
         update[self.mask(arrays)] = arrays["values"]
         return {"update": update, "head": arrays["head"]}
 
-    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
+    def layout(self, round: int, instructions: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
         return {"update": (self.size,), "head": (self.shapes.head,)}
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:

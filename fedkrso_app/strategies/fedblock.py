@@ -124,7 +124,7 @@ class FedBlock(Method):
         if len(arrays["values"]) != size:
             raise Refused(f"{len(arrays['values'])} values for a block of {size}")
 
-    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
+    def layout(self, round: int, instructions: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
         return {"values": (self.shapes.blocks[self.block(round)],), "head": (self.shapes.head,)}
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:

@@ -240,15 +240,15 @@ class FedKRSO(Method):
         by_seed = dict(zip(arrays["seeds"].tolist(), arrays["accumulators"], strict=True))
         return {**by_seed, "head": arrays["head"]}
 
-    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
+    def layout(self, round: int, instructions: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
         Q = self.shapes.outputs(self.own.rank)
         return dict.fromkeys(self.pool(round).tolist(), (Q,)) | {"head": (self.shapes.head,)}
 
-    def reach(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, float]:
+    def reach(self, round: int, instructions: Mapping[str, Any]) -> Mapping[Hashable, float]:
         """A slot moves for one interval, or for all of a round's steps where there is one seed."""
         steps = self.own.interval if self.own.draw == "each" else self.config.local_steps
         slots = dict.fromkeys(self.pool(round).tolist(), self.own.learning_rate * steps)
-        return super().reach(round, told) | slots  # type: ignore[operator]
+        return super().reach(round, instructions) | slots  # type: ignore[operator]
 
     def conclude(self, means: Means, round: int) -> dict[str, np.ndarray]:
         used = [seed for seed in self.pool(round).tolist() if seed in means]

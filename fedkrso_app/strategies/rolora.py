@@ -86,9 +86,9 @@ class RoLoRA(FedIT):
         if set(arrays) != {self.factor, "head"}:
             raise Refused(f"it holds {', '.join(sorted(arrays))}, expected {self.factor} and head")
 
-    def layout(self, round: int, told: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
+    def layout(self, round: int, instructions: Mapping[str, Any]) -> Mapping[Hashable, tuple[int, ...]]:
         fields = self.reply.fields
-        return {name: fields[name].shape for name in (told["factor"], "head")}  # type: ignore[misc]
+        return {name: fields[name].shape for name in (instructions["factor"], "head")}  # type: ignore[misc]
 
     def observe(self, version: int, arrays: Arrays) -> None:
         self.version = version
