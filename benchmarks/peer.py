@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedkrso_app import data
 from fedkrso_app.config import Config
 from fedkrso_app.core.projection import stream
+from fedkrso_app.federation import evaluation
 from fedkrso_app.strategies import parse
 from fedkrso_app.strategies.fedfft import FedFFTSettings
 from fedkrso_app.training import metrics
@@ -79,10 +80,11 @@ def main(grid: Grid, context: Context) -> None:
     config = parse(context.run_config)
     task, loaded = data.resolve(config), build(config)
     validation = data.load(task, config.data_dir, "validation")
+    tokens = evaluation.batch_tokens(next(loaded.module.parameters()).device.type, 0)
 
     def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord:
         loaded.module.load_state_dict(arrays.to_torch_state_dict())
-        batches = data.evaluation_batches(validation, task, loaded.tokenizer, 4 * config.batch_size, config.max_length)
+        batches = data.evaluation_batches(validation, task, loaded.tokenizer, tokens, config.max_length)
         score, loss = metrics.result(task.metric, metrics.tally(loaded.module, batches, task.metric, task.num_labels))
         return MetricRecord({"metric": score, "loss": loss})
 

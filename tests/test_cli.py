@@ -145,7 +145,7 @@ def test_the_energy_is_that_in_the_span_of_the_entrys_projections(run, run_confi
     rows = np.sort(np.random.default_rng(0).permutation(len(train))[:128])
     loaded = model.load(config.model, 2, config.seed, task.classes)
     loaded.module.load_state_dict(half.plain_state())
-    whole = next(data.evaluation_batches(train.select(rows), task, loaded.tokenizer, 128, config.max_length))
+    whole = next(data.evaluation_batches(train.select(rows), task, loaded.tokenizer, 10**6, config.max_length))
     weights = [layer.weight for layer in loaded.targets.values()]
     gradients = torch.autograd.grad(loaded.module.eval()(**whole).loss, weights)
     seeds = Ledger(run.ledger).read(2).arrays["seeds"]

@@ -113,7 +113,7 @@ def test_alpaca_is_a_question_of_two_parts_and_an_answer(tmp_path, tokenizer):
     )
     found, train = read(tmp_path)
     tokenizer.chat_template = CHATML
-    (batch,) = data.evaluation_batches(train, found, tokenizer, 8, 32)
+    (batch,) = data.evaluation_batches(train, found, tokenizer, 999, 32)
     rows = [" ".join(row.replace("<pad>", "").split()) for row in learned(batch, tokenizer)]
     assert rows == ["<s> user w1 w2 </s> <s> assistant [w3 </s>]", "<s> user w1 </s> <s> assistant [w4 </s>]"]
 

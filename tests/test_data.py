@@ -395,7 +395,7 @@ def test_batches_carry_the_ids_masks_and_labels_of_their_rows(tokenizer):
 
 def test_pairs_and_regression_give_token_types_and_float_labels(tokenizer):
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    (batch,) = data.evaluation_batches(pairs([0.5, 4.25]), STSB, tokenizer, 8, 128)
+    (batch,) = data.evaluation_batches(pairs([0.5, 4.25]), STSB, tokenizer, 10, 128)
     assert batch["input_ids"].tolist() == [[1, 3, 2, 3, 2], [1, 4, 2, 4, 2]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]] * 2
     assert batch["labels"].dtype == torch.float32 and batch["labels"].tolist() == [0.5, 4.25]
@@ -426,7 +426,7 @@ def test_grouping_by_length_pads_less_than_half_as_much_as_chance(tokenizer):
     grouped = list(itertools.islice(data.batches(train, SST2, tokenizer, 16, 128, rng), 50))
     drawn = [batching.batch(train, rows, SST2, tokenizer, 128) for rows in rng.permutation(800).reshape(50, 16)]
     assert padding(grouped) < padding(drawn) / 2
-    assert padding(data.evaluation_batches(train, SST2, tokenizer, 16, 128)) <= padding(grouped)
+    assert padding(data.evaluation_batches(train, SST2, tokenizer, 512, 128)) <= padding(grouped)
     means = [batch["attention_mask"].sum(1).float().mean() for batch in grouped]
     assert abs(np.corrcoef(means, np.arange(50))[0, 1]) < 0.5  # and the batches are not in order of length
 
@@ -475,9 +475,15 @@ def test_a_clients_selection_of_rows_is_batched_as_it_stands(tokenizer):
     assert sorted(rows_in(batch)) == [5, 17, 40, 99]
 
 
-def test_evaluation_batches_hold_every_example_once(tokenizer):
-    batches = list(data.evaluation_batches(sentences(37), SST2, tokenizer, 8, 128))
+@pytest.mark.parametrize("tokens", [1, 60, 10**6])
+def test_evaluation_batches_hold_every_example_once_and_no_more_tokens_than_they_may(tokenizer, tokens, monkeypatch):
+    monkeypatch.setattr(batching, "_LOOK", 20)
+    batches = list(data.evaluation_batches(sentences(37), SST2, tokenizer, tokens, 128))
     assert sorted(itertools.chain(*map(rows_in, batches))) == list(range(37))
+    assert all(batch["input_ids"].numel() <= tokens or len(batch["input_ids"]) == 1 for batch in batches)
+    assert tokens < 10**6 or len(batches) == 2
+    lengths = [batch["attention_mask"].sum(1).tolist() for batch in batches]
+    assert all(of == sorted(of, reverse=True) for of in lengths)
 
 
 def test_no_examples_means_an_error_and_not_an_endless_wait(tokenizer):

@@ -187,7 +187,7 @@ def test_a_client_is_judged_with_its_own_part_on_its_own_rows(settings, tmp_path
     config, task = parse(settings), data.resolve(parse(settings))
     place = client.Workplace(run.info["id"], config, 4)
     rows = place.share("validation", 2)
-    batches = data.evaluation_batches(rows, task, place.model.tokenizer, 8, config.max_length)
+    batches = data.evaluation_batches(rows, task, place.model.tokenizer, 64, config.max_length)
     right = 0
     for batch in batches:
         labels = batch.pop("labels")

@@ -6,7 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from fedkrso_app.core.projection import KINDS, _gaussian, layer_key, philox, probe, projection, projections, stream
+from fedkrso_app.core import projection as module
+from fedkrso_app.core.projection import (
+    KINDS,
+    _gaussian,
+    ahead,
+    kept,
+    layer_key,
+    philox,
+    placed,
+    probe,
+    projection,
+    projections,
+    signs,
+    stream,
+)
 
 
 def test_golden_raw_words():
@@ -95,3 +109,32 @@ def test_streams_differ_by_every_one_of_their_labels_and_repeat():
     drawn = [stream(*label).random(4).tobytes() for label in labels]
     assert len(set(drawn)) == len(labels) == 16
     assert drawn == [stream(*label).random(4).tobytes() for label in labels]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_or_drawn_ahead_has_the_bits_of_what_is_drawn_anew(kind):
+    fresh, like = [projection(seed, "x", 3, 21, kind) for seed in (1, 2)], torch.zeros(1)
+    ahead(1, {"x": (3, 21), "y": (3, 9)}, kind).result()
+    assert kept(1, "x", 3, 21, kind) is kept(1, "x", 3, 21, kind)
+    for seed, P in zip((1, 2), fresh, strict=True):
+        assert kept(seed, "x", 3, 21, kind).tobytes() == P.tobytes()
+        assert np.array_equal(placed(seed, "x", 3, 21, kind, like), P)
+        assert torch.equal(placed(seed, "x", 3, 21, kind, like.bfloat16()), torch.from_numpy(P).bfloat16())
+
+
+def test_no_more_projections_are_kept_than_may_be_and_the_newest_stay(monkeypatch):
+    monkeypatch.setattr(module, "_newest", newest := module._Newest())
+    monkeypatch.setattr(module, "_MOST", 100)
+    for seed in range(9):
+        kept(0, "first", 1, 30)
+        kept(seed, "x", 2, 10)
+    assert newest.values == sum(P.size for P in newest.arrays.values()) == 90
+    assert [key[0] for key in newest.arrays] == [6, 7, 0, 8]  # each use makes one the newest again
+    kept(1, "too large", 1, 101)
+    assert not newest.arrays and newest.values == 0
+
+
+@pytest.mark.parametrize("r, n", [(2, 8), (3, 50), (4, 64), (1, 1)])
+def test_signs_are_unpacked_to_the_same_bits_wherever_that_is_done(r, n):
+    words = torch.from_numpy(philox(5, layer_key("x")).random_raw(-(-r * n // 64)).view(np.int64))
+    assert signs(words, r, n).numpy().tobytes() == projection(5, "x", r, n, "rademacher").tobytes()

@@ -468,7 +468,7 @@ def test_utf_16_without_its_mark_is_named_with_the_fix(read):
 @pytest.mark.parametrize("given", ["x", ""])
 def test_an_empty_input_of_an_instruction_is_no_bad_row(read, given, tokenizer):
     found, train, _ = read("instruction", table("w1,,w2", f"w1,{given},w2", "w1,,w2", head="instruction,input,output"))
-    (batch,) = data.evaluation_batches(train, found, tokenizer, 8, 32)
+    (batch,) = data.evaluation_batches(train, found, tokenizer, 999, 32)
     assert len(batch["labels"]) == len(train) == 2
 
 

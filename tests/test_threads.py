@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from fedkrso_app import cli
 from fedkrso_app.config import ConfigError
+from fedkrso_app.core import projection
 from fedkrso_app.federation import evaluation
 from fedkrso_app.training import loop, threads
 
@@ -132,3 +133,18 @@ def test_a_node_whose_torch_does_not_take_the_number_says_so_when_it_joins(run_c
     run = play(run_config | {"torch-threads": 2, "num-server-rounds": 1}, prepare=prepare)
     assert run.metrics()[-1]["partitions"] == [0, 1, 3]
     assert "partition 2: torch-threads = 2 cannot be set here: torch computes with 1" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_projections_that_a_spare_core_draws_ahead_change_no_bit(kind, run_config, monkeypatch):
+    settings = run_config | {"fedkrso.projection": kind, "local-steps": 6, "num-server-rounds": 1}
+    plain, asked, real = play(settings, nodes=2), [], projection.ahead
+    monkeypatch.setattr(projection, "_newest", projection._Newest())
+    monkeypatch.setattr(threads, "spare", lambda device: True)
+    monkeypatch.setattr(projection, "ahead", lambda *given: asked.append(given[0]) or real(*given))
+    assert digest(play(settings | {"run-name": "ahead"}, nodes=2, run_id=2)) == digest(plain)
+    assert len(asked) == (2 * 2 if kind == "gaussian" else 0)  # all intervals but a client's first
+
+
+def test_no_core_is_spare_where_all_of_them_compute():
+    assert not threads.spare(torch.device("cpu")) and not threads.spare(torch.device("meta"))

@@ -4,15 +4,23 @@ torch's CPU and CUDA generators differ, and even its CPU stream depends on lengt
 Philox4x64-10, keyed by the seed and the layer's *name* (the order of layers is irrelevant), always on the CPU.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedkrso_app.core.flat import sent
+
 RNG_ID = "philox4x64-10/box-muller/1"
 KINDS = ("gaussian", "rademacher", "orthonormal")
+
+_MOST = 2**24  # values of projections that a process keeps, 4 bytes each
 
 
 def layer_key(name: str) -> int:
@@ -71,6 +79,74 @@ def projections(seeds: Sequence[int], name: str, r: int, n: int, kind: str = "ga
 def projection(seed: int, name: str, r: int, n: int, kind: str = "gaussian") -> np.ndarray:
     """P of one seed, r × n: see :func:`projections`."""
     return projections([seed], name, r, n, kind)[0]
+
+
+class _Newest:
+    """The newest projections by what they were drawn from."""
+
+    def __init__(self) -> None:
+        self.arrays: OrderedDict[tuple, np.ndarray] = OrderedDict()
+        self.values, self.lock = 0, threading.Lock()
+
+    def get(self, key: tuple) -> np.ndarray | None:
+        with self.lock:
+            if key in self.arrays:
+                self.arrays.move_to_end(key)
+            return self.arrays.get(key)
+
+    def put(self, key: tuple, P: np.ndarray) -> None:
+        with self.lock:
+            if key not in self.arrays:
+                self.arrays[key], self.values = P, self.values + P.size
+            while self.values > _MOST:
+                self.values -= self.arrays.popitem(last=False)[1].size
+
+
+_newest = _Newest()
+
+
+def kept(seed: int, name: str, r: int, n: int, kind: str = "gaussian") -> np.ndarray:
+    """:func:`projection`, not to be written to. The newest are kept: all clients of a round draw from one pool."""
+    key = seed, name, r, n, kind
+    P = _newest.get(key)
+    if P is None:
+        _newest.put(key, P := projection(*key))
+    return P
+
+
+def placed(seed: int, name: str, r: int, n: int, kind: str, like: Tensor) -> Tensor:
+    """:func:`kept` with the device and the dtype of ``like``. A GPU need not finish its work before, and gets random
+    signs as bits."""
+    if like.is_cuda and kind == "rademacher":
+        words = torch.from_numpy(philox(seed, layer_key(name)).random_raw(-(-r * n // 64)).view(np.int64))
+        return signs(sent(words, like.device), r, n).to(like.dtype)
+    return sent(torch.from_numpy(kept(seed, name, r, n, kind)), like.device).to(like.dtype)
+
+
+def signs(words: Tensor, r: int, n: int) -> Tensor:
+    """The projection of kind ``rademacher`` (r × n, float32) whose bits are in ``words`` (int64, one axis), on their
+    device."""
+    bits = (words[:, None] >> torch.arange(64, device=words.device)) & 1
+    size = float(np.float32(1) / np.float32(math.sqrt(r)))  # a GPU divides by a number in another way
+    return torch.where(bits.flatten()[: r * n].view(r, n) == 1, size, -size)
+
+
+def ahead(seed: int, shapes: Mapping[str, tuple[int, int]], kind: str) -> Future[None]:
+    """Let a thread draw what :func:`kept` will be asked for, by name r and n of each layer; a result says that it has.
+
+    It holds Python's lock for a small part of that: numpy draws, and torch computes, without it.
+    """
+
+    def draw() -> None:
+        for name, (r, n) in shapes.items():
+            kept(seed, name, r, n, kind)
+
+    return _thread().submit(draw)
+
+
+@functools.cache
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "projections")
 
 
 def probe() -> str:

@@ -5,13 +5,13 @@ bias correction: the printed lines 11-12 write the corrected moments back, which
 """
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fedkrso_app.core.flat import sent
-from fedkrso_app.core.projection import projection
+from fedkrso_app.core import projection
 from fedkrso_app.core.subspace import SubspaceLinear
 
 
@@ -56,6 +56,7 @@ class RSO(torch.optim.Optimizer):
         self.layers, self.kind, self.betas, self.eps = dict(layers), kind, betas, eps
         self.sizes, self.seeds, self.fixed = [layer.B.numel() for layer in layers.values()], seeds, False
         self.accumulators = {}
+        self.drawing: dict[int, Future[None]] = {}  # what comes by seed
 
     def fix(self, *state: Tensor) -> None:
         """From now on every tensor of a step stays in its place, as a step that is recorded once and replayed needs.
@@ -79,12 +80,18 @@ class RSO(torch.optim.Optimizer):
             some = next(iter(self.layers.values())).B
             self.M, self.V, self.i = some.new_zeros(sum(self.sizes)), some.new_zeros(sum(self.sizes)), 0
             self.B = self.accumulators.setdefault(seed, torch.zeros_like(self.M))
+        if seed in self.drawing:
+            self.drawing.pop(seed).result()
         for (name, layer), block in zip(self.layers.items(), self.B.split(self.sizes), strict=True):
             P = layer.kept(seed)
-            if P is None:
-                drawn = torch.from_numpy(projection(seed, name, layer.B.shape[1], layer.W.shape[1], self.kind))
-                P = sent(drawn, layer.W.device).to(layer.W.dtype)  # Alg. 2, l. 4
+            if P is None:  # Alg. 2, l. 4
+                P = projection.placed(seed, name, layer.B.shape[1], layer.W.shape[1], self.kind, layer.W)
             layer.follow(seed, P, block.view_as(layer.B))
+
+    def draw_ahead(self, seed: int) -> None:
+        """Let a thread draw the projections of an interval that comes."""
+        shapes = {name: (layer.B.shape[1], layer.W.shape[1]) for name, layer in self.layers.items()}
+        self.drawing[seed] = projection.ahead(seed, shapes, self.kind)
 
     def _reuse(self, seed: int) -> None:
         """As a new interval begins, where the tensors stay: the accumulator of the live seed is ``B`` itself."""

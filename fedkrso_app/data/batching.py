@@ -14,6 +14,7 @@ from fedkrso_app.data import language
 from fedkrso_app.data.tasks import Task
 
 _MOST = 2**26  # tokens that a process keeps, 4 bytes each
+_LOOK = 4096  # rows whose lengths in tokens decide which of them an evaluation takes together
 
 
 def batches(
@@ -45,16 +46,26 @@ def batches(
 
 
 def evaluation_batches(
-    examples: datasets.Dataset, task: Task, tokenizer: Any, batch_size: int, max_length: int
+    examples: datasets.Dataset, task: Task, tokenizer: Any, tokens: int, max_length: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """One pass over ``examples``, the longest first; batches as those of :func:`batches`.
-
-    A language model gets a quarter of ``batch_size``: its logits are as wide as its vocabulary.
-    """
-    batch_size = max(1, batch_size // 4) if task.language else batch_size
+    """One pass over ``examples``, about the longest first; batches as those of :func:`batches`, of as many rows as
+    make at most ``tokens`` tokens with their padding, or of one row."""
     order = np.argsort(-lengths(examples, task), kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield batch(examples, order[start : start + batch_size], task, tokenizer, max_length)
+    kept = _tokens_of(examples, task, tokenizer, longest(tokenizer, max_length))
+    for start in range(0, len(order), _LOOK):
+        rows = kept.laid_out(examples, order[start : start + _LOOK].tolist())
+        rows.sort(key=lambda row: -len(row[0]["input_ids"]))
+        while rows:
+            count = max(1, tokens // max(1, len(rows[0][0]["input_ids"])))
+            yield kept.padded(rows[:count])
+            rows = rows[count:]
+
+
+def longest_rows(
+    examples: datasets.Dataset, task: Task, tokenizer: Any, count: int, max_length: int
+) -> dict[str, torch.Tensor]:
+    """The batch of the ``count`` rows with most characters."""
+    return batch(examples, np.argsort(-lengths(examples, task), kind="stable")[:count], task, tokenizer, max_length)
 
 
 def lengths(examples: datasets.Dataset, task: Task) -> np.ndarray:
@@ -83,11 +94,18 @@ def batch(
     examples: datasets.Dataset, rows: np.ndarray, task: Task, tokenizer: Any, max_length: int
 ) -> dict[str, torch.Tensor]:
     """The batch of ``rows``, (b,) int64, as those of :func:`batches`. Each row is tokenized once in a process."""
-    max_length = longest(tokenizer, max_length)
+    kept = _tokens_of(examples, task, tokenizer, longest(tokenizer, max_length))
+    return kept.padded(kept.laid_out(examples, rows.tolist()))
+
+
+def _tokens_of(examples: datasets.Dataset, task: Task, tokenizer: Any, max_length: int) -> "_Tokens":
     kept = _tokens.get(examples)
     if kept is None or not kept.serves(task, tokenizer, max_length):
         kept = _tokens[examples] = _Tokens(task, tokenizer, max_length)
-    return kept.batch(examples, rows.tolist())
+    return kept
+
+
+_Row = tuple[Mapping[str, np.ndarray], Any]  # values of each input, and the label
 
 
 class _Tokens:
@@ -95,20 +113,23 @@ class _Tokens:
 
     def __init__(self, task: Task, tokenizer: Any, max_length: int) -> None:
         self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
-        self.rows: dict[int, tuple[Mapping[str, np.ndarray], Any]] = {}  # values of each input, and the label
+        self.rows: dict[int, _Row] = {}
         self.count = 0
 
     def serves(self, task: Task, tokenizer: Any, max_length: int) -> bool:
         return (self.task, self.max_length) == (task, max_length) and self.tokenizer is tokenizer
 
-    def batch(self, examples: datasets.Dataset, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    def laid_out(self, examples: datasets.Dataset, rows: Sequence[int]) -> list[_Row]:
         found = {row: self.rows[row] for row in rows if row in self.rows}
         if new := [row for row in dict.fromkeys(rows) if row not in found]:
             found |= zip(new, self._laid_out(examples[new]), strict=True)
             if sum(each.count for each in list(_tokens.values())) < _MOST:
                 self.rows |= {row: found[row] for row in new}
                 self.count += sum(values.size for row in new for values in found[row][0].values())
-        inputs, labels = zip(*(found[row] for row in rows), strict=True)
+        return [found[row] for row in rows]
+
+    def padded(self, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
+        inputs, labels = zip(*rows, strict=True)
         values, in_front = padding(self.task, self.tokenizer)
         batch = {name: padded([each[name] for each in inputs], values.get(name, 0), in_front) for name in inputs[0]}
         if self.task.language:

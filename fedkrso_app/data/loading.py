@@ -171,9 +171,7 @@ def _read(task: Task, data_dir: str, split: str, wanted: Sequence[str]) -> Rows:
     split = task.validation if split == "validation" else split
     family, _, name = task.name.rpartition("/")
     if family == "embedded":
-        from fedkrso_app.data.embedded.pretraining import load_task  # here: a run on GLUE has no need of it
-
-        return of_dataset(task.name, load_task(name)[split], wanted)
+        return of_dataset(task.name, _embedded(name)[split], wanted)
     if data_dir or (task.own and not task.dataset):
         return files.read(_files(task, data_dir, split), wanted, task.columns, task.skip)
     if task.own:
@@ -186,6 +184,14 @@ def _read(task: Task, data_dir: str, split: str, wanted: Sequence[str]) -> Rows:
         fix = f"set data-dir to a folder with {name}/{split}.parquet, or take task='embedded/entailment'"
         raise ConfigError(f"{task.name} could not be loaded from the hub ({error}); {fix}.") from error
     return of_dataset(f"{repository} on the hub", loaded, wanted)
+
+
+@lru_cache(maxsize=1)
+def _embedded(name: str) -> Mapping[str, datasets.Dataset]:
+    """The splits of an embedded task, which are written at once: each process reads both."""
+    from fedkrso_app.data.embedded.pretraining import load_task  # here: a run on GLUE has no need of it
+
+    return load_task(name)
 
 
 def _columns(task: Task, data_dir: str) -> tuple[str, Sequence[str], Callable[[], set[str]]]:

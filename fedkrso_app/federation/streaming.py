@@ -7,6 +7,7 @@ from typing import Any
 from flwr.app import Message
 
 _AT_ONCE = 8  # replies that may be in memory together
+_PART = 0.02  # of the time since the messages went out that a pause may take
 
 
 class StreamingGrid:
@@ -24,19 +25,22 @@ class StreamingGrid:
         if not messages:
             return
         pending = {id: None for id in self._grid.push_messages(messages) if id}  # a set that keeps its order
-        end = time.monotonic() + (float("inf") if timeout is None else timeout)
-        pause = 0.02
+        began = time.monotonic()
+        end = began + (float("inf") if timeout is None else timeout)
         while pending and time.monotonic() < end:
-            found = False
             for some in _batched(list(pending), _AT_ONCE):
                 for reply in self._grid.pull_messages(some):
-                    found = True
                     pending.pop(reply.metadata.reply_to_message_id, None)
                     yield reply
-            # Short pauses while replies flow, up to a second while clients work.
-            pause = 0.02 if found else min(1.0, pause * 1.5)
             if pending:
-                time.sleep(min(pause, max(0.0, end - time.monotonic())))
+                now = time.monotonic()
+                time.sleep(min(pause(now - began), max(0.0, end - now)))
+
+
+def pause(waited: float) -> float:
+    """Seconds until the next look, after ``waited`` seconds: a look costs something, and so does a reply that lies
+    about."""
+    return min(1.0, max(0.02, _PART * waited))
 
 
 def _batched(items: list[str], size: int) -> Iterator[list[str]]:

@@ -38,7 +38,8 @@ def captured(run: Run, entries: Ledger) -> dict[int, dict[str, tuple[float, int]
     _, steps = replay.walked(run, entries, replay.reached(run, entries))
     plain = model.of_run(config, task)
     examples = every.select(chosen)
-    batches = list(data.evaluation_batches(examples, task, plain.tokenizer, config.batch_size, config.max_length))
+    tokens = config.batch_size * config.max_length
+    batches = list(data.evaluation_batches(examples, task, plain.tokenizer, tokens, config.max_length))
     shares: dict[int, dict[str, tuple[float, int]]] = {}
     last, before, gradients = -1, dict[str, Tensor](), dict[str, Tensor]()
     for version, local in steps:

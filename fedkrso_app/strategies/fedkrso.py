@@ -9,7 +9,6 @@
 B already contains -η; eq. 13 of the paper multiplies by η once more.
 """
 
-import itertools
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Local, Means, Method
 from fedkrso_app.strategies.privacy import Privacy
+from fedkrso_app.training import threads
 from fedkrso_app.training.loop import Session, head_optimizer
 
 
@@ -106,14 +106,18 @@ class FedKRSOLocal(Local):
         pool = np.frombuffer(instructions["seeds"], dtype="<u8")
         settings = self.config.of(FedKRSOSettings)
         # again from the first: a plan may count more steps than a round has
-        turns = itertools.cycle(drawn(pool, intervals(self.config), settings.draw, beside(rng)))
+        turns = drawn(pool, intervals(self.config), settings.draw, beside(rng))
         with self._subspaces() as layers:
             most = len(pool), intervals(self.config)
             rso = RSO(layers, settings.learning_rate, settings.projection, seeds=most)
+            # random signs are drawn in no time
+            spare = settings.projection != "rademacher" and threads.spare(next(self.module.parameters()).device)
 
             def before_step(j: int) -> None:
                 if j % settings.interval == 0:
-                    rso.start_interval(next(turns))
+                    rso.start_interval(turns[j // settings.interval % len(turns)])
+                    if spare and j + settings.interval < self.config.local_steps:
+                        rso.draw_ahead(turns[(j // settings.interval + 1) % len(turns)])
 
             def update() -> dict[str, np.ndarray]:
                 used = [seed for seed in pool.tolist() if seed in rso.accumulators]

@@ -60,6 +60,11 @@ def release(device: torch.device) -> None:
         module.empty_cache()
 
 
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a CUDA device; 0 of others, which do not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
 def peak_bytes(device: torch.device) -> int:
     """Peak memory in bytes: of the accelerator since :func:`reset_peak`, else of this process since it began.
 

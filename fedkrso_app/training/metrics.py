@@ -6,10 +6,11 @@ given the true tokens before it (teacher-forced: nothing is generated).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training.vocabulary import first_choices, without_logits
@@ -99,40 +100,51 @@ def tally(
     The model, in eval mode, takes a batch as keywords and gives ``.loss`` (its mean) and ``.logits``: (b, num_labels)
     of a classifier, where one label means regression, or (b, t, vocabulary) of a language model, where labels of -100
     do not count. The loss is summed over examples, or over predicted tokens. The training modes of its modules are put
-    back. Tallies of several nodes add up. Raises ValueError where there are no batches or the logits are not finite.
+    back. Tallies of several nodes add up. No value is read from the model's device before the last batch. Raises
+    ValueError where there are no batches or the logits are not finite.
     """
     modes = [(module, module.training) for module in model.modules()]
-    sums, batch, device = np.zeros(tally_size(metric, num_labels)), None, next(model.parameters()).device
+    device = next(model.parameters()).device
+    found: list[tuple[Tensor, ...]] = []  # loss and what it is the mean over; predictions and labels; whether finite
     try:
         model.eval()
         with torch.no_grad(), without_logits(model) as output_layer:
             for batch in batches:
                 output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
-                logits, truth = output.logits, batch["labels"].cpu()
-                if not (logits.isfinite().all() and output.loss.isfinite()):  # argmax would make a class of a NaN
-                    raise ValueError("the model's outputs are not finite: the training has diverged")
-                count = len(truth)
+                logits, truth = output.logits, batch["labels"].to(device)
+                count = torch.tensor(len(truth))
                 if num_labels == 0:
                     truth = truth[:, 1:]  # what comes after each token
-                    count = int((truth != IGNORED).sum())
-                    predictions = torch.ones(len(truth))
+                    count = (truth != IGNORED).sum()
+                    predictions = truth.new_ones(len(truth))
                     if metric == "exact-match":
                         chosen = (
                             first_choices(logits[:, :-1], output_layer) if output_layer else logits[:, :-1].argmax(2)
                         )
-                        predictions = ((chosen.cpu() == truth) | (truth == IGNORED)).all(1)
-                    truth = torch.ones(len(truth))
+                        predictions = ((chosen == truth) | (truth == IGNORED)).all(1)
+                    truth = truth.new_ones(len(truth))
                 else:
-                    logits = logits.float().cpu()
-                    predictions = logits[:, 0] if num_labels == 1 else logits.argmax(1)
-                sums[:2] += float(output.loss) * count, count
-                sums[2:] += moments(metric, predictions.numpy(), truth.numpy(), num_labels)
+                    predictions = logits.float()
+                # argmax would make a class of a NaN
+                found.append((output.loss, count, predictions, truth, logits.isfinite().all() & output.loss.isfinite()))
     finally:
         for module, training in modes:
             module.training = training
-    if batch is None:
+    if not found:
         raise ValueError("there are no batches to evaluate on")
-    return sums
+    losses, counts, predictions, truth, finite = (_on_host(part) for part in zip(*found, strict=True))
+    if not finite.all():
+        raise ValueError("the model's outputs are not finite: the training has diverged")
+    if num_labels:
+        predictions = predictions[:, 0] if num_labels == 1 else predictions.argmax(1)
+    weighted = losses.double() * counts.double()
+    sums = torch.stack([weighted.sum(), counts.double().sum()]).numpy()
+    return np.concatenate([sums, moments(metric, predictions.numpy(), truth.numpy(), num_labels)])
+
+
+def _on_host(parts: Sequence[Tensor]) -> Tensor:
+    """Numbers, or tensors row under row, as one tensor on the CPU."""
+    return (torch.cat(list(parts)) if parts[0].dim() else torch.stack(list(parts))).cpu()
 
 
 def check(tally: np.ndarray, metric: str, num_labels: int) -> None:

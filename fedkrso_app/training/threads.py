@@ -34,6 +34,12 @@ def hold(count: int) -> None:
             )
 
 
+def spare(device: torch.device) -> bool:
+    """Whether a core has nothing to do while ``device`` trains: on a CPU all of them compute, or other clients do."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return device.type not in ("cpu", "meta") and usable > 1
+
+
 @contextmanager
 def given_back() -> Iterator[None]:
     """On leaving, torch computes with as many threads as before: a run in one process has a caller."""
