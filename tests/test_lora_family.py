@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fedkrso_app import cli
 from fedkrso_app.config import ConfigError
-from fedkrso_app.core import rso, srd
+from fedkrso_app.core import projection, srd
 from fedkrso_app.core.flat import unflatten
 from fedkrso_app.core.products import by_layer
 from fedkrso_app.core.subspace import is_conv1d, matrix
@@ -386,7 +386,7 @@ def test_flora_with_A_at_rest_is_fedkrso_with_one_seed_in_one_interval(run_confi
     moved = [SCALE * (B @ A).detach() for A, B in flora.pairs]
     drawn = {name: A.detach().numpy() for name, (A, _) in zip(flora.targets, flora.pairs, strict=True)}
     assert all(map(torch.equal, after, before))
-    monkeypatch.setattr(rso, "projection", lambda seed, name, r, n, kind: drawn[name])
+    monkeypatch.setattr(projection, "kept", lambda seed, name, r, n, kind: drawn[name])
     _, after, before = trained(FedKRSOLocal)
     for product, end, start in zip(moved, after, before, strict=True):
         torch.testing.assert_close(product, end - start, rtol=0, atol=1e-5)

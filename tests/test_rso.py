@@ -124,7 +124,7 @@ def test_square_orthogonal_projection_makes_it_plain_gradient_descent(monkeypatc
     exact = lambda seed, name, r, n, kind: torch.linalg.qr(  # noqa: E731
         torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     )[0].numpy()
-    monkeypatch.setattr("fedkrso_app.core.rso.projection", exact)
+    monkeypatch.setattr("fedkrso_app.core.projection.kept", exact)
     torch.manual_seed(0)
     model, dense = (nn.Sequential(nn.Linear(6, 6)).double() for _ in range(2))
     dense.load_state_dict(model.state_dict())

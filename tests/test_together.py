@@ -10,7 +10,7 @@ from helpers import digest, play, replayed
 from test_families import DECODERS, FAMILIES, build
 from torch import nn
 
-from fedkrso_app.core import rso
+from fedkrso_app.core import projection
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.stacked import Group, Stack, StackedLinear, Unstackable
 from fedkrso_app.federation.workplace import Workplace
@@ -247,9 +247,9 @@ def test_methods_whose_clients_train_everything_take_turns(run_config, caplog):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_pass_draws_each_projection_once_however_many_clients_follow_it(dtype, model_folder, run_config, monkeypatch):
-    drawn, draw = [], rso.projection
+    drawn, draw = [], projection.kept
     monkeypatch.setattr(
-        rso, "projection", lambda seed, name, *rest: drawn.append((seed, name)) or draw(seed, name, *rest)
+        projection, "kept", lambda seed, name, *rest: drawn.append((seed, name)) or draw(seed, name, *rest)
     )
     changes = {"local-steps": 6, "fedkrso.interval": 1, "fedkrso.num-seeds": 2, "compute-dtype": dtype}
     local, instructions, config = exact(model_folder, 2, run_config | changes)
