@@ -14,8 +14,8 @@ soak:
 mutants:
 	python tests/mutants.py
 gpu:
-	pytest -n 0 tests/test_graphs.py
-	python -m benchmarks.engine
-	pytest tests/test_contract.py
+	-python -m pytest -n 0 tests/test_graphs.py
+	-python -m benchmarks.engine
+	python -m pytest tests/test_contract.py
 deployment:
 	FEDKRSO_FLWR=1.39.0 pytest tests/test_deployment.py

@@ -102,11 +102,27 @@ def test_a_missed_round_costs_one_product_a_layer_over_all_seeds():
 def test_each_way_to_train_a_round_is_timed_beside_one_by_one_and_eager(strategy, dtype):
     """Steps are recorded as they are on a GPU, by the tests' own means."""
     recorder = Recorder(record)
-    row = engine.row("tiny", strategy, dtype, (2, 6), (1, 2), 3, 1, recorder)
+    row = engine.row("tiny", strategy, dtype, tuple(engine.WAYS), (2, 6), 2, 3, recorder)
     passes = {"pass", "both"} if strategy == "fedkrso" else set()
     assert {"eager", "captured", *passes} == set(row) & set(engine.WAYS) and recorder.record
     for way in {"captured", *passes}:
         assert row[f"× {way}"] == pytest.approx(row["eager"] / row[way]) and row[way] > 0
+
+
+def test_what_cannot_be_measured_costs_a_row_that_alone_and_rows_are_kept_as_they_come(tmp_path, monkeypatch):
+    def fails(*given):
+        raise RuntimeError("no memory\nfor it")
+
+    wanted = engine.cases(["tiny"], ["tiny"], ["fedkrso"], ["float32", "bfloat16"])
+    assert wanted == dict.fromkeys(
+        [("tiny", "fedkrso", dtype) for dtype in ("float32", "bfloat16")], ("eager", "captured")
+    )
+    monkeypatch.setitem(engine.WAYS, "pass", (fails, False))
+    for dtype in ("float32", "bfloat16"):
+        engine.measured(("tiny", "fedkrso", dtype), ("eager", "pass"), (2, 6), 2, 2, tmp_path / "rows.jsonl")
+    rows = engine.read(tmp_path / "rows.jsonl")
+    assert list(rows) == list(wanted) and all(row["eager"] > 0 for row in rows.values())
+    assert {row["failed"] for row in rows.values()} == {"pass: RuntimeError: no memory"}
 
 
 def test_the_servers_memory_does_not_grow_with_the_replies():

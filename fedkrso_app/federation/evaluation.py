@@ -36,7 +36,8 @@ _kept: WeakKeyDictionary[datasets.Dataset, tuple[Any, list[Batch]]] = WeakKeyDic
 
 def tally(local: Local, examples: datasets.Dataset, task: data.Task, tokenizer: Any) -> np.ndarray:
     """Sums over ``examples`` that add up over clients, as :func:`metrics.result` reads them."""
-    c, module = local.config, local.module
+    c = local.config
+    module: Any = local.module
     device = next(module.parameters()).device
     wide = module.get_output_embeddings().weight.shape[0] if task.language and not vocabulary.can(module) else 0
     while True:
