@@ -49,10 +49,8 @@ def tally(local: Local, examples: datasets.Dataset, task: data.Task, tokenizer: 
         except (torch.OutOfMemoryError, MemoryError):
             if tokens < 2:
                 raise
-        _limits[device.type] = tokens // 2
-        logger.warning(
-            "An evaluation by %d tokens does not fit into memory: %d at once from now on", tokens, tokens // 2
-        )
+        _limits[device.type] = half = tokens // 2
+        logger.warning("An evaluation of %d tokens at once does not fit into memory: %d from now on", tokens, half)
         release(device)
 
 
