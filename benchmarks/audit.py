@@ -1,11 +1,13 @@
 """Attacks on what differential privacy bounds, and whether its bound holds.
 
-    python -m benchmarks.audit [membership] [canary] [--runs 2] [--trials 1000] [--json]
+    python -m benchmarks.audit [membership] [canary] [--shadows 8] [--trials 1000] [--json]
 
 membership  Whether a row was trained on, by its loss under the final model of a run: FedKRSO on the embedded task, four
-            clients of 64 rows, each run with other rows. The rows of all runs together against the validation rows.
-            "TPR": members found where the false-positive rate is 0.05, with the upper end of its 95 % interval (Clopper
-            and Pearson); "bound": what (ε, δ) allows, e^ε · FPR + δ.
+            clients of 64 rows, each of the ``--shadows`` runs with other rows; against the validation rows. "AUC": mean
+            and standard deviation over the runs. "TPR": members of all runs found where the false-positive rate is
+            0.05, with its 95 % interval (Clopper and Pearson); "bound": what (ε, δ) allows, e^ε · FPR + δ. "against
+            the others": an attacker who has the other runs subtracts the mean loss that the row has in those that
+            did not train on it (Watson et al. 2021, arXiv:2111.08440). With its progress on stderr.
 canary      Runs of one step of the training loop of example-level DP, on eight rows with and without one more, whose
             gradient is along a coordinate of its own; the attacker looks at that coordinate. "proven": the lower bound
             on ε that his hits and false alarms give, at 95 %; "stated": the accountant's. The last row of a pair adds
@@ -14,7 +16,9 @@ canary      Runs of one step of the training loop of example-level DP, on eight 
 
 import argparse
 import math
+import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +27,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from scipy.stats import beta
+from scipy.stats import beta, rankdata
 from torch import Tensor, nn
 
 from benchmarks.models import show
@@ -44,7 +48,7 @@ from fedkrso_app.training.per_example import Mechanism
 Row = dict[str, Any]
 FPR = 0.05
 DELTA = 1e-5
-ROWS, CLIENTS, ROUNDS, STEPS, BATCH = 64, 4, 8, 40, 16
+ROWS, CLIENTS, ROUNDS, STEPS, BATCH = 64, 4, 4, 40, 16
 NAMES = ("no", "yes")
 TOYS = 8  # rows of a canary's run
 
@@ -60,23 +64,47 @@ def interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, f
 # Membership
 
 
-def membership(runs: int) -> list[Row]:
-    """``runs`` without noise, and as many at ε = 3."""
+def membership(shadows: int) -> list[Row]:
+    """``shadows`` runs without noise, and as many at ε = 3."""
     delta = 1e-3  # below 1 / 64
+    task = data.resolve(parse(settings(None, [])))
+    rows, count = data.load(task, "", "train"), ROWS * CLIENTS
+    drawn = [np.random.default_rng(number).permutation(len(rows))[:count] for number in range(shadows)]
     found = []
     for target in (math.inf, 3.0):
         private: dict[str, Any] = {}
         if target < math.inf:
             noise = noise_for(target, delta, BATCH / ROWS, ROUNDS * STEPS)
             private = {"privacy.unit": "example", "privacy.clip": 1.0, "privacy.noise": noise, "privacy.delta": delta}
-        members, others = [], []
-        for number in range(runs):
+        every = []  # of each run the losses of all training rows, then of the others
+        for number, own in enumerate(drawn):
+            began = time.process_time()
             with tempfile.TemporaryDirectory() as folder:
-                inside, outside = losses(number, [f"{key}={value!r}" for key, value in private.items()], Path(folder))
-            members.append(inside)
-            others.append(outside)
+                changes = [f"{key}={value!r}" for key, value in private.items()]
+                every.append(losses(number, rows.select(own), changes, Path(folder)))
+            told = f"ε = {target:g}: run {number + 1} of {shadows}, {time.process_time() - began:.0f} CPU seconds"
+            auc = judged([(every[-1][own], every[-1][len(rows) :])])["AUC"]
+            print(f"{told}, AUC by loss {auc:.3f}", file=sys.stderr, flush=True)
         bound = allowed(target, delta)
-        found.append({"ε": target, **judged(np.concatenate(members), np.concatenate(others)), "bound": bound})
+        scores = {"loss": every, "against the others": calibrated(every, drawn)} if shadows > 1 else {"loss": every}
+        for by, values in scores.items():
+            each = [(one[own], one[len(rows) :]) for one, own in zip(values, drawn, strict=True)]
+            found.append({"ε": target, "by": by, **judged(each), "bound": bound})
+    return found
+
+
+def calibrated(every: Sequence[np.ndarray], drawn: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Each run's losses less the mean of those that a row has in the other runs that did not train on it (all of them,
+    where all did)."""
+    losses, outside = np.stack(every), np.ones((len(every), every[0].size))
+    for i, own in enumerate(drawn):
+        outside[i, own] = 0
+    found = []
+    for i in range(len(every)):
+        weights = outside.copy()
+        weights[i] = 0
+        weights[:, weights.sum(0) == 0] = 1.0
+        found.append(losses[i] - (losses * weights).sum(0) / weights.sum(0))
     return found
 
 
@@ -84,20 +112,24 @@ def allowed(target: float, delta: float) -> float:
     return min(1.0, math.exp(min(target, 50.0)) * FPR + delta)
 
 
-def judged(members: np.ndarray, others: np.ndarray) -> Row:
-    """How well low losses tell members from others."""
-    both = np.concatenate([members, others])
-    ranks = np.argsort(np.argsort(both, kind="stable")) + 1.0
-    auc = 1 - (ranks[: len(members)].sum() / len(members) - (len(members) + 1) / 2) / len(others)
-    hits = int((members < np.quantile(others, FPR)).sum())
-    low, high = interval(hits, len(members))
-    return {"rows": len(members), "AUC": auc, "TPR": hits / len(members), "low": low, "high": high}
+def judged(runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Row:
+    """How well low scores tell members from others in each of the ``runs``: AUC over them, and the members found in all
+    at the false-positive rate."""
+    aucs, hits, rows = [], 0, 0
+    for members, others in runs:
+        ranks = rankdata(np.concatenate([members, others]))
+        aucs.append(1 - (ranks[: len(members)].sum() / len(members) - (len(members) + 1) / 2) / len(others))
+        hits, rows = hits + int((members < np.quantile(others, FPR)).sum()), rows + len(members)
+    low, high = interval(hits, rows)
+    spread = float(np.std(aucs, ddof=1)) if len(aucs) > 1 else math.nan
+    told = {"runs": len(aucs), "rows": rows, "AUC": float(np.mean(aucs)), "sd": spread}
+    return told | {"TPR": hits / rows, "low": low, "high": high}
 
 
-def losses(number: int, changes: Sequence[str], folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The final model's loss on each row that run ``number`` trained on, and on rows that no run trains on."""
+def losses(number: int, members: datasets.Dataset, changes: Sequence[str], folder: Path) -> np.ndarray:
+    """The final model's loss, after run ``number`` on these ``members``, on each training row of the task and then on
+    each validation row, which no run trains on."""
     task = data.resolve(parse(settings(None, [])))
-    members = data.load(task, "", "train").shuffle(number).select(range(ROWS * CLIENTS))
     (folder / "data").mkdir(parents=True)
     for split, rows in {"train": members, "validation": data.load(task, "", "validation")}.items():
         named = {"text": rows["sentence"], "label": [NAMES[label] for label in rows["label"]]}
@@ -112,9 +144,7 @@ def losses(number: int, changes: Sequence[str], folder: Path) -> tuple[np.ndarra
     run, entries = replay.opened(folder / "run")
     loaded, state = replay.replayed(run, entries, entries.version)
     loaded.module.load_state_dict(state)
-    own = data.resolve(run.config)
-    splits = [data.load(own, run.config.data_dir, split) for split in ("train", "validation")]
-    return tuple(row_losses(loaded, rows, own) for rows in splits)  # type: ignore[return-value]
+    return np.concatenate([row_losses(loaded, data.load(task, "", split), task) for split in ("train", "validation")])
 
 
 @torch.no_grad()
@@ -188,13 +218,13 @@ def proven(hits: int, alarms: int, trials: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=["canary", "membership"], help="canary, membership")
-    parser.add_argument("--runs", type=int, default=2, help="runs of membership for each ε")
+    parser.add_argument("--shadows", type=int, default=8, help="runs of membership for each ε")
     parser.add_argument("--trials", type=int, default=1000, help="runs with and without the canary")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     a = parser.parse_args()
     torch.set_num_threads(1)
     for name in a.parts:
-        show(name, canary(a.trials) if name == "canary" else membership(a.runs), a.json)
+        show(name, canary(a.trials) if name == "canary" else membership(a.shadows), a.json)
 
 
 if __name__ == "__main__":

@@ -73,5 +73,16 @@ def test_intervals_are_those_of_scipy_and_auc_is_mann_whitneys():
     rng = np.random.default_rng(0)
     members, others = rng.normal(0, 1, 30), rng.normal(0.7, 1, 50)
     pairs = np.mean([[m < o for o in others] for m in members])
-    assert audit.judged(members, others)["AUC"] == pytest.approx(pairs)
+    row = audit.judged([(members, others), (others, members)])
+    assert row["AUC"] == pytest.approx(0.5) and row["sd"] == pytest.approx(abs(pairs - 0.5) * math.sqrt(2))
     assert audit.allowed(math.inf, 1e-5) == 1.0
+
+
+def test_what_shadow_runs_say_of_a_row_is_taken_off_and_never_by_a_run_that_trained_on_it():
+    hard = np.array([5.0, 0.0, 3.0])  # what each row costs whoever has not trained on it
+    drawn = [np.array([0]), np.array([1]), np.array([0, 1]), np.array([], int)]
+    every = [hard.copy() for _ in drawn]
+    for losses, own in zip(every, drawn, strict=True):
+        losses[own] -= 2
+    found = audit.calibrated(every, drawn)
+    assert [losses.tolist() for losses in found] == [[-2, 0, 0], [0, -2, 0], [-2, -2, 0], [0, 0, 0]]

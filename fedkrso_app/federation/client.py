@@ -13,12 +13,15 @@ from fedkrso_app.core.projection import probe
 from fedkrso_app.data import hub
 from fedkrso_app.federation import masks
 from fedkrso_app.federation.discretion import Declined, shown_to_server
+from fedkrso_app.federation.evaluation import tally_schema
+from fedkrso_app.federation.layout import Layout
 from fedkrso_app.federation.policy import Policy
 from fedkrso_app.federation.replica import NeedSync
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.federation.workplace import Reply, Summed, Workplace, workplace
 from fedkrso_app.records import protocol
 from fedkrso_app.records.protocol import TRAIN, Answer, Instructions, Question, Status
+from fedkrso_app.records.sealed import Roster
 from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies import parse
 from fedkrso_app.training import threads
@@ -155,16 +158,24 @@ def up_to_date(
     except NeedSync:
         return RecordDict({"status": Status(place.replica.version, need_sync=True).record()})
     if config.secure_aggregation:
-        if message.metadata.message_type != TRAIN:
-            raise Declined("this node only sends sealed updates, and this message asks for something in clear.")
+        training = message.metadata.message_type == TRAIN
+        if not training and config.evaluate != "clients":
+            raise Declined("this node judges no model in this run: evaluate is not 'clients'.")
         if masks.lost_key(context):
             signed = masks.key_of(context, policy, instructions.run)
             return RecordDict({"status": Status(instructions.version, False, *signed).record()})
+        roster, schema = Roster.read(message.content), tally_schema(place.task)
+        layout = Layout(place.method, instructions.round, instructions.method, roster.partitions) if training else None
         story = masks.story_of(instructions, history, masks.model_of(context, place), config)
-        session = masks.enter(message.content, context, policy, place.method, instructions, partitions, held, story)
-        sealed = session.seal(work(place, partitions, instructions))
+        about = message.metadata.message_type, story, str(layout or schema)
+        session = masks.enter(roster, context, policy, config, instructions, held, *about)
+        replies = work(place, partitions, instructions)
+        if layout:
+            sealed = masks.updates(session, layout, replies, config, instructions.round)
+        else:
+            sealed = masks.tallied(session, schema, replies)
         return RecordDict({"status": Status(instructions.version).record(), **sealed})
-    replies = {}
+    answers = {}
     for partition, reply in work(place, partitions, instructions):
         assert not isinstance(reply, Summed)
         if isinstance(reply, Exception):
@@ -172,5 +183,5 @@ def up_to_date(
                 raise reply
             logger.error("partition %d failed", partition, exc_info=reply)
             reply = protocol.failed(shown_to_server(reply, context.node_config))
-        replies[partition] = reply
-    return protocol.together(replies)
+        answers[partition] = reply
+    return protocol.together(answers)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.flat import sent
+from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.strategies.base import Local
 from fedkrso_app.training import metrics, vocabulary
 from fedkrso_app.training.device import free_bytes, release
@@ -95,6 +96,11 @@ def _staying(made: Iterable[Batch], examples: datasets.Dataset, made_of: Any, de
 def size_of(batches: Sequence[Batch]) -> int:
     """Bytes."""
     return sum(tensor.nbytes for batch in batches for tensor in batch.values())
+
+
+def tally_schema(task: data.Task) -> Schema:
+    """Of what a client says of an evaluation."""
+    return Schema({"tally": Field("float64", (metrics.tally_size(task.metric, task.num_labels),))})
 
 
 def trial(loaded: LoadedModel, examples: datasets.Dataset, task: data.Task, config: Config, split: str) -> None:

@@ -10,19 +10,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 from fedkrso_app.config import Config
-from fedkrso_app.federation import sealing
+from fedkrso_app.federation import sealing, tallies
 from fedkrso_app.federation.discretion import Declined
 from fedkrso_app.federation.layout import Layout, Words
 from fedkrso_app.federation.opened import Opened
 from fedkrso_app.federation.policy import Policy, claim
 from fedkrso_app.federation.released import add_share
 from fedkrso_app.federation.workplace import Reply, Summed, Workplace
-from fedkrso_app.records.protocol import TRAIN, Instructions
-from fedkrso_app.records.sealed import Roster, Shares, Unmask
-from fedkrso_app.strategies.base import Method
+from fedkrso_app.records import protocol, wire
+from fedkrso_app.records.protocol import TALLY, TRAIN, Instructions
+from fedkrso_app.records.schema import Schema
+from fedkrso_app.records.sealed import Roster, Sealed, Shares, Unmask
 from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.strategies.secure import SecureSums
 
@@ -48,48 +50,66 @@ def lost_key(context: Any) -> bool:
 
 @dataclass(frozen=True)
 class Session:
-    """A round that this node takes part in, found to be sound before anything is trained."""
+    """A message under masks that this node takes part in, found to be sound before any work is done."""
 
     context: Any
     roster: Roster
-    layout: Layout
     place: int
     ctx: bytes
-    config: Config
-    round: int
 
-    def seal(self, replies: Iterable[Reply]) -> RecordDict:
-        """The node's vector under masks: the sum over those of its partitions that could be trained.
-
-        Raises the last error if none could, and :class:`Declined` where their updates are too large.
-        """
-        words, seconds, epsilon, problem = Words(self.layout), 0.0, None, None
-        for partition, reply in replies:
-            try:
-                if isinstance(reply, Exception):
-                    raise reply
-                assert isinstance(reply, Summed)
-                told = reply.figures
-                words.add(reply.summands, reply.weight, told.train_loss or 0.0, reply.rounding)
-                seconds += told.train_seconds
-                epsilon = max(epsilon or 0.0, told.epsilon) if told.epsilon is not None else epsilon
-            except Exception as error:
-                logger.error("partition %d failed and is not in this node's sum", partition, exc_info=error)
-                problem = error
-        if isinstance(problem, OverflowError) and not words.tail[2]:
-            raise Declined(
-                f"its update is larger than sums of {self.layout.bits} bits allow for; set a larger secagg.range, or "
-                "secagg.bits = 64."
-            ) from problem
-        if problem and not words.tail[2]:
-            raise problem
+    def seal(self, vector: np.ndarray, tail: np.ndarray) -> Sealed:
         key = self.context.state[_STATE]["key"]
-        tens = math.ceil(seconds / _TENS) * _TENS
-        vector, tail = words.finish()
-        if self.config.of(Privacy).unit == "client":
-            add_share(vector, self.config, self.roster.threshold, self.place, self.round)
-        sealed = sealing.seal(vector, tail, key, self.place, self.roster, self.ctx)
-        return replace(sealed, seconds=tens, epsilon=epsilon).records()
+        return sealing.seal(vector, tail, key, self.place, self.roster, self.ctx)
+
+
+def updates(session: Session, layout: Layout, replies: Iterable[Reply], config: Config, round: int) -> RecordDict:
+    """The node's update under masks: the sum over those of its partitions that could be trained.
+
+    Raises the last error if none could, and :class:`Declined` where their updates are too large.
+    """
+    words, seconds, epsilon, problem = Words(layout), 0.0, None, None
+    for partition, reply in replies:
+        try:
+            if isinstance(reply, Exception):
+                raise reply
+            assert isinstance(reply, Summed)
+            told = reply.figures
+            words.add(reply.summands, reply.weight, told.train_loss or 0.0, reply.rounding)
+            seconds += told.train_seconds
+            epsilon = max(epsilon or 0.0, told.epsilon) if told.epsilon is not None else epsilon
+        except Exception as error:
+            logger.error("partition %d failed and is not in this node's sum", partition, exc_info=error)
+            problem = error
+    if isinstance(problem, OverflowError) and not words.tail[2]:
+        raise Declined(
+            f"its update is larger than sums of {layout.bits} bits allow for; set a larger secagg.range, or "
+            "secagg.bits = 64."
+        ) from problem
+    if problem and not words.tail[2]:
+        raise problem
+    tens = math.ceil(seconds / _TENS) * _TENS
+    vector, tail = words.finish()
+    if config.of(Privacy).unit == "client":
+        add_share(vector, config, session.roster.threshold, session.place, round)
+    return replace(session.seal(vector, tail), seconds=tens, epsilon=epsilon).records()
+
+
+def tallied(session: Session, schema: Schema, replies: Iterable[Reply]) -> RecordDict:
+    """The node's tally under masks, as :func:`tallies.summed` has it. Raises the last error if no partition could be
+    judged."""
+    good, problem = [], None
+    for partition, reply in replies:
+        try:
+            if isinstance(reply, Exception):
+                raise reply
+            assert isinstance(reply, RecordDict)
+            good.append(wire.unpack(protocol.arrays(reply, TALLY), schema)["tally"])
+        except Exception as error:
+            logger.error("partition %d could not be judged and is not in this node's sum", partition, exc_info=error)
+            problem = error
+    if problem and not good:
+        raise problem
+    return session.seal(*tallies.summed(good)).records()
 
 
 def model_of(context: Any, place: Workplace) -> str:
@@ -101,35 +121,37 @@ def model_of(context: Any, place: Workplace) -> str:
 
 
 def enter(
-    content: RecordDict,
+    roster: Roster,
     context: Any,
     policy: Policy,
-    method: Method,
+    config: Config,
     instructions: Instructions,
-    own: Sequence[int],
     held: Sequence[int],
+    kind: str,
     story: str,
+    shapes: str,
 ) -> Session:
-    """Check the round that a train message is about, of whose partitions this node's ``own`` are asked, of those
-    that it ``held``; ``story`` as :func:`story_of` tells it.
+    """Check the ``roster`` of a message (``kind``: train or evaluate) that asks for some of the partitions that this
+    node ``held``. ``story`` is as :func:`story_of` tells it, ``shapes`` says what is sealed.
 
-    Raises :class:`Declined` or :class:`Refused`.
+    Updates are sealed by round, and tallies by version: those of one version are the same in every round. Raises
+    :class:`Declined`.
     """
-    roster, settings = Roster.read(content), method.config.of(SecureSums)
-    least = max(policy.least, settings.min_cohort)
+    number = instructions.round if kind == TRAIN else instructions.version
+    least = max(policy.least, config.of(SecureSums).min_cohort)
     key = context.state[_STATE]["key"]
-    place = sealing.place_of(roster, key, own, least)
+    place = sealing.place_of(roster, key, instructions.partitions, least)
     if roster.parties[place].node != context.node_id:
         raise Declined("the roster has this node's key under another node's id.")
     policy.verify(instructions.run, roster.parties)
-    opened = Opened(instructions.run, held[0])
-    opened.enter(instructions.round, instructions.version, sealing.members(roster).hex(), roster.session.hex())
-    layout = Layout(method, instructions.round, instructions.method, roster.partitions)
-    ctx = sealing.context(roster, instructions.round, TRAIN, str(layout), story)
+    opened = Opened(instructions.run, held[0], kind)
+    opened.enter(number, instructions.version, sealing.members(roster).hex(), roster.session.hex())
+    ctx = sealing.context(roster, number, kind, shapes, story)
     context.state[_ROUND] = ConfigRecord(
         {
             "run": instructions.run,
-            "round": instructions.round,
+            "kind": kind,
+            "round": number,
             "version": instructions.version,
             "partition": held[0],
             "session": roster.session,
@@ -139,7 +161,7 @@ def enter(
             "least": max(roster.threshold, least),
         }
     )
-    return Session(context, roster, layout, place, ctx, method.config, instructions.round)
+    return Session(context, roster, place, ctx)
 
 
 def story_of(instructions: Instructions, history: str, model: str, config: Config) -> str:
@@ -167,5 +189,5 @@ def unmask(content: RecordDict, context: Any) -> RecordDict:
     key = context.state[_STATE]["key"]
     shares = sealing.answer(asked.survivors, bundles, key, sealed["place"], keys, sealed["context"])
     statement = sealing.digest(sealed["context"], repr(asked.survivors), *asked.bundles).hex()
-    Opened(sealed["run"], sealed["partition"]).note(sealed["round"], sealed["version"], statement)
+    Opened(sealed["run"], sealed["partition"], sealed["kind"]).note(sealed["round"], sealed["version"], statement)
     return Shares(asked.session, shares).content()

@@ -1,4 +1,5 @@
 """Which sum of which round a node has helped to open: a round at most once, ever; and for whom it has sealed a round.
+The same for tallies, of which each version of the model takes the place of a round.
 
 Training is deterministic, so a round that is done again has the same updates, and two of its sums that differ in one
 node give that node's update. Nodes that answer once each do not prevent two such sums where the round has several
@@ -17,15 +18,18 @@ from contextlib import contextmanager
 from fedkrso_app.config import cache
 from fedkrso_app.federation.discretion import Declined
 from fedkrso_app.records import disk
+from fedkrso_app.records.protocol import TRAIN
 
 _AT_ONE_VERSION = 2  # a sum that was opened and could not be published is followed by another, not by a series
 
 
 class Opened:
-    """The record of the node whose first partition is ``partition``, in the run with this id."""
+    """The record of the node whose first partition is ``partition``, in the run with this id, of what it seals in
+    answer to messages of this ``kind``."""
 
-    def __init__(self, run: str, partition: int) -> None:
-        self.path = cache() / "opened" / run / f"{partition}.json"
+    def __init__(self, run: str, partition: int, kind: str = TRAIN) -> None:
+        ending, self._what = ("", "round") if kind == TRAIN else (f"-{kind}", "the tally of version")
+        self.path = cache() / "opened" / run / f"{partition}{ending}.json"
 
     def enter(self, round: int, version: int, who: str, session: str) -> None:
         """Put down, on the disk, that ``round`` (at ``version``) is sealed for the nodes ``who`` in ``session``.
@@ -37,7 +41,7 @@ class Opened:
             self._next(record, round, version)
             before, *sessions = record["sealed"].get(str(round), [who])
             if before != who:
-                raise Declined(f"this node has sealed round {round} for other nodes already.")
+                raise Declined(f"this node has sealed {self._what} {round} for other nodes already.")
             if session in sessions:
                 raise Declined("this node has sealed something in this session already.")
             record["sealed"][str(round)] = [who, *sessions, session]
@@ -58,7 +62,7 @@ class Opened:
     def _next(self, record: dict, round: int, version: int) -> int:
         """How often a sum at ``version`` will have been opened."""
         if round <= record["round"]:
-            raise Declined(f"round {round} is not after round {record['round']}, of which this node has opened a sum.")
+            raise Declined(f"{self._what} {round} is not after {record['round']}, of which this node has opened a sum.")
         if version < record["version"]:
             raise Declined(f"version {version} is before version {record['version']}, of which it has opened a sum.")
         times = record["times"] + 1 if version == record["version"] else 1

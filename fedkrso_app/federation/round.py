@@ -17,10 +17,9 @@ from fedkrso_app.federation.exchange import Exchange
 from fedkrso_app.federation.nodes import Nodes, sampled
 from fedkrso_app.federation.published import Published
 from fedkrso_app.federation.spending import Spending
-from fedkrso_app.records import protocol, wire
-from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Instructions
+from fedkrso_app.federation.tallies import MaskedTallies, Tallies
+from fedkrso_app.records.protocol import EVALUATE, TRAIN, Instructions
 from fedkrso_app.records.schema import Schema
-from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.privacy import Privacy
 
 logger = logging.getLogger("flwr")
@@ -35,8 +34,8 @@ class Host(Protocol):
     def report(self, figures: dict[str, Any]) -> None:
         """Take note of a round's figures; ``tally`` is the sum of its clients' evaluations, if there are any."""
 
-    def opening(self, round: int, partitions: list[int]) -> None:
-        """Put down, to stay, that the sum of these partitions is about to be opened."""
+    def opening(self, round: int, kind: str, partitions: list[int]) -> None:
+        """Put down, to stay, that the sum of these partitions is about to be opened, of updates or of tallies."""
 
     def opened(self) -> int:
         """The last round whose sum was, or may have been, opened; 0 if none was."""
@@ -120,18 +119,20 @@ class Round(Strategy):
             pay = functools.partial(spending.write, released.release_of(self.round, self.config, asked, held, spending))
             self._sums = released.Released(self.method, self.round, start, given, asked, pay)
         if self.config.secure_aggregation:
-            version = self.published.version
-            stamp = self.published.ledger.stamp(version)
-            instructions = Instructions(self.nodes.run, version, stamp, round=self.round, method=given)
-            roster = masked.roster_of(asked, self.nodes, self.config)
-            story = masks.story_of(instructions, self.published.history.digest, self.nodes.model, self.config)
+            roster, story = masked.roster_of(asked, self.nodes, self.config), self._story(given)
 
             def note(partitions: list[int]) -> None:
                 if self._by_client:
                     pay()
-                self.host.opening(self.round, partitions)
+                self.host.opening(self.round, TRAIN, partitions)
 
             self._sums = masked.Masked(self.method, self.round, self.transforms, start, roster, story, note, self.nodes)
+
+    def _story(self, given: Mapping[str, Any]) -> str:
+        """What all nodes are told, with what the method has ``given`` them."""
+        version = self.published.version
+        told = Instructions(self.nodes.run, version, self.published.ledger.stamp(version), method=given)
+        return masks.story_of(told, self.published.history.digest, self.nodes.model, self.config)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -151,31 +152,41 @@ class Round(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any
     ) -> Iterable[Message]:
-        return self._exchange.ask(EVALUATE, self._to_evaluate) if self.config.evaluate == "clients" else []
+        if self.config.evaluate != "clients":
+            return []
+        asked = self._to_evaluate
+        try:
+            self._tallies = self._of_tallies(asked)
+        except Unopened as reason:
+            logger.warning("nobody judges the model: %s", reason)
+            asked = self._to_evaluate = {}
+        return self._exchange.ask(EVALUATE, asked, more=self._tallies.records)
+
+    def _of_tallies(self, asked: Mapping[int, Sequence[int]]) -> Tallies:
+        """The sums of an evaluation that asks these nodes (id -> partitions). Raises :class:`Unopened`."""
+        self._tallies = Tallies(self.host.tally_schema, self.host.score)
+        if not (asked and self.config.secure_aggregation):
+            return self._tallies
+        roster = masked.roster_of(asked, self.nodes, self.config)
+        story = self._story({})
+        note = functools.partial(self.host.opening, self.round, EVALUATE)
+        return MaskedTallies(self._tallies, roster, self.published.version, story, self.nodes, self.config, note)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        tallies: dict[int, np.ndarray] = {}
-        scores: dict[int, float] = {}
-        for node, (partition,), content, size in self._exchange.received(replies, self._sums):
+        for node, partitions, content, size in self._exchange.received(replies, self._sums):
             figures: dict[str, float] = {}
-            with self._exchange.refusing([partition]):
-                version = self._exchange.check_version(content, node, [partition])
-                tally = wire.unpack(protocol.arrays(content, TALLY), self.host.tally_schema)["tally"]
-                try:
-                    figures = dict(zip(("metric", "eval_loss"), self.host.score(tally), strict=True))
-                except ValueError as error:
-                    raise Refused(f"tally: {error}") from None
-                tallies[partition], scores[partition] = tally, figures["metric"]
-                self.nodes.found(node, version, [partition])
+            with self._exchange.refusing(partitions):
+                version = self._exchange.check_version(content, node, partitions)
+                figures = self._tallies.accept(content, node, partitions)
+                self.nodes.found(node, version, partitions)
             if self.config.client_metrics:
-                own = self._exchange.figures["per_client"][str(partition)]
+                own = self._exchange.figures["per_client"][str(partitions[0])]
                 own.update(figures, uplink_bytes=own["uplink_bytes"] + size)
-        if tallies:
-            self._exchange.figures["tally"] = sum(tallies[partition] for partition in sorted(tallies))
-            own = np.array([scores[partition] for partition in sorted(scores)])
-            self._exchange.figures["client_metric"] = {
-                "mean": own.mean(), "sd": own.std(ddof=1) if len(own) > 1 else 0.0, "min": own.min(), "max": own.max()
-            }  # fmt: skip
+        if self.config.evaluate == "clients" and self._to_evaluate:
+            try:
+                self._tallies.close(self._grid, self.round, self._exchange.figures)
+            except Unopened as reason:
+                logger.warning("The model is not judged in round %d: %s", self.round, reason)
         self._exchange.figures["seconds"] = time.monotonic() - self._started
         self.host.report(self._exchange.figures)
         return None

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedkrso_app.core.accounting import shown
+from fedkrso_app.records.protocol import EVALUATE
 from fedkrso_app.runs.folder import Run
-from fedkrso_app.runs.privacy import ROW, SEEDED, noise_of, sums_of
+from fedkrso_app.runs.privacy import ROW, SEEDED, noise_of, openings, sums_of
 from fedkrso_app.runs.results import measures
 
 _SILENT = ("name", "assumptions", "broken")
@@ -40,7 +41,7 @@ def facts(run: Run) -> dict[str, Any]:
             ],
         },
         "guarantees": [each for each in (noise, sums) if each],
-        "clear": list(_clear(settings, sums, noise, rounds)),
+        "clear": list(_clear(run, sums, noise, rounds)),
         "not_covered": list(_not_covered(settings, noise)),
     }
 
@@ -146,8 +147,9 @@ def _alone(settings: Mapping[str, Any], rounds: list[dict[str, Any]]) -> list[st
     ]
 
 
-def _clear(settings: Mapping[str, Any], sums: Any, noise: Any, rounds: list[dict[str, Any]]) -> Iterator[str]:
+def _clear(run: Run, sums: Any, noise: Any, rounds: list[dict[str, Any]]) -> Iterator[str]:
     """What the server learns beside updates, of each client and round."""
+    settings = run.info["config"]
     by_row = bool(noise) and noise["unit"] == ROW
     yield "who was asked, who took part, when each reply came, and its size"
     if not sums:
@@ -160,10 +162,27 @@ def _clear(settings: Mapping[str, Any], sums: Any, noise: Any, rounds: list[dict
     if by_row:
         yield "its epsilon, rounded up to 0.1: a hint at the number of its rows"
     if settings.get("evaluate") == "clients":
-        yield "how its validation rows were judged: counts of right and wrong answers by class, or a sum of losses"
+        yield from _judged(run, sums)
     if settings.get("client-metrics"):
         yield "client-metrics = true: these figures of every client are in metrics.jsonl"
     yield "texts of errors, which may quote a cell or a path, from nodes without a data-dir of their own"
+
+
+def _judged(run: Run, sums: Any) -> Iterator[str]:
+    what = "counts of right and wrong answers by class, or a sum of losses"
+    if not sums:
+        yield f"how its validation rows were judged: {what}"
+    elif opened := [tuple(line["partitions"]) for line in openings(run, EVALUATE)]:
+        yield (
+            f"{len(opened)} sums of how validation rows were judged, each of {min(map(len, opened))} partitions or "
+            f"more: {what}"
+        )
+        if (sets := len(set(opened))) > 1:
+            yield (
+                f"these sums are over {sets} different sets of nodes: where two sets differ in one node, their "
+                "difference is its number of validation rows, of each label too where the metric counts them, and "
+                "nearly how its rows were judged"
+            )
 
 
 def _not_covered(settings: Mapping[str, Any], noise: Any) -> Iterator[str]:

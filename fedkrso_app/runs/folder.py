@@ -129,14 +129,16 @@ class Run:
                 break
         return figures
 
-    def add_opening(self, round: int, partitions: list[int]) -> None:
-        """Append to openings.jsonl, on the disk when this returns, whose sum is about to be opened."""
+    def add_opening(self, round: int, kind: str, partitions: list[int]) -> None:
+        """Append to openings.jsonl, on the disk when this returns, whose sum is about to be opened: of updates
+        ("train") or of tallies ("evaluate")."""
         with open(self.path / "openings.jsonl", "a+b") as file:
-            logs.append(file, {"round": round, "partitions": partitions})
+            logs.append(file, {"round": round, "kind": kind, "partitions": partitions})
 
     @property
     def opened(self) -> int:
-        """The last round in openings.jsonl; 0 if there is none. Of a line that was cut short nothing was asked yet."""
+        """The last round in openings.jsonl; 0 if there is none. Of a line that was cut short nothing was asked yet.
+        A round whose tallies were opened has its entry."""
         file = self.path / "openings.jsonl"
         last = 0
         for line in file.read_text().splitlines() if file.is_file() else ():

@@ -207,7 +207,7 @@ def traffic(method: Method, clients: int, tally: int) -> tuple[dict[str, float],
         entries += (updates - latest) * record_bytes(older, down) + late * record_bytes(oldest, down)
     costs["down"] = question + entries / (share * rounds)
     if config.secure_aggregation:
-        return with_masks(costs, method, clients, reply), up
+        return with_masks(costs, method, clients, tally if judged else 0), up
     return {**costs, "run": rounds * asked * (costs["up"] + costs["down"])}, up
 
 

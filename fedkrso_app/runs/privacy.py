@@ -12,6 +12,7 @@ from fedkrso_app.config import ConfigError
 from fedkrso_app.core.accounting import shown
 from fedkrso_app.core.shamir import honest, usual_threshold
 from fedkrso_app.federation.spending import Spending
+from fedkrso_app.records.protocol import TRAIN
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.results import asked_in
 
@@ -102,7 +103,7 @@ def _randomness(seeded: bool) -> list[str]:
 
 def sums_of(run: Run, rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The guarantee of secure sums; None where no sum was ever opened."""
-    settings, opened = run.info["config"], _events(run, "openings.jsonl")
+    settings, opened = run.info["config"], openings(run, TRAIN)
     if not settings.get("secure-aggregation") or not opened:
         return None
     versions = {line["round"]: line["version"] for line in run.metrics()}
@@ -131,6 +132,11 @@ def sums_of(run: Run, rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
             "no second run with the same seed and model: it repeats every update, and two sums can differ in one node",
         ],
     }
+
+
+def openings(run: Run, kind: str) -> list[dict[str, Any]]:
+    """The sums that were opened, or about to be: of updates ("train") or of tallies ("evaluate")."""
+    return [line for line in _events(run, "openings.jsonl") if line.get("kind", TRAIN) == kind]
 
 
 def _events(run: Run, name: str) -> list[dict[str, Any]]:

@@ -18,10 +18,10 @@ from fedkrso_app.records.sealed import KEY, ROSTER, SESSION, TAIL, Party, Roster
 from fedkrso_app.strategies.base import Method
 
 
-def sealed_costs(method: Method, clients: int) -> tuple[int, dict[str, float]]:
-    """How many of ``clients`` partitions are asked as one node, and per node and round the bytes ``up`` of a sealed
-    reply (opening included), ``roster`` and ``opening`` down. Nobody is missing. Raises ConfigError where a round has
-    too few nodes.
+def sealed_costs(method: Method, clients: int, tally: int = 0) -> tuple[int, dict[str, float]]:
+    """How many of ``clients`` partitions are asked as one node, and per node and round the bytes ``up`` of its sealed
+    replies (openings included) and ``down`` of rosters and openings. ``tally``: the length of that of an evaluation,
+    where clients judge. Nobody is missing. Raises ConfigError where a round has too few nodes.
     """
     asked, each = sampled(method.config.fraction_train, clients), method.config.clients_per_node
     n = max(1, round(asked / each))
@@ -35,11 +35,12 @@ def sealed_costs(method: Method, clients: int) -> tuple[int, dict[str, float]]:
     reply = wire.measured_bytes(RecordDict({"status": Status(1).record(), **one.records()}))
     opening = Opening(n, t, b"", dict.fromkeys(range(n), b""))
     answer = wire.measured_bytes(Shares(bytes(SESSION), [_own(i, opening.size) for i in range(n)]).content())
-    return each, {
-        "up": reply + (words - 1) * layouts[0].dtype.itemsize + answer * t / n,  # t answers open
-        "roster": wire.measured_bytes(RecordDict({ROSTER: roster.record()})) - wire.measured_bytes(RecordDict()),
-        "opening": wire.measured_bytes(Unmask(bytes(SESSION), list(range(n)), bundles).content()),
-    }
+    sums = 2 if tally else 1
+    vectors = words * layouts[0].dtype.itemsize + 8 * tally
+    down = wire.measured_bytes(RecordDict({ROSTER: roster.record()})) - wire.measured_bytes(RecordDict())
+    down += wire.measured_bytes(Unmask(bytes(SESSION), list(range(n)), bundles).content())
+    shares = answer * t / n  # t answers open
+    return each, {"up": sums * (reply + shares - layouts[0].dtype.itemsize) + vectors, "down": sums * down}
 
 
 def protection(nodes: int, method: Method) -> dict[str, Any]:
@@ -54,11 +55,11 @@ def protection(nodes: int, method: Method) -> dict[str, Any]:
     }
 
 
-def with_masks(costs: Mapping[str, float], method: Method, clients: int, reply: float) -> dict[str, Any]:
-    """The ``costs`` of a plan's row, per client, with sealed replies in the place of those of ``reply`` bytes."""
-    each, own = sealed_costs(method, clients)
-    up = costs["up"] - reply + own["up"] / each
-    down = costs["down"] + (own["roster"] + own["opening"]) / each
+def with_masks(costs: Mapping[str, float], method: Method, clients: int, tally: int) -> dict[str, Any]:
+    """The ``costs`` of a plan's row, per client, with sealed replies in the place of those in clear; ``tally`` as
+    :func:`sealed_costs` has it."""
+    each, own = sealed_costs(method, clients, tally)
+    up, down = own["up"] / each, costs["down"] + own["down"] / each
     asked = sampled(method.config.fraction_train, clients)
     run = method.config.num_server_rounds * asked * (up + down)
     hides = protection(max(1, round(asked / each)), method)

@@ -25,7 +25,6 @@ from fedkrso_app.federation.streaming import StreamingGrid
 from fedkrso_app.federation.transforms import transforms
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Entry, Ledger
-from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.runs import card
 from fedkrso_app.runs.folder import Run
 from fedkrso_app.runs.summary import closing_table, line
@@ -56,8 +55,7 @@ class Server:
         self.track = track
         span = method.entry.span
         self.ledger = Ledger(folder.ledger, keep=span and span + 1)
-        size = metrics.tally_size(task.metric, task.num_labels)
-        self.tally_schema = Schema({"tally": Field("float64", (size,), "update")})
+        self.tally_schema = evaluation.tally_schema(task)
         self.spending = Spending(folder.path / "privacy.jsonl", config.of(Privacy).delta)
         self.replica = None
         if config.evaluate == "server":
@@ -80,8 +78,8 @@ class Server:
         if self.replica:
             self.replica.follow(entry.version, arrays)
 
-    def opening(self, round: int, partitions: list[int]) -> None:
-        self.folder.add_opening(round, partitions)
+    def opening(self, round: int, kind: str, partitions: list[int]) -> None:
+        self.folder.add_opening(round, kind, partitions)
 
     def opened(self) -> int:
         return self.folder.opened

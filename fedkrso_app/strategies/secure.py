@@ -51,7 +51,6 @@ def check(method: type[Method], config: Config) -> None:
         ("aggregation", config.aggregation, "mean", "it sorts the values of all clients, which nobody sees"),
         ("max-update-norm", config.max_update_norm, 0.0, "it looks at single updates, which nobody sees"),
         ("client-metrics", config.client_metrics, False, "they would be of single clients"),
-        ("evaluate", config.evaluate == "clients" and "clients", False, "tallies of single clients would be in clear"),
     ]
     for key, value, needed, reason in wrong:
         if value != needed:
