@@ -11,7 +11,7 @@ from helpers import MASKS, play
 from fedkrso_app.core import ring
 from fedkrso_app.federation import round as rounds
 from fedkrso_app.federation import tallies
-from fedkrso_app.federation.masked import SealedSum
+from fedkrso_app.federation.sealed_sum import SealedSum
 from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.records.protocol import EVALUATE, TRAIN
 from fedkrso_app.records.sealed import UNMASK
@@ -65,6 +65,16 @@ def test_the_metric_is_that_of_the_plain_run_on_nodes_of_two_partitions_in_any_o
         assert "client_metric" in a and "client_metric" not in b
     a, b = (Ledger(run.ledger).read(2).arrays for run in (plain, sealed))
     assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_fresh_processes_with_heads_of_their_own_agree_and_the_log_says_what_sums_over_other_nodes_tell(
+    settings, caplog
+):
+    settings |= {"client.head": "local", "fraction-train": 0.75}
+    plain = play(settings | {"run-name": "plain"}, 4)
+    sealed = play(settings | MASKS | {"run-name": "sealed"}, 4, run_id=2, devices=True)
+    assert judged(sealed) == judged(plain) and None not in judged(plain)
+    assert "sums of tallies over other nodes in each round tell how many validation rows a node has" in caplog.text
 
 
 def test_sums_of_a_regression_and_of_losses_are_exact_to_a_step_and_counts_to_the_bit():

@@ -12,8 +12,9 @@ from helpers import digest, play
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.federation import masked, masks
-from fedkrso_app.federation.masked import Masked, SealedSum
+from fedkrso_app.federation.masked import Masked
 from fedkrso_app.federation.opened import Opened
+from fedkrso_app.federation.sealed_sum import SealedSum
 from fedkrso_app.federation.workplace import Workplace
 from fedkrso_app.records.history import History
 from fedkrso_app.records.ledger import Ledger

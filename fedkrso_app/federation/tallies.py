@@ -14,8 +14,8 @@ from flwr.app import RecordDict
 from fedkrso_app.config import Config
 from fedkrso_app.core import ring
 from fedkrso_app.federation.aggregate import Unopened
-from fedkrso_app.federation.masked import Note, SealedSum
 from fedkrso_app.federation.nodes import Nodes
+from fedkrso_app.federation.sealed_sum import Note, SealedSum
 from fedkrso_app.federation.sealing import context
 from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.protocol import EVALUATE, TALLY
