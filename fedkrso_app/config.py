@@ -67,6 +67,8 @@ class Config:
     device: str
     compute_dtype: str
     state_dtype: str
+    compute_weights: str
+    weights_at_rest: bool
     torch_threads: int
     clients_per_node: int
     batch_clients: str
@@ -96,19 +98,29 @@ class Config:
         return self.seed if self.partition_seed == -1 else self.partition_seed
 
     @property
+    def few_bits(self) -> bool:
+        """Whether clients compute with weights of few bits, made anew from W^t."""
+        return self.compute_weights != "float"
+
+    @property
     def on_device(self) -> bool:
         """Whether W^t itself may lie on the device; else it stays in the host's memory, and a copy computes."""
-        return self.compute_dtype == self.state_dtype
+        return self.compute_dtype == self.state_dtype and not self.few_bits
 
     @property
     def at_rest(self) -> bool:
         """Whether training leaves the layers' weights alone and takes its steps beside them."""
-        return self.compute_dtype == "bfloat16"
+        return self.compute_dtype == "bfloat16" or self.few_bits or self.weights_at_rest
 
     @property
     def weights_device(self) -> str:
         """Where W^t lies: a ``device``."""
         return self.device if self.on_device else "cpu"
+
+    @property
+    def of_server(self) -> "Config":
+        """The same for the server, which judges W^t itself, whatever clients compute with."""
+        return dataclasses.replace(self, compute_weights="float")
 
     def to_dict(self) -> dict[str, Any]:
         """The flat mapping with the user's keys (``fedkrso.num-seeds``) that :func:`parse` takes."""
@@ -263,6 +275,12 @@ def _check(c: Config) -> None:
     if c.state_dtype == "bfloat16" and c.compute_dtype != "bfloat16":
         raise ConfigError(
             "state-dtype = 'bfloat16' needs compute-dtype = 'bfloat16': in float32 a second W would do the work."
+        )
+    choice("compute-weights", c.compute_weights, ["float", "int8", "nf4"])
+    if c.few_bits and c.captured_steps == "on":
+        raise ConfigError(
+            f"captured-steps = 'on' does not go with compute-weights = {c.compute_weights!r}, whose kernels have "
+            "not been captured yet: set it to 'off'."
         )
     need(0 <= c.max_grad_norm < float("inf"), "max-grad-norm", c.max_grad_norm, "0 (no bound) or above")
     choice("evaluate", c.evaluate, ["server", "clients", "off"])

@@ -40,6 +40,7 @@ def main(grid: Grid, context: Context) -> None:
         look = here or bool(config.data_dir or config.dataset)
         resumed = run.Run(resolved_path(config.resume)).commits if config.resume else None
         config = hub.pinned(config, data_needed=look) if resumed is None else hub.at(config, resumed)
+        config = config.of_server
         if here:  # before what may be a large dataset is downloaded
             model.check(config.model, data.tasks.declared(config).num_labels)
         task = data.resolve(config, look=look)

@@ -46,7 +46,7 @@ def test_core_knows_only_torch_and_numpy(path):
     import sys
 
     noise = {"accounting.py": {"scipy", "dp_accounting"}, "noise.py": {"cryptography"}}
-    extras = {"lora.py": {"peft"}, "ring.py": {"cryptography"}} | noise
+    extras = {"lora.py": {"peft"}, "few_bits.py": {"bitsandbytes"}, "ring.py": {"cryptography"}} | noise
     extra = extras.get(path.name, set())
     outside = {module.split(".")[0] for module in imported(path)} - {"fedkrso_app"}
     assert outside - set(sys.stdlib_module_names) <= OUTSIDE_IN_CORE | extra

@@ -103,7 +103,7 @@ def real(folder, labels, run_config, place, **changes):
     if config.on_device:
         local.module.to(place)
     else:
-        local = local.in_bfloat16(place)
+        local = local.computing(place)
     return local, method.instructions(1), config
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from fedkrso_app.core.projection import stream
@@ -41,6 +40,8 @@ def initial_As(seed: int, targets: Mapping[str, tuple[int, int]], rank: int) -> 
 
 def attach(module: nn.Module, names: list[str], rank: int, alpha: float, seed: int) -> dict[str, Any]:
     """Put a LoRA layer (no dropout, B = 0) around each named layer of ``module``; returns them by name."""
+    from peft import LoraConfig, inject_adapter_in_model  # seconds, which no other method need wait
+
     settings = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]

@@ -124,4 +124,5 @@ class RSO(torch.optim.Optimizer):
 
     def held(self) -> list[Tensor]:
         """Every tensor that lives between steps."""
-        return [self.M, self.V, *self.accumulators.values(), *(layer.P for layer in self.layers.values())]
+        layers = [part for layer in self.layers.values() for part in layer.held()]
+        return [self.M, self.V, *self.accumulators.values(), *layers]

@@ -5,7 +5,7 @@ client's part of a result depends on its own rows and parameters alone, to the b
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkrso_app.core.rso import RSO, adam_update
-from fedkrso_app.core.subspace import matrix
+from fedkrso_app.core.subspace import dense_of, matrix
 
 T = TypeVar("T")
 
@@ -94,18 +94,26 @@ class StackedLora(nn.Module):
 class _StackedAdapted(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, Bs: Tensor, Ps: Tensor, live: Tensor
+        ctx: Any,
+        x: Tensor,
+        dense: Callable[[], Tensor],
+        bias: Tensor | None,
+        B: Tensor,
+        Bs: Tensor,
+        Ps: Tensor,
+        live: Tensor,
     ) -> Tensor:
+        ctx.dense = dense
         projected = x @ Ps.T
         tokens, rank = projected.shape[1], live.shape[1]
-        ctx.save_for_backward(weight, Bs, Ps, projected.gather(2, live.unsqueeze(1).expand(-1, tokens, rank)))
-        return functional.linear(x, weight, bias).baddbmm_(projected, Bs.mT)
+        ctx.save_for_backward(Bs, Ps, projected.gather(2, live.unsqueeze(1).expand(-1, tokens, rank)))
+        return functional.linear(x, dense(), bias).baddbmm_(projected, Bs.mT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, Bs, Ps, projected = ctx.saved_tensors
+        Bs, Ps, projected = ctx.saved_tensors
         dY = grads[0]
-        dX = torch.bmm(dY, Bs) @ Ps + dY @ weight if ctx.needs_input_grad[0] else None
+        dX = torch.bmm(dY, Bs) @ Ps + dY @ ctx.dense() if ctx.needs_input_grad[0] else None
         return dX, None, None, torch.bmm(dY.mT, projected), None, None, None
 
 
@@ -122,6 +130,7 @@ class StackedSubspace(nn.Module):
     def __init__(self, layer: nn.Module, rank: int, group: Group) -> None:
         super().__init__()
         self.W, self.bias, self.group, self.rank = matrix(layer), layer.bias, group, rank
+        self.dense = dense_of(layer)
         m, n = self.W.shape
         dtype = torch.promote_types(self.W.dtype, torch.float32)
         self.B = Stack(self.W.new_zeros(m, rank, dtype=dtype), group.clients)
@@ -135,7 +144,7 @@ class StackedSubspace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.group.split(x).to(self.W.dtype)
-        y = _StackedAdapted.apply(rows, self.W, self.bias, self.B.whole, self.Bs, self.Ps, self.live)
+        y = _StackedAdapted.apply(rows, self.dense, self.bias, self.B.whole, self.Bs, self.Ps, self.live)
         return cast(Tensor, y).view(*x.shape[:-1], -1)
 
     def start(self, seed: int, P: Tensor) -> slice:

@@ -4,7 +4,8 @@ At B = 0 the layer y = x(W + B P)ᵀ + b is the plain linear map, and its gradie
 P xᵀ (r × tokens) from the forward pass: neither the input x (tokens × n) nor ∇W (m × n) is ever kept.
 
 Two forms, equal except for rounding: :class:`SubspaceLinear` moves W itself at every step; :class:`AdapterLinear`
-leaves W alone and adds Σ_k B_k P_k beside it, for a W of few bits (bfloat16), which would round most of a step away.
+leaves W alone and adds Σ_k B_k P_k beside it: for a W of few bits, which would round most of a step away, and where no
+copy of W is to be kept that training could be taken back from.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from fedkrso_app.core.few_bits import FewBits
 
 # What backward makes of P x (r × tokens) and dY (tokens × m): G_B (m × r), or None if it is kept elsewhere, row by row.
 Gradient = Callable[[Tensor, Tensor], Tensor | None]
@@ -42,7 +45,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        dense: Callable[[], Tensor],
         bias: Tensor | None,
         B: Tensor,
         Bs: Tensor,
@@ -50,16 +53,16 @@ class _AdaptedLinear(torch.autograd.Function):
         live: slice,
         gradient: Gradient,
     ) -> Tensor:
-        ctx.gradient = gradient
+        ctx.gradient, ctx.dense = gradient, dense
         projected = x @ Ps.T
-        ctx.save_for_backward(weight, Bs, Ps, projected[:, live].T.contiguous())
-        return functional.linear(x, weight, bias).addmm_(projected, Bs.T)
+        ctx.save_for_backward(Bs, Ps, projected[:, live].T.contiguous())
+        return functional.linear(x, dense(), bias).addmm_(projected, Bs.T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, Bs, Ps, projected = ctx.saved_tensors
+        Bs, Ps, projected = ctx.saved_tensors
         dY = grads[0]
-        dX = (dY @ weight).addmm_(dY @ Bs, Ps) if ctx.needs_input_grad[0] else None
+        dX = (dY @ ctx.dense()).addmm_(dY @ Bs, Ps) if ctx.needs_input_grad[0] else None
         return dX, None, None, ctx.gradient(projected, dY), None, None, None, None
 
 
@@ -122,6 +125,10 @@ class SubspaceLinear(nn.Module):
         """Take ``step`` (m × r) along P, after it was added to the accumulator."""
         self.W.addmm_(step, self.P)
 
+    def held(self) -> list[Tensor]:
+        """What lives between steps beside W."""
+        return [self.P]
+
 
 class AdapterLinear(SubspaceLinear):
     """The same layer with W at rest: y = x(W + Σ_k B_k P_k)ᵀ + b over all seeds that it has followed.
@@ -136,11 +143,12 @@ class AdapterLinear(SubspaceLinear):
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__(layer, rank)
         m, n = self.W.shape
+        self.dense = dense_of(layer)
         self.Ps, self.Bs, self.seeds = self.W.new_zeros(0, n), self.W.new_zeros(m, 0), cast(list[int], [])
 
     def rows(self, x: Tensor) -> Tensor:
         factors = self.B, self.Bs, self.Ps, self.live
-        return cast(Tensor, _AdaptedLinear.apply(x, self.W, self.bias, *factors, self.gradient))
+        return cast(Tensor, _AdaptedLinear.apply(x, self.dense, self.bias, *factors, self.gradient))
 
     def fix(self, seeds: int) -> None:
         m, r = self.B.shape
@@ -177,11 +185,20 @@ class AdapterLinear(SubspaceLinear):
     def move(self, step: Tensor) -> None:
         self.Bs[:, self.live] = self.B_k.to(self.Bs.dtype)  # rounded from the exact sum, not added up in few bits
 
+    def held(self) -> list[Tensor]:
+        return [self.Ps, self.Bs]
+
 
 def matrix(layer: nn.Module) -> Tensor:
     """A layer's weight as an m × n view (m outputs, n inputs) that shares its memory."""
     weight = cast(Tensor, layer.weight).detach()
     return weight.T if is_conv1d(layer) else weight
+
+
+def dense_of(layer: nn.Module) -> Callable[[], Tensor]:
+    """What gives the matrix (m × n) that a layer computes with: its weight, or what few bits make of it each time."""
+    W = matrix(layer)
+    return layer.dense if isinstance(layer, FewBits) else lambda: W
 
 
 def is_conv1d(layer: nn.Module) -> bool:

@@ -1,17 +1,22 @@
 """W^t of this process: brought up to date by ledger entries, lent to training, given back bit for bit unchanged."""
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import numpy as np
 import torch
 
+from fedkrso_app.core.few_bits import FewBits, in_full
 from fedkrso_app.core.flat import raw
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.records import wire
 from fedkrso_app.records.ledger import Ledger, LedgerError
 from fedkrso_app.strategies.base import Arrays, Local
 from fedkrso_app.training.device import device, exact_products
+
+logger = logging.getLogger("flwr")
 
 
 class NeedSync(RuntimeError):
@@ -28,6 +33,7 @@ class Replica:
         self.version = self._applying = -1
         self._kept: list[torch.Tensor] = []
         self._copy: Local | None = None
+        self._quantized: int | None = None  # the version whose weights of few bits are there
 
     def advance(self, to: int) -> None:
         """Apply the entries that lead to version ``to``, in order and each once.
@@ -87,15 +93,45 @@ class Replica:
         self.version = version
 
     def computing(self) -> Local:
-        """The model to compute with: this one; or, in another dtype, a copy of it on the device, brought up to date."""
+        """The model to compute with: this one; or a copy of it on the device, in other numbers, brought up to date."""
         if self.local.config.on_device:
             return self.local
         if self._copy is None:
-            self._copy = self.local.in_bfloat16(device(self.local.config.device))
+            self._copy = self.local.computing(self._place())
         with torch.no_grad():
-            for copied, tensor in zip(_moved(self._copy), _moved(self.local), strict=True):
+            for copied, tensor in zip(self._copy.moved(), self.local.moved(), strict=True):
                 copied.copy_(tensor)
+        if self.local.config.few_bits and self._quantized != self.version:
+            self._quantize(cast(list[FewBits], list(self._copy.targets.values())))
         return self._copy
+
+    def _place(self) -> torch.device:
+        """Where copies compute; a model without weights has no other place."""
+        own = next(self.local.module.parameters()).device
+        return own if own.type == "meta" else device(self.local.config.device)
+
+    def _quantize(self, layers: list[FewBits]) -> None:
+        """Make the weights of few bits anew from W at :attr:`version`; the first time, say how near they are to it."""
+        for layer in layers:
+            layer.quantize()
+        if self._quantized is None and not layers[0].weight.is_meta:
+            far = [layer.distance() for layer in layers]
+            logger.info(
+                "compute-weights = %r: clients compute with weights whose distance from W^t is %.4f of its norm, "
+                "in the mean over %d layers, and %.4f at most",
+                *(self.local.config.compute_weights, sum(far) / len(far), len(far), max(far)),
+            )
+        self._quantized = self.version
+
+    @contextmanager
+    def judged(self, own: Arrays) -> Iterator[Local]:
+        """The model to judge, W^t in full, with what a partition keeps to itself."""
+        with ExitStack() as stack:
+            local = stack.enter_context(self.lend()) if own else self.computing()
+            stack.enter_context(in_full(local.targets.values()))
+            if own:
+                local.adopt(own)
+            yield local
 
     @contextmanager
     def lend(self) -> Iterator[Local]:
@@ -120,8 +156,3 @@ class Replica:
 def first_needed(since: int, to: int, span: int | None) -> int:
     """The first entry that leads from version ``since`` to version ``to``, where the newest ``span`` suffice."""
     return since + 1 if span is None else max(since + 1, to - span + 1)
-
-
-def _moved(local: Local) -> list[torch.Tensor]:
-    """What entries or a session change."""
-    return list({(t.data_ptr(), t.shape): t for t in (*local.shared(), *local.trained())}.values())

@@ -35,7 +35,7 @@ from fedkrso_app.strategies import make
 from fedkrso_app.strategies.base import Arrays
 from fedkrso_app.strategies.privacy import Privacy
 from fedkrso_app.strategies.secure import narrow
-from fedkrso_app.training import graphs, loop, model, static, together
+from fedkrso_app.training import few_bits, graphs, loop, model, static, together
 from fedkrso_app.training.device import device, peak_bytes, release, reset_peak
 from fedkrso_app.training.shapes import Shapes
 
@@ -70,6 +70,7 @@ class Workplace:
                     f"partition {partition}'s files in {folder} make another task than those in {config.data_dir} "
                     f"({_difference(other, self.task)}); give both the same columns and labels, or set the key labels."
                 )
+        few_bits.check(config)
         self.model = self._load()
         self.method = make(config, Shapes.of(self.model))
         self.transforms = transforms(self.method)
@@ -333,12 +334,8 @@ class Workplace:
 
     def _evaluate(self, partition: int, instructions: Instructions) -> RecordDict:
         examples = self.share("validation", partition)
-        if own := self.store.personal(partition):
-            with self.replica.lend() as local:
-                local.adopt(own)
-                sums = evaluation.tally(local, examples, self.task, self.model.tokenizer)
-        else:
-            sums = evaluation.tally(self.replica.computing(), examples, self.task, self.model.tokenizer)
+        with self.replica.judged(self.store.personal(partition)) as local:
+            sums = evaluation.tally(local, examples, self.task, self.model.tokenizer)
         return RecordDict({"status": Status(instructions.version).record(), TALLY: wire.pack({"tally": sums})})
 
 

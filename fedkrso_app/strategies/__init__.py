@@ -87,6 +87,15 @@ def parse(run_config: Mapping[str, Any]) -> Config:
             f"state-dtype = 'bfloat16' does not go with {config.strategy}, whose clients train the weights themselves, "
             "in float32: set it to 'float32'."
         )
+    for key, value, wanted in (
+        ("compute-weights", config.compute_weights, "float"),
+        ("weights-at-rest", config.weights_at_rest, False),
+    ):
+        if value != wanted and method.half.dense:
+            raise ConfigError(
+                f"{key} = {value!r} does not go with {config.strategy}, whose clients train the weights themselves: "
+                f"set it to {wanted!r}."
+            )
     method.check_settings(config)
     return config
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkrso_app.config import Config, ConfigError, Settings
+from fedkrso_app.core.few_bits import FewBits
 from fedkrso_app.core.flat import unflatten
 from fedkrso_app.core.rounding import moving
 from fedkrso_app.core.stacked import Group, Stack, Unstackable
@@ -108,19 +109,44 @@ class Local(ABC):
         raise Unstackable("each of its clients trains the whole model")
         yield
 
-    def in_bfloat16(self, device: torch.device) -> "Local":
-        """A copy to compute with on ``device``: bfloat16, but float32 where an optimizer works."""
-        copied = copy.deepcopy(self)
-        exact = {id(parameter) for parameter in copied.optimized()}
-        for parameter in copied.module.parameters():
-            if id(parameter) not in exact:
-                parameter.data = parameter.data.to(torch.bfloat16)
-        copied.module.to(device)
-        return copied
+    def computing(self, device: torch.device) -> "Local":
+        """A copy to compute with on ``device``: in ``compute-dtype``, but float32 where an optimizer works, and with
+        target layers of few bits where ``compute-weights`` says so.
+
+        Made tensor by tensor. What nobody moves is no copy where it is on the device in that dtype already.
+        """
+        config, memo = self.config, dict[int, Any]()
+        dtype = getattr(torch, config.compute_dtype)
+        exact = {id(parameter) for parameter in self.optimized()}
+        moved = {_place(tensor) for tensor in (*self.shared(), *self.trained())}
+        few = {id(layer.weight) for layer in self.targets.values()} if config.few_bits else set()
+        for parameter in self.module.parameters():
+            if id(parameter) in memo or id(parameter) in few:
+                continue
+            wanted = dtype if id(parameter) not in exact else parameter.dtype
+            values = parameter.detach().to(device, wanted, copy=_place(parameter) in moved)
+            memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
+        for buffer in self.module.buffers():
+            memo[id(buffer)] = buffer.to(device)
+        for layer in self.targets.values() if config.few_bits else ():
+            bias = None if layer.bias is None else memo[id(layer.bias)]
+            memo[id(layer)] = FewBits(matrix(layer), bias, config.compute_weights, dtype, device)
+        return copy.deepcopy(self, memo)
+
+    def moved(self) -> list[Tensor]:
+        """What entries or a session change, each tensor once; without weights that are in few bits when computing."""
+        few = {_place(matrix(layer)) for layer in self.targets.values()} if self.config.few_bits else set()
+        every = {(_place(tensor), tensor.shape): tensor for tensor in (*self.shared(), *self.trained())}
+        return [tensor for (place, _), tensor in every.items() if place not in few]
 
     def plain_state(self) -> dict[str, Tensor]:
         """The model's state under the names of the plain hub model."""
         return self.module.state_dict()
+
+
+def _place(tensor: Tensor) -> int:
+    """Where a tensor is in memory; on the meta device, which has no addresses, its storage."""
+    return tensor.data_ptr() or tensor.untyped_storage()._cdata
 
 
 class Method(ABC):

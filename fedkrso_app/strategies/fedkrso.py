@@ -131,7 +131,7 @@ class FedKRSOLocal(Local):
 
     def _subspaces(self) -> AbstractContextManager[Mapping[str, Any]]:
         """The target layers as :class:`RSO` trains them."""
-        form = AdapterLinear if self.config.compute_dtype == "bfloat16" else SubspaceLinear
+        form = AdapterLinear if self.config.at_rest else SubspaceLinear
         return attached(self.module, self.targets, self.config.of(FedKRSOSettings).rank, form)
 
     @contextmanager

@@ -23,7 +23,7 @@ from fedkrso_app.core.directions import seeds_of
 from fedkrso_app.core.projection import beside, layer_key, philox
 from fedkrso_app.records.schema import Field, Schema
 from fedkrso_app.records.wire import Refused
-from fedkrso_app.strategies.base import Arrays, Means
+from fedkrso_app.strategies.base import Arrays, Local, Means
 from fedkrso_app.strategies.scalar import SCALE, ScalarLocal, ScalarMethod, Zeroth
 from fedkrso_app.training.loop import Session
 from fedkrso_app.training.model import LoadedModel
@@ -78,11 +78,12 @@ class FedKSeedLocal(ScalarLocal):
         self.move([self.seeds[k] for k in used], self.slots[used].tolist())
         self.take_head(arrays)
 
-    def in_bfloat16(self, device: torch.device) -> "FedKSeedLocal":
-        copied = super().in_bfloat16(device)
-        assert isinstance(copied, FedKSeedLocal)
-        copied.start = []  # it takes no entries
-        return copied
+    def computing(self, device: torch.device) -> Local:
+        start, self.start = self.start, []  # the copy takes no entries
+        try:
+            return super().computing(device)
+        finally:
+            self.start = start
 
     def probabilities(self, instructions: Mapping[str, Any]) -> np.ndarray | None:
         """Of each slot to be drawn; None: all alike."""

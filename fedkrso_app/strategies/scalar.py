@@ -83,8 +83,7 @@ class ScalarLocal(Local):
         self, rate: float, seeds: Callable[[int], Sequence[int]], signs: bool = False
     ) -> Iterator[tuple[ZerothOrder, list[torch.optim.Optimizer]]]:
         """The zeroth-order optimizer of a session, and all of its optimizers: the head's gradient comes first."""
-        at_rest = self.config.compute_dtype == "bfloat16"
-        own = self.zeroth
+        own, at_rest = self.zeroth, self.config.at_rest
         steps = ZerothOrder(self.layers, self.others, rate, own.epsilon, own.drawn_rank, seeds, signs, at_rest)
         first = [head_optimizer(self.head, own.head_learning_rate)] if own.sends_head else []
         with steps.beside():
@@ -105,10 +104,10 @@ class ScalarMethod(Method):
 
     @classmethod
     def check_settings(cls, config: Config) -> None:
-        if config.of(Zeroth).directions == "dense" and config.compute_dtype != "float32":
+        if config.of(Zeroth).directions == "dense" and config.at_rest:
             raise ConfigError(
-                "zeroth.directions = 'dense' needs compute-dtype = 'float32': in bfloat16 the steps stay beside the "
-                "weights, which only low-rank ones can."
+                "zeroth.directions = 'dense' needs compute-dtype = 'float32', compute-weights = 'float' and "
+                "weights-at-rest = false: otherwise the steps stay beside the weights, which only low-rank ones can."
             )
 
     @property

@@ -306,11 +306,11 @@ def export(loaded: LoadedModel, state: Mapping[str, Tensor], folder: Path) -> No
     few = any(value.dtype == torch.bfloat16 for value in state.values())
     with quiet(), torch.random.fork_rng(devices=[]):
         architecture: Any = type(loaded.module)
-        with torch.device("meta") if few else contextlib.nullcontext():  # no second copy of a model in bfloat16
+        with torch.device("meta"):  # no second copy
             plain = architecture(loaded.module.config)
-        plain.load_state_dict({name: value.cpu() for name, value in state.items()}, assign=few)
+        plain.load_state_dict({name: value.cpu() for name, value in state.items()}, assign=True)
+        plain.tie_weights()
         if few:
-            plain.tie_weights()
             plain.config.dtype = torch.bfloat16
         if getattr(loaded.module, "generation_config", None) is not None:
             plain.generation_config = loaded.module.generation_config
