@@ -222,8 +222,13 @@ class FedKRSO(Method):
         return {"s": drawn}, {"s": used}, {"drawn": drawn, "used": used}
 
     def client_bytes(self, lengths: Mapping[str, float]) -> int:
-        """Every seed that a client draws after the first leaves an accumulator beside it."""
-        return round(4 * self.shapes.outputs(self.own.rank) * (lengths["s"] - 1))
+        """Every seed that a client draws after the first leaves an accumulator beside it; where W is at rest, also
+        columns for what it computes with."""
+        each = 4 * self.shapes.outputs(self.own.rank)
+        if self.config.at_rest:
+            width = 2 if self.config.compute_dtype == "bfloat16" else 4
+            each += width * (self.shapes.outputs(self.own.rank) + self.shapes.inputs(self.own.rank))
+        return round(each * (lengths["s"] - 1))
 
     def pool(self, round: int) -> np.ndarray:
         """S^t."""
