@@ -10,11 +10,17 @@ from helpers import play
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, RobertaConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    get_cosine_schedule_with_warmup,
+)
 
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.strategies import STRATEGIES, make, parse
-from fedkrso_app.training.loop import Session, train
+from fedkrso_app.training.loop import Session, rate_factor, train
 from fedkrso_app.training.model import load
 from fedkrso_app.training.shapes import Shapes
 
@@ -194,6 +200,15 @@ def test_the_warm_up_takes_its_share_of_the_steps(config, warmup, steps, rising,
     )
     assert rates.index(max(rates)) == rising
     assert (rates[rising:] == [1.0] * (steps - rising)) == (schedule == "constant")
+
+
+def test_rates_are_those_of_transformers_to_the_bit(config):
+    for warmup, steps, rising in [(0.29, 100, 29), (0.05, 50, 2), (0.0, 9, 0)]:
+        config = dataclasses.replace(config, warmup=warmup, local_steps=steps)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        theirs = get_cosine_schedule_with_warmup(optimizer, rising, steps)
+        ours = [rate_factor(False, config, j) for j in range(steps + 1)]
+        assert ours == [theirs.lr_lambdas[0](j) for j in range(steps + 1)]
 
 
 class Single(nn.Module):

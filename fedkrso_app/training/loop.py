@@ -1,16 +1,18 @@
 """The one local loop: batch -> loss -> backward -> step, with the learning-rate schedule and progress."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import get_constant_schedule, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
 
 from fedkrso_app.config import Config
 from fedkrso_app.core.flat import sent
@@ -152,26 +154,28 @@ def train(
     return mean_loss(losses, config)
 
 
-def schedules(
-    optimizers: Sequence[torch.optim.Optimizer], constant: bool, config: Config
-) -> list[torch.optim.lr_scheduler.LambdaLR]:
-    """The learning-rate schedule of each optimizer."""
+def rate_factor(constant: bool, config: Config, j: int) -> float:
+    """What a rate is multiplied by at local step j = 0, 1, …: transformers' schedules with warm-up, to the bit.
+
+    Those that it has itself come with peft and more, seconds of every process.
+    """
     steps = config.local_steps
-    rising = int(config.warmup * steps + 1e-9)  # .29 × 100 is 28.999…
-    return [
-        get_constant_schedule(optimizer)
-        if constant
-        else get_constant_schedule_with_warmup(optimizer, rising)
-        if config.schedule == "constant"
-        else get_cosine_schedule_with_warmup(optimizer, rising, steps)
-        for optimizer in optimizers
-    ]
+    rising = 0 if constant else int(config.warmup * steps + 1e-9)  # .29 × 100 is 28.999…
+    if j < rising:
+        return j / rising
+    if constant or config.schedule == "constant":
+        return 1.0
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((j - rising) / max(1, steps - rising)))))
+
+
+def schedules(optimizers: Sequence[torch.optim.Optimizer], constant: bool, config: Config) -> list[LambdaLR]:
+    """The learning-rate schedule of each optimizer."""
+    return [LambdaLR(optimizer, partial(rate_factor, constant, config)) for optimizer in optimizers]
 
 
 def rate_factors(constant: bool, config: Config) -> list[float]:
-    """What :func:`schedules` multiplies a learning rate by, at each local step."""
-    (schedule,) = schedules([torch.optim.SGD([torch.zeros(1)], lr=1.0)], constant, config)
-    return [schedule.lr_lambdas[0](j) for j in range(config.local_steps)]
+    """:func:`rate_factor` at each local step."""
+    return [rate_factor(constant, config, j) for j in range(config.local_steps)]
 
 
 @contextmanager
