@@ -30,9 +30,7 @@ def library():
 
 
 def quantized(layer: nn.Linear, kind: str, dtype=torch.float32) -> FewBits:
-    few = FewBits(layer.weight.detach(), layer.bias, kind, dtype, torch.device("cpu"))
-    few.quantize()
-    return few
+    return FewBits(layer.weight.detach(), layer.bias, kind, dtype, torch.device("cpu"))
 
 
 def levels(kind: str) -> np.ndarray:
@@ -72,7 +70,7 @@ def test_a_layer_of_few_bits_has_the_gradients_of_a_plain_one_with_its_matrix(ki
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_no_model_computes_with_the_place_of_a_weight_unnoticed():
+def test_no_model_computes_with_the_place_of_a_weight_unnoticed(library):
     few = FewBits(torch.ones(4, 6), None, "nf4", torch.bfloat16, torch.device("cpu"))
     assert few.weight.shape == (4, 6) and few.weight.dtype == torch.bfloat16
     assert few.weight.untyped_storage().nbytes() == 2 and few.weight.isnan().all()

@@ -89,14 +89,18 @@ def test_the_copy_to_compute_with_is_made_tensor_by_tensor(run_config):
     assert made.peak == made.live
 
 
-def test_what_nobody_moves_is_not_copied_where_it_can_stay(run_config):
+@pytest.mark.parametrize("kind, share", [("int8", 1.0625), ("nf4", 0.52)])
+def test_a_copy_of_few_bits_shares_what_nobody_moves_and_has_so_many_bytes(kind, share, run_config):
     """As float32 on a CPU: the embeddings of the copy are those of W^t, and target layers have no second weight."""
-    _, local = local_of(run_config, **{"compute-weights": "int8"})
+    pytest.importorskip("bitsandbytes", reason="the optional package bitsandbytes is not installed")
+    _, local = local_of(run_config, width=128, **{"compute-weights": kind})
     with Storage() as made:
         copied = local.computing(torch.device("cpu"))
     theirs, ours = (half.module.get_parameter("roberta.embeddings.word_embeddings.weight") for half in (copied, local))
     assert theirs.data_ptr() == ours.data_ptr()
-    assert made.live <= bytes_of(local.head.values()) + 4 * len(local.targets)
+    weights = sum(layer.weight.numel() for layer in local.targets.values())
+    tables = 2200 * len(local.targets)  # of levels
+    assert made.live <= bytes_of(local.head.values()) + share * weights + tables
 
 
 def test_what_applying_an_entry_takes_beside_w_does_not_grow_with_the_layers(run_config):

@@ -69,7 +69,7 @@ class FewBits(nn.Module):
     """A frozen linear layer y = x W_qᵀ + b, in the place of one whose matrix is ``exact`` (m × n, anywhere).
 
     ``weight`` tells shape, dtype and device of what is computed with. It has no memory, and its values are NaN: no
-    model may compute with it unnoticed. :meth:`quantize` must have been called before the first product.
+    model may compute with it unnoticed.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class FewBits(nn.Module):
         self.exact, self.bias, self.kind = exact, bias, kind
         self.weight: Tensor = torch.full((), math.nan, dtype=dtype, device=device).expand(exact.shape)
         self.full = False
+        self.quantize()
 
     def quantize(self) -> None:
         """Make W_q anew from ``exact`` as it is now."""
@@ -96,6 +97,13 @@ class FewBits(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(self.weight.dtype)
         return cast(Tensor, _FrozenLinear.apply(x.to(self.weight.dtype), bias, self))
+
+
+def requantize(layers: Iterable[nn.Module]) -> None:
+    """Make those of ``layers`` that have few bits anew from their W as it is now."""
+    for layer in layers:
+        if isinstance(layer, FewBits):
+            layer.quantize()
 
 
 @contextmanager

@@ -3,12 +3,11 @@
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import cast
 
 import numpy as np
 import torch
 
-from fedkrso_app.core.few_bits import FewBits, in_full
+from fedkrso_app.core.few_bits import FewBits, in_full, requantize
 from fedkrso_app.core.flat import raw
 from fedkrso_app.federation.store import NodeStore
 from fedkrso_app.records import wire
@@ -33,7 +32,7 @@ class Replica:
         self.version = self._applying = -1
         self._kept: list[torch.Tensor] = []
         self._copy: Local | None = None
-        self._quantized: int | None = None  # the version whose weights of few bits are there
+        self._copied = -1  # the version that its weights of few bits were made of
 
     def advance(self, to: int) -> None:
         """Apply the entries that lead to version ``to``, in order and each once.
@@ -97,12 +96,14 @@ class Replica:
         if self.local.config.on_device:
             return self.local
         if self._copy is None:
-            self._copy = self.local.computing(self._place())
+            self._copy, self._copied = self.local.computing(self._place()), self.version
+            self._say_how_far(self._copy)
         with torch.no_grad():
             for copied, tensor in zip(self._copy.moved(), self.local.moved(), strict=True):
                 copied.copy_(tensor)
-        if self.local.config.few_bits and self._quantized != self.version:
-            self._quantize(cast(list[FewBits], list(self._copy.targets.values())))
+        if self._copied != self.version:
+            requantize(self._copy.targets.values())
+            self._copied = self.version
         return self._copy
 
     def _place(self) -> torch.device:
@@ -110,18 +111,17 @@ class Replica:
         own = next(self.local.module.parameters()).device
         return own if own.type == "meta" else device(self.local.config.device)
 
-    def _quantize(self, layers: list[FewBits]) -> None:
-        """Make the weights of few bits anew from W at :attr:`version`; the first time, say how near they are to it."""
-        for layer in layers:
-            layer.quantize()
-        if self._quantized is None and not layers[0].weight.is_meta:
-            far = [layer.distance() for layer in layers]
-            logger.info(
-                "compute-weights = %r: clients compute with weights whose distance from W^t is %.4f of its norm, "
-                "in the mean over %d layers, and %.4f at most",
-                *(self.local.config.compute_weights, sum(far) / len(far), len(far), max(far)),
-            )
-        self._quantized = self.version
+    def _say_how_far(self, copied: Local) -> None:
+        """Log how far weights of few bits are from W, once in a process."""
+        few = [layer for layer in copied.targets.values() if isinstance(layer, FewBits) and not layer.weight.is_meta]
+        if not few:
+            return
+        far = [layer.distance() for layer in few]
+        logger.info(
+            "compute-weights = %r: clients compute with weights whose distance from W^t is %.4f of its norm, "
+            "in the mean over %d layers, and %.4f at most",
+            *(self.local.config.compute_weights, sum(far) / len(far), len(far), max(far)),
+        )
 
     @contextmanager
     def judged(self, own: Arrays) -> Iterator[Local]:
