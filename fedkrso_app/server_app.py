@@ -40,14 +40,13 @@ def main(grid: Grid, context: Context) -> None:
         look = here or bool(config.data_dir or config.dataset)
         resumed = run.Run(resolved_path(config.resume)).commits if config.resume else None
         config = hub.pinned(config, data_needed=look) if resumed is None else hub.at(config, resumed)
-        config = config.of_server
         if here:  # before what may be a large dataset is downloaded
             model.check(config.model, data.tasks.declared(config).num_labels)
         task = data.resolve(config, look=look)
         # What is wrong with data or model is found here, before any client starts.
         for split in ("train", "validation") if here else ():
             data.load(task, config.data_dir, split, config.holdout)
-        loaded = model.of_run(config, task, weights=here)
+        loaded = model.of_run(config.of_server, task, weights=here)
         for split in ("train", "validation") if here else ():
             data.check(task, config.data_dir, split, config.holdout, loaded.tokenizer)
             evaluation.trial(loaded, data.load(task, config.data_dir, split, config.holdout), task, config, split)

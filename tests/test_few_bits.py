@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import digest, play, replayed
+from helpers import MASKS, digest, play, replayed
 from scipy.stats import norm
 from test_families import build, write_texts
 from test_host_memory import local_of
@@ -128,6 +128,11 @@ def test_fresh_processes_on_two_bytes_give_the_bits_of_warm_ones(run_config, lib
     warm = play(settings, 2)
     fresh = play(settings | {"run-name": "fresh"}, 2, run_id=2, devices=True)
     assert digest(warm) == digest(fresh) == replayed(warm)
+
+
+def test_secure_sums_of_clients_with_few_bits_are_opened(run_config, library):
+    run = play(short(run_config, **MASKS, **{"local-steps": 4, "num-server-rounds": 1}), 3)
+    assert run.metrics()[-1]["clients"] == 3 and replayed(run) == digest(run)
 
 
 @pytest.mark.parametrize("strategy", ["fedkrso", "fedit"])

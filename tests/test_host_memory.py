@@ -59,7 +59,7 @@ def test_steps_beside_w_are_those_of_moving_it_and_no_copy_is_kept(run_config):
     updates, kept = [], []
     for at_rest in (False, True):
         torch.manual_seed(0)
-        method, local = local_of(run_config, **{"weights-at-rest": at_rest})
+        method, local = local_of(run_config, dtype=torch.float64, **{"weights-at-rest": at_rest})
         W = {name: layer.weight.detach().clone() for name, layer in local.targets.items()}
         replica = Replica(local, Ledger(Path()), span=None)
         with replica.lend() as lent:
@@ -71,7 +71,7 @@ def test_steps_beside_w_are_those_of_moving_it_and_no_copy_is_kept(run_config):
     head = bytes_of(local.head.values())
     assert kept == [head + bytes_of(W.values()), head]
     for name, values in updates[0].items():
-        np.testing.assert_allclose(updates[1][name], values, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(updates[1][name], values, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("strategy", ["fedkrso", "decomfl"])
@@ -117,7 +117,7 @@ def test_what_applying_an_entry_takes_beside_w_does_not_grow_with_the_layers(run
         peaks.append(made.peak + tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     one = 4 * 128 * 128  # a layer in float32
-    assert peaks[1] < 1.05 * peaks[0] and peaks[0] < 8 * one
+    assert peaks[1] < peaks[0] + one / 2 and peaks[0] < 8 * one
 
 
 @pytest.fixture(scope="module")

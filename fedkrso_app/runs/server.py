@@ -59,7 +59,9 @@ class Server:
         self.spending = Spending(folder.path / "privacy.jsonl", config.of(Privacy).delta)
         self.replica = None
         if config.evaluate == "server":
-            self.replica = Replica(method.local(loaded), self.ledger, span)
+            half = method.local(loaded)
+            half.config = config.of_server
+            self.replica = Replica(half, self.ledger, span)
         for entry in self.ledger.recovered():
             self._follow(entry)
         if self.ledger.version < 0:
