@@ -20,7 +20,7 @@ from transformers import (
 
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.strategies import STRATEGIES, make, parse
-from fedkrso_app.training.loop import Session, rate_factor, train
+from fedkrso_app.training.loop import Session, factor_optimizer, rate_factor, train
 from fedkrso_app.training.model import load
 from fedkrso_app.training.shapes import Shapes
 
@@ -291,3 +291,20 @@ def test_clients_and_rounds_draw_seeds_of_their_own(run_config):
     assert not pools[1] & pools[2]
     choices = [tuple(seeds) for seeds in drawn.values()]
     assert len(set(choices)) == len(choices) == 8
+
+
+def test_factors_that_are_moved_together_have_the_bits_of_each_by_itself():
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((2, 40), (16, 2), (2, 7), (1, 1))]
+    ways = factor_optimizer, lambda factors, lr: torch.optim.AdamW(factors, lr=lr, weight_decay=0.0)
+    ends = []
+    for way in ways:
+        factors = [nn.Parameter(value.clone()) for value in start]
+        optimizer, drawn = way(factors, 0.1), torch.Generator().manual_seed(1)
+        for step in range(12):
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            for factor in factors:
+                factor.grad = 0.01 * torch.randn(factor.shape, generator=drawn)
+            optimizer.step()
+        ends.append(factors)
+    assert all(map(torch.equal, *ends))

@@ -31,7 +31,7 @@ from fedkrso_app.records.wire import Refused
 from fedkrso_app.strategies.base import Arrays, Means, Method
 from fedkrso_app.strategies.factors import bounded
 from fedkrso_app.strategies.lora import Lora, LoraLocal
-from fedkrso_app.training.loop import Session, head_optimizer
+from fedkrso_app.training.loop import Session, factor_optimizer, head_optimizer
 from fedkrso_app.training.shapes import Shapes
 
 logger = logging.getLogger("flwr")
@@ -92,7 +92,7 @@ class FedSRDLocal(LoraLocal):
     def session(self, instructions: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Session]:
         rate = self.config.of(FedSRDSettings).learning_rate
         before = {name: [tensor.detach().clone() for tensor in tensors] for name, tensors in self.tensors.items()}
-        adamw = torch.optim.AdamW([*self.tensors["A"], *self.tensors["B"]], lr=rate, weight_decay=0.0)
+        adamw = factor_optimizer([*self.tensors["A"], *self.tensors["B"]], rate)
         yield Session([adamw, head_optimizer(self.head, rate)], lambda: self.update(before), constant_rate=True)
 
     def update(self, before: Mapping[str, Sequence[Tensor]]) -> dict[str, np.ndarray]:

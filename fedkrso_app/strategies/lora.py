@@ -13,7 +13,7 @@ from fedkrso_app.core import lora
 from fedkrso_app.core.stacked import Group, Stack, StackedLora, sliced, stacked_linears
 from fedkrso_app.core.subspace import replaced
 from fedkrso_app.strategies.base import Local
-from fedkrso_app.training.loop import head_optimizer
+from fedkrso_app.training.loop import factor_optimizer, head_optimizer
 from fedkrso_app.training.model import LoadedModel
 
 
@@ -78,8 +78,7 @@ class LoraLocal(Local):
     def optimizers(self, factors: Sequence[str], learning_rate: float) -> list[torch.optim.Optimizer]:
         """AdamW on the named ``factors`` (without decay) and on the head."""
         parameters = [parameter for name in factors for parameter in self.tensors[name]]
-        adamw = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        return [adamw, head_optimizer(self.head, learning_rate)]
+        return [factor_optimizer(parameters, learning_rate), head_optimizer(self.head, learning_rate)]
 
     def plain_state(self) -> dict[str, Tensor]:
         return lora.merged_state(self.module, self.layers)

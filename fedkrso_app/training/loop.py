@@ -30,6 +30,12 @@ def head_optimizer(head: Mapping[str, nn.Parameter], learning_rate: float) -> to
     return torch.optim.AdamW([{"params": list(head.values())}], lr=learning_rate, weight_decay=0.01)
 
 
+def factor_optimizer(factors: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+    """AdamW without decay. Low-rank factors are many and small, and are moved in a few calls: on a CPU nearly twice as
+    quick as one after the other, with the same bits; on a GPU it is torch's default."""
+    return torch.optim.AdamW(factors, lr=learning_rate, weight_decay=0.0, foreach=True)
+
+
 def precision(dtype: str, device: torch.device) -> AbstractContextManager:
     """The context of a forward pass in ``dtype``, a ``compute-dtype``."""
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()

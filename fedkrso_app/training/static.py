@@ -236,7 +236,7 @@ def _prepared(
         group["lr"] = rate
     for optimizer in optimizers:
         for group in optimizer.param_groups if type(optimizer) is torch.optim.AdamW else ():
-            group |= {"fused": True, "capturable": device.type == "cuda"}
+            group |= {"fused": True, "foreach": False, "capturable": device.type == "cuda"}
     return optimizers, rates, shares
 
 
