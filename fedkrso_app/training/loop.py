@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fedkrso_app.config import Config
 from fedkrso_app.core.flat import sent
 from fedkrso_app.data.language import IGNORED
+from fedkrso_app.training import attention
 from fedkrso_app.training.activations import TrainingError, activation_memory
 from fedkrso_app.training.vocabulary import without_logits
 
@@ -125,7 +126,8 @@ def train(
 
     def loss_of(batch: Mapping[str, Tensor], share: float) -> Tensor:
         with precision(config.compute_dtype, device):
-            return module(**{name: sent(value, device) for name, value in batch.items()}).loss * share
+            inputs = {name: sent(value, device) for name, value in attention.told(batch).items()}
+            return module(**inputs).loss * share
 
     with at_work(module, int(rng.integers(2**63)), device, config, dropout=not session.from_losses):
         try:
@@ -204,6 +206,7 @@ def at_work(
         deterministic(device),
         without_logits(module) as output_layer,
         activation_memory(module, config.activation_memory, own_masks),
+        attention.unread(module),
     ):
         module.train(dropout)
         torch.manual_seed(seed)

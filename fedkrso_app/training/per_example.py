@@ -25,7 +25,7 @@ from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.examples import NotRows, RowGradients, row_gradients
 from fedkrso_app.core.noise import NoiseStream
 from fedkrso_app.data.language import IGNORED
-from fedkrso_app.training import vocabulary
+from fedkrso_app.training import attention, vocabulary
 from fedkrso_app.training.loop import Session, at_work, precision, schedules, show_progress
 from fedkrso_app.training.together import client_losses
 
@@ -167,7 +167,9 @@ def _rows_of(
             def backward(batch: Batch) -> RowGradients:
                 found.start(len(batch["labels"]))
                 with precision(config.compute_dtype, device):
-                    losses = row_losses(module, {k: v.to(device) for k, v in batch.items()}, output_layer)
+                    losses = row_losses(
+                        module, {k: v.to(device) for k, v in attention.told(batch).items()}, output_layer
+                    )
                 losses.sum().backward()
                 if stray := [p for p in parameters if p.grad is not None]:
                     name = next((name for name, p in module.named_parameters() if p is stray[0]), "a parameter")

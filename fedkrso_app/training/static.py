@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers.masking_utils
 from torch import Tensor, nn
 
 from fedkrso_app import data
@@ -111,7 +110,6 @@ def train(
     with ExitStack() as context:
         context.enter_context(recorder.at_work())
         output_layer = context.enter_context(at_work(module, seed_of(rngs), device, config, own_masks=False))
-        context.enter_context(_blind(module))
         for stack in live:
             context.enter_context(stack.trained())
         if not live:
@@ -251,20 +249,3 @@ def _trained(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-
-
-@contextmanager
-def _blind(module: Any) -> Iterator[None]:
-    """Inside, transformers looks at no mask's values to see whether it can be left out, which would need the host, and
-    a decoder keeps no cache of keys and values, which nobody asks for."""
-    masks: Any = transformers.masking_utils
-    looks, caches = masks.is_tracing, getattr(module.config, "use_cache", None)
-    masks.is_tracing = lambda tensor=None: True
-    if caches:
-        module.config.use_cache = False
-    try:
-        yield
-    finally:
-        masks.is_tracing = looks
-        if caches:
-            module.config.use_cache = caches

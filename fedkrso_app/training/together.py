@@ -15,7 +15,7 @@ from fedkrso_app.config import Config
 from fedkrso_app.core.flat import sent
 from fedkrso_app.core.stacked import Group, Stack, Unstackable
 from fedkrso_app.data.language import IGNORED
-from fedkrso_app.training import vocabulary
+from fedkrso_app.training import attention, vocabulary
 from fedkrso_app.training.loop import Session, at_work, precision, predicted, schedules, show_progress
 
 logger = logging.getLogger("flwr")
@@ -59,7 +59,9 @@ def train(
                 inputs, labels, weights = joined(parts, totals, padding)
                 group.rows = len(labels) // group.clients
                 with precision(config.compute_dtype, device):
-                    logits = module(**{name: sent(value, device) for name, value in inputs.items()}).logits
+                    logits = module(
+                        **{name: sent(value, device) for name, value in attention.told(inputs).items()}
+                    ).logits
                     given = logits, sent(labels, device), sent(weights, device)
                     if output_layer is None:
                         own = client_losses(*given, group.clients)
