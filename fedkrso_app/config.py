@@ -126,9 +126,7 @@ class Config:
         """The flat mapping with the user's keys (``fedkrso.num-seeds``) that :func:`parse` takes."""
         common = {_key(f.name): getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tables"}
         return common | {
-            f"{table.table}.{_key(name)}": value
-            for table in self.tables
-            for name, value in dataclasses.asdict(table).items()  # type: ignore[call-overload]
+            f"{table.table}.{_key(name)}": value for table in self.tables for name, value in vars(table).items()
         }
 
 

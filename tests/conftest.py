@@ -21,13 +21,14 @@ def _quiet_and_single_threaded(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("FEDKRSO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # no test takes the power away
     torch.set_num_threads(1)
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
-    """A RoBERTa of two layers and width 16 with random weights, and a word-level tokenizer."""
+    """A RoBERTa of one layer and width 16 with random weights, and a word-level tokenizer. Families have two layers."""
     folder = tmp_path_factory.mktemp("model")
     vocabulary = {word: id for id, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -48,7 +49,7 @@ def model_folder(tmp_path_factory) -> Path:
         settings = RobertaConfig(
             vocab_size=len(vocabulary),
             hidden_size=16,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=2,
             intermediate_size=24,
             max_position_embeddings=40,

@@ -128,18 +128,35 @@ def digest(run: Run) -> str:
 
 def replica(run: Run, version: int | None = None) -> Local:
     """The half beside the model at ``version``, from W^0 and the ledger alone."""
-    config = run.config
-    task = data.resolve(config)
-    loaded = model.of_run(config, task)
-    method = make(config, Shapes.of(loaded))
-    half, ledger = method.local(loaded), Ledger(run.ledger)
-    Replica(half, ledger, method.entry.span).advance(ledger.version if version is None else version)
-    return half
+    ledger = Ledger(run.ledger)
+    return fresh(run, ledger, ledger.version if version is None else version).local
+
+
+def fresh(run: Run, ledger: Ledger, version: int) -> Replica:
+    """One that has come from W^0 to ``version``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "load", _once(model.load))
+        loaded = model.of_run(run.config, data.resolve(run.config))
+    method = make(run.config, Shapes.of(loaded))
+    made = Replica(method.local(loaded), ledger, method.entry.span)
+    made.advance(version)
+    return made
 
 
 def versions(run: Run) -> set[int]:
     """The versions that the entries on disk lead to."""
     return set(exportable(run, Ledger(run.ledger)).values())
+
+
+def each_replayed(run: Run) -> dict[int, str]:
+    """By version, the digests of the weights that W^0 and the ledger lead to, of all versions that they lead to."""
+    found, ledger = {}, Ledger(run.ledger)
+    first, *later = sorted(versions(run))
+    made = fresh(run, ledger, first)
+    for version in (first, *later):
+        made.advance(version)
+        found[version] = model.state_digest(made.local.plain_state())
+    return found
 
 
 def replayed(run: Run, version: int | None = None) -> str:

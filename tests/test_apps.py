@@ -213,7 +213,8 @@ def test_clients_without_validation_rows_to_judge_on_are_found_before_round_one(
     """40 validation rows: enough for the server, too few for 41 clients."""
     with pytest.raises(ConfigError, match=r"evaluate = 'clients' reads validation rows .* = 41 must be 1 to 40"):
         play(run_config | {"evaluate": "clients"}, nodes=41)
-    assert play(run_config | {"run-name": "b", "num-server-rounds": 1}, nodes=41, run_id=2).status == "completed"
+    short = {"run-name": "b", "num-server-rounds": 1, "local-steps": 1, "fedkrso.interval": 1}
+    assert play(run_config | short, nodes=41, run_id=2).status == "completed"
 
 
 def test_more_clients_than_rows_fail_with_the_reason_of_the_clients(run_config, monkeypatch):

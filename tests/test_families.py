@@ -1,6 +1,9 @@
 """Every family of models goes through one round: as itself, and out again for plain transformers."""
 
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,15 +48,24 @@ FAMILIES = {name: row[:3] for name, row in (ENCODERS | DECODERS).items()}
 
 def build(folder: Path, tokenizer: Path, family: str, language: bool, **changes) -> Path:
     """A checkpoint with random weights, of the base model or with a language model's output layer."""
-    kind, sizes, _ = FAMILIES[family]
+    return Path(
+        shutil.copytree(
+            _built(tokenizer, family, language, tuple(sorted(changes.items()))).name, folder, dirs_exist_ok=True
+        )
+    )
+
+
+@functools.cache
+def _built(tokenizer: Path, family: str, language: bool, changes: tuple) -> tempfile.TemporaryDirectory:
+    (kind, sizes, _), folder = FAMILIES[family], tempfile.TemporaryDirectory(dir=tokenizer.parent)
     words = AutoTokenizer.from_pretrained(tokenizer)
     special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "vocab_size": len(words)}
-    settings = getattr(transformers, kind)(**special, **sizes, **changes)
+    settings = getattr(transformers, kind)(**special, **sizes, **dict(changes))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = (AutoModelForCausalLM if language else transformers.AutoModel).from_config(settings)
-    made.save_pretrained(folder)
-    words.save_pretrained(folder)
+    made.save_pretrained(folder.name)
+    words.save_pretrained(folder.name)
     return folder
 
 

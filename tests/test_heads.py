@@ -43,8 +43,8 @@ def test_what_is_frozen_is_neither_trained_nor_sent(run_config, strategy, head):
             sent.update({name: array.numpy().size for name, array in record.items() if name in ("head", "parameters")})
         return reply
 
-    settings = run_config | {"strategy": strategy, "head": head, "num-server-rounds": 2}
-    run = play(settings, tamper=look)
+    settings = run_config | {"strategy": strategy, "head": head, "num-server-rounds": 2, "local-steps": 2}
+    run = play(settings, nodes=2, tamper=look)
     assert replayed(run) == digest(run)
     start = {name: value for name, value in model_of(run_config, head).module.state_dict().items()}
     end = AutoModelForSequenceClassification.from_pretrained(run.model).state_dict()

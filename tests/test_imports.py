@@ -22,13 +22,19 @@ def room(path: Path) -> str:
 
 
 def imported(path: Path) -> list[str]:
+    return imported_by(ast.parse(path.read_text()))
+
+
+def imported_by(tree: ast.Module) -> list[str]:
+    """The modules that it names; of ``from fedkrso_app.federation import store`` the last."""
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            names += [f"{module}.{alias.name}" for alias in node.names] if module == "fedkrso_app" else [module]
+            folder = (PACKAGE.parent / module.replace(".", "/")).is_dir() and module.startswith(PACKAGE.name)
+            names += [f"{module}.{alias.name}" for alias in node.names] if folder else [module]
     return names
 
 
@@ -53,7 +59,7 @@ def test_core_knows_only_torch_and_numpy(path):
 
 
 def test_a_strategy_imports_no_sibling_but_those_that_families_are_built_on():
-    common = {"base", "lora", "privacy", "scalar", "factors", "label_skew", "local_head", "fedit", "fedsrd"}
+    common = {"base", "lora", "privacy", "secure", "scalar", "factors", "label_skew", "local_head", "fedit", "fedsrd"}
     for path in (PACKAGE / "strategies").glob("*.py"):
         if path.stem == "__init__":
             continue
@@ -65,6 +71,23 @@ def test_only_the_doors_touch_flowers_apps():
     for path in modules():
         if room(path) not in DOORS:
             assert not any(module in ("flwr.serverapp", "flwr.clientapp") for module in imported(path)), path
+
+
+def test_whoever_only_leaves_waits_for_no_library_that_trains():
+    """A device meets each message with a fresh process. What these two import, and what that imports, and so on."""
+    reached, left, outside = set(), {PACKAGE / "client_app.py", PACKAGE / "federation" / "store.py"}, set()
+    while left:
+        reached.add(path := left.pop())
+        body = ast.parse(path.read_text()).body
+        for module in imported_by(ast.Module([node for node in body if isinstance(node, ast.Import | ast.ImportFrom)])):
+            first, *rest = module.split(".")
+            if first != PACKAGE.name:
+                outside.add(first)
+                continue
+            folders = [PACKAGE.joinpath(*rest[:i]) for i in range(len(rest) + 1)]
+            files = [*(folder / "__init__.py" for folder in folders), folders[-1].with_suffix(".py")]
+            left |= {file for file in files if file.is_file()} - reached
+    assert "numpy" in outside and not outside & {"transformers", "peft", "datasets", "scipy"}
 
 
 def test_no_pickle_anywhere():

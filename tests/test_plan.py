@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import ON_SERVER, default_config, play
 from test_contract import KINDS_OF_METHOD
+from test_families import build
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AlbertConfig, RobertaConfig
 from typer.testing import CliRunner
@@ -104,6 +105,7 @@ def predicted(run_config, clients):
 
 
 CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one, nothing dropped on the way down
+    "local-steps": 2,
     "fedkrso.num-seeds": 1,
     "fedkseed.slots": 1,
     "fwdllm.candidates": 1,
@@ -175,8 +177,9 @@ def tiny(folder, *more):
     return [part for key in keys for part in ("--set", key)]
 
 
-def test_the_command_prints_every_method_and_the_numbers_that_are_trained(model_folder):
-    facts = json.loads(call(*tiny(model_folder), "--clients", 4, "--json").stdout)
+def test_the_command_prints_every_method_and_the_numbers_that_are_trained(model_folder, tmp_path):
+    two_layers = build(tmp_path / "m", model_folder, "roberta", False)
+    facts = json.loads(call(*tiny(two_layers), "--clients", 4, "--json").stdout)
     rows = {row["strategy"]: row for row in facts["rows"]}
     assert list(rows) == list(STRATEGIES) and facts["sampled"] == 4
     # By hand: two layers of four 16 × 16, 24 × 16 and 16 × 24; a head of 16 × 16 + 16 and 2 × 16 + 2.

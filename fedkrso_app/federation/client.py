@@ -1,4 +1,4 @@
-"""How a node answers a server's messages: joining, training and judging at the version asked for, leaving."""
+"""How a node answers a server's messages: joining, and training and judging at the version asked for."""
 
 import logging
 import re
@@ -120,13 +120,6 @@ def join(message: Message, context: Any) -> Answer:
         return replace(answer, key=key, signature=signature)
     except ConfigError as error:
         return replace(answer, error=shown_to_server(error, context.node_config))
-
-
-def leave(message: Message, context: Any) -> None:
-    """Remove this run's files: it is over."""
-    run = str(message.content.config_records["leave"]["run"])
-    if released := NodeStore(run).clear():
-        logger.info("What partitions keep of the model to themselves is in %s", released)
 
 
 def up_to_date(

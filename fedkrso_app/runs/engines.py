@@ -69,7 +69,7 @@ def _forked(arguments: list[str], log: Path) -> Generator[None]:
     process: Any
     if sys.platform == "linux":
         forking = multiprocessing.get_context("forkserver")
-        forking.set_forkserver_preload(["fedkrso_app.client_app", "fedkrso_app.server_app", "peft"])
+        forking.set_forkserver_preload(["fedkrso_app.federation.client", "fedkrso_app.server_app", "peft"])
         process = forking.Process(target=_run_app, args=(arguments, log))
     else:
         process = multiprocessing.get_context("spawn").Process(target=_run_app, args=(arguments, log))

@@ -19,6 +19,7 @@ from fedkrso_app.core.flat import sent
 from fedkrso_app.data.language import IGNORED
 from fedkrso_app.training import attention
 from fedkrso_app.training.activations import TrainingError, activation_memory
+from fedkrso_app.training.device import module_of
 from fedkrso_app.training.vocabulary import without_logits
 
 logger = logging.getLogger("flwr")
@@ -209,7 +210,10 @@ def at_work(
         attention.unread(module),
     ):
         module.train(dropout)
-        torch.manual_seed(seed)
+        # torch.manual_seed would also note a traceback for every kind of device, for when it is initialised
+        torch.default_generator.manual_seed(seed)
+        if accelerator := module_of(device):
+            accelerator.manual_seed(seed)
         try:
             yield output_layer
         finally:
