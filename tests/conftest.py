@@ -7,13 +7,18 @@ import pytest
 import torch
 from datasets import Dataset
 from flwr.supercore.task_identity import TaskIdentity
-from helpers import WORDS, default_config
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+from helpers import default_config, encoder
 
 from fedkrso_app import data
 from fedkrso_app.config import Config
 from fedkrso_app.strategies import parse
+
+LONGEST = {"test_contract", "test_deployment", "test_simulation"}
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, one for each process: none of them is begun when the rest is nearly done."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
@@ -28,37 +33,7 @@ def _quiet_and_single_threaded(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
-    """A RoBERTa of one layer and width 16 with random weights, and a word-level tokenizer. Families have two layers."""
-    folder = tmp_path_factory.mktemp("model")
-    vocabulary = {word: id for id, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    special = {
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
-    }
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special).save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        settings = RobertaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=24,
-            max_position_embeddings=40,
-            pad_token_id=1,
-            bos_token_id=0,
-            eos_token_id=2,
-        )
-        RobertaForMaskedLM(settings).save_pretrained(folder)
-    return folder
+    return encoder(tmp_path_factory.mktemp("model"), layers=2)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
-from helpers import MASKS, ON_SERVER, arrays_of, default_config, digest, each_replayed, play, replayed, replica
+from helpers import MASKS, ON_SERVER, arrays_of, default_config, digest, each_replayed, encoder, play, replayed, replica
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from fedkrso_app import data
@@ -105,6 +105,12 @@ def watch(settings: dict, nodes: int, **options) -> Watched:
         play(settings, nodes, tamper=look, **options)
     seen.torch_state_kept = torch.equal(torch.random.get_rng_state(), before)
     return seen
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """One layer: no law here is about how many there are (tests/test_families.py and others have two)."""
+    return encoder(tmp_path_factory.mktemp("model"), layers=1)
 
 
 @pytest.fixture(params=ON_SERVER)

@@ -16,7 +16,7 @@ from fedkrso_app.records.ledger import Ledger
 from fedkrso_app.strategies import STRATEGIES, parse
 from fedkrso_app.strategies.fedsrd import FedSRD, FedSRDe
 
-SIZE = 2 * (4 * (16 + 16) + 2 * (16 + 24))  # rank 2, one block: all B and all A
+SIZE = 2 * 2 * (4 * (16 + 16) + 2 * (16 + 24))  # rank 2, two blocks: all B and all A
 
 
 @pytest.fixture(params=["fedsrd", "fedsrd-e"])

@@ -341,7 +341,7 @@ def test_flora_moves_W_by_the_mean_of_the_products(run_config, ranks):
 
 
 def test_flora_sends_its_weights_where_they_are_smaller_than_the_missed_stacks(run_config):
-    """Here a stack of three clients has 1248 values, and all weights are 1792."""
+    """Here a stack of three clients has 2496 values, and all weights are 3584."""
     settings = run_config | {"strategy": "flora", "num-server-rounds": 5}
     kinds = set()
 

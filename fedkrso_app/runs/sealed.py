@@ -18,17 +18,30 @@ from fedkrso_app.records.sealed import KEY, ROSTER, SESSION, TAIL, Party, Roster
 from fedkrso_app.strategies.base import Method
 
 
-def sealed_costs(method: Method, clients: int, tally: int = 0) -> tuple[int, dict[str, float]]:
-    """How many of ``clients`` partitions are asked as one node, and per node and round the bytes ``up`` of its sealed
-    replies (openings included) and ``down`` of rosters and openings. ``tally``: the length of that of an evaluation,
-    where clients judge. Nobody is missing. Raises ConfigError where a round has too few nodes.
+def with_masks(costs: Mapping[str, float], method: Method, clients: int, tally: int) -> dict[str, Any]:
+    """The ``costs`` of a plan's row, per client, with sealed replies in the place of those in clear. ``tally``: the
+    length of that of an evaluation, where clients judge. Nobody is missing. Raises ConfigError where a round has too
+    few nodes.
     """
-    asked, each = sampled(method.config.fraction_train, clients), method.config.clients_per_node
+    config, each = method.config, method.config.clients_per_node
+    asked = sampled(config.fraction_train, clients)
     n = max(1, round(asked / each))
-    t = check_nodes(n, method.config, about=f"{clients} clients, {each} per node, are {n} of them")
+    t = check_nodes(n, config, about=f"{clients} clients, {each} per node, are {n} of them")
+    sealed, opening = _of_a_node(method, n, t, tally)
+    up, down = sealed / each, costs["down"] + opening / each
+    # By colluding nodes, the honest ones in the smallest sum that a lying server can open.
+    honest = {c: shamir.honest(n, t, c) for c in sorted({0, 1, n // 3})}
+    masks = {"nodes": n, "threshold": t, "missing": n - t, "honest": honest}
+    return {**costs, "up": up, "down": down, "run": config.num_server_rounds * asked * (up + down), "masks": masks}
+
+
+def _of_a_node(method: Method, n: int, t: int, tally: int) -> tuple[float, int]:
+    """Bytes per node and round, of ``n`` of which ``t`` open a sum: up in sealed replies and for the openings, and down
+    in rosters and for the openings."""
+    each = method.config.clients_per_node
     parties = tuple(Party(2**60 + i, tuple(range(i * each, (i + 1) * each)), _own(i, KEY)) for i in range(n))
     roster = Roster(bytes(SESSION), parties, t)
-    layouts = [Layout(method, 1, told, roster.partitions) for told in method.turns()]
+    layouts = [Layout(method, 1, instructions, roster.partitions) for instructions in method.turns()]
     words = sum(layout.size for layout in layouts) / len(layouts)
     bundles = [_own(i, bundle_size(n)) for i in range(n)]
     one = Sealed(np.zeros(1, layouts[0].dtype), np.zeros(TAIL, "<u8"), bundles, bytes(CHECK * n), bytes(SESSION), 10)
@@ -40,30 +53,7 @@ def sealed_costs(method: Method, clients: int, tally: int = 0) -> tuple[int, dic
     down = wire.measured_bytes(RecordDict({ROSTER: roster.record()})) - wire.measured_bytes(RecordDict())
     down += wire.measured_bytes(Unmask(bytes(SESSION), list(range(n)), bundles).content())
     shares = answer * t / n  # t answers open
-    return each, {"up": sums * (reply + shares - layouts[0].dtype.itemsize) + vectors, "down": sums * down}
-
-
-def protection(nodes: int, method: Method) -> dict[str, Any]:
-    """Threshold, losses that a round of ``nodes`` survives, and by colluding nodes the honest ones in the smallest
-    sum that a lying server can open."""
-    t = check_nodes(nodes, method.config)
-    return {
-        "nodes": nodes,
-        "threshold": t,
-        "missing": nodes - t,
-        "honest": {c: shamir.honest(nodes, t, c) for c in sorted({0, 1, nodes // 3})},
-    }
-
-
-def with_masks(costs: Mapping[str, float], method: Method, clients: int, tally: int) -> dict[str, Any]:
-    """The ``costs`` of a plan's row, per client, with sealed replies in the place of those in clear; ``tally`` as
-    :func:`sealed_costs` has it."""
-    each, own = sealed_costs(method, clients, tally)
-    up, down = own["up"] / each, costs["down"] + own["down"] / each
-    asked = sampled(method.config.fraction_train, clients)
-    run = method.config.num_server_rounds * asked * (up + down)
-    hides = protection(max(1, round(asked / each)), method)
-    return {**costs, "up": up, "down": down, "run": run, "masks": hides}
+    return sums * (reply + shares - layouts[0].dtype.itemsize) + vectors, sums * down
 
 
 def _own(i: int, size: int) -> bytes:
