@@ -127,8 +127,8 @@ def test_the_bytes_planned_are_those_of_a_run(strategy, more, run_config):
     rounds = [line for line in play(settings, nodes=2).metrics() if line["round"]]
     costs = predicted(settings, 2)
     up, down = (sum(line[key] for line in rounds) for key in ("uplink_bytes", "downlink_bytes"))
-    # In FedMeZO's first round A does not move, nor in a later one where two losses are the same to the bit; a difference
-    # of zeros takes no room.
+    # In FedMeZO's first round A does not move, nor later where two losses are the same to the bit; a difference of
+    # zeros takes no room.
     rel = 0.12 if strategy == "fedmezo" and "wire-dtype" in more else 0.01
     # FeDeRA's A and B begin alike in size: each has one scale, the two are equal, and what is equal travels once.
     once = 6 * 360 if strategy == "federa" and "wire-dtype" in more else 0
