@@ -39,7 +39,9 @@ def report(
         from fedkrso_app.runs import report as r
         from fedkrso_app.runs.results import find_runs, lines
 
-        if [run.suffix for run in runs] == [".jsonl"] and runs[0].is_file() and not picture:
+        if [run.suffix for run in runs] == [".jsonl"] and runs[0].is_file():
+            if picture:
+                raise ConfigError(f"--picture draws runs from their folders, which {runs[0]} has not: leave it out.")
             file = output or runs[0].with_name("report.html")
             forest.write(journal.Journal(runs[0]), file)
             out.print(str(file), **PLAIN)
