@@ -1,12 +1,13 @@
 """One local step on a GPU, by peer: milliseconds, and memory as the allocator counts it. Needs CUDA.
 
-    python -m benchmarks.gpu [--repeats 10] [--json]
+    python -m benchmarks.gpu [--cases Llama] [--repeats 10] [--json]
 
-RoBERTa-large (a classifier, batch 16 × 128, dropout on) in float32 and in bfloat16, and Llama-3.2-3B's shape (a
-language model, batch 4 × 768) in bfloat16, with random weights; r = 4. In bfloat16 FedKRSO leaves W alone and adds its
-accumulators beside it; it is measured after ten intervals of different seeds, the worst case. In bfloat16 every peer
-runs under autocast; peft's factors are bfloat16 too, the leanest form of LoRA, and "full" is AdamW in bfloat16. FedKRSO
-has one row per setting of ``activation-memory``.
+RoBERTa-large (a classifier, batch 16 × 128, dropout on) in float32 and in bfloat16, and the shapes of Llama-3.2-3B and
+-3.1-8B (language models, batch 4 × 768 and 1 × 1024) in bfloat16, with random weights; r = 4. In bfloat16 FedKRSO
+leaves W alone and adds its accumulators beside it; it is measured after ten intervals of different seeds, the worst
+case. In bfloat16 every peer runs under autocast; peft's factors are bfloat16 too, the leanest form of LoRA, and "full"
+is AdamW in bfloat16. FedKRSO has one row per setting of ``activation-memory``, and makes a language model's loss from a
+few tokens' logits at a time, as the app does for every method; "lora, no logits" does that too.
 
 ms            forward, backward and optimizer, median of CUDA events; with small kernels this includes waits for the CPU
 busy ms       the sum of the times of the kernels in one step, by torch's profiler
@@ -14,69 +15,43 @@ interval ms   FedKRSO: drawing the projections of one seed and copying them, onc
 weights       MiB allocated before the step, without gradients and the optimizer's state
 blocks        MiB beyond that after the forward pass of the blocks alone: what they keep for backward
 kept          MiB after the whole forward pass; includes a language model's logits (tokens × vocabulary)
-peak          MiB at any moment of a step, gradients and optimizer included
+peak          MiB beyond the weights at any moment of a step, gradients and optimizer included
+all           MiB at any moment
+÷ counted     peak divided by what benchmarks.memory counts for the same step without a GPU
 """
 
 import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.models import PEERS, Peer, batch, classifier, show
+from benchmarks.memory import count, label
+from benchmarks.models import ON_GPU, PEERS, Peer, on_gpu, show
 
 SEEDS = 10
 MIB = 2**20
 
 
-def llama() -> Any:
-    """The shape of Llama-3.2-3B, random weights, frozen, in training mode."""
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train().requires_grad_(False)
-
-
-CASES: dict[str, tuple[Callable[[], Any], torch.dtype, tuple[int, int]]] = {
-    "RoBERTa-large, float32": (lambda: classifier("large"), torch.float32, (16, 128)),
-    "RoBERTa-large, bfloat16": (lambda: classifier("large"), torch.bfloat16, (16, 128)),
-    "Llama-3.2-3B, bfloat16": (llama, torch.bfloat16, (4, 768)),
-}
-
-
 def rows(case: str, repeats: int) -> list[dict[str, Any]]:
     """One row per peer, each with a model of its own that is gone before the next is made."""
-    make, dtype, shape = CASES[case]
     result = []
-    for name, setting in [*((name, "keep") for name in PEERS), ("fedkrso", "recompute"), ("fedkrso", "checkpoint")]:
+    cases = [(name, "keep", name != "fedkrso") for name in PEERS]
+    cases += [("lora", "keep", False)] if case.startswith("Llama") else []
+    cases += [("fedkrso", "recompute", False), ("fedkrso", "checkpoint", False)]
+    for name, setting, logits in cases:
         torch.manual_seed(0)
-        with torch.device("cuda"):
-            torch.set_default_dtype(dtype)
-            try:
-                peer, inputs = Peer(name, make(), setting), batch(*shape)
-            finally:
-                torch.set_default_dtype(torch.float32)
-            if "roberta" not in type(peer.module).__name__.lower():
-                inputs["labels"] = inputs["input_ids"]
-            label = name if setting == "keep" else f"{name}, {setting}"
-            result.append({"model": case, "peer": label, **measure(peer, inputs, repeats)})
+        peer, inputs = on_gpu(case, "cuda", name, setting, logits)
+        row = {"model": case, "peer": label(name, setting, logits), **measure(peer, inputs, repeats)}
+        expected = count(*on_gpu(case, "meta", name, setting, logits))["peak"]
+        result.append({**row, "÷ counted": row["peak"] / expected})
         del peer, inputs
         gc.collect()
         torch.cuda.empty_cache()
     lora = next(row for row in result if row["peer"] == "lora")
-    compared = ("ms", "busy ms", "blocks")
+    compared = ("ms", "busy ms", "blocks", "all")
     return [{**row, **{f"{name} ÷ lora": row[name] / lora[name] for name in compared}} for row in result]
 
 
@@ -118,6 +93,7 @@ def measure(peer: Peer, inputs: dict[str, Any], repeats: int) -> dict[str, float
         "blocks": blocks,
         "kept": kept,
         "peak": torch.cuda.max_memory_allocated() / MIB - before,
+        "all": torch.cuda.max_memory_allocated() / MIB,
     }
 
 
@@ -130,8 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--cases", default="", help="those whose names contain this")
     a = parser.parse_args()
-    result = [row for case in CASES for row in rows(case, a.repeats)]
+    result = [row for case in ON_GPU if a.cases in case for row in rows(case, a.repeats)]
     show(f"One local step on {torch.cuda.get_device_name()}", result, a.json)
 
 

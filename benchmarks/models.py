@@ -12,19 +12,20 @@ All of them train the head with AdamW as well.
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, RobertaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, RobertaConfig
 
 from fedkrso_app.core import lora
 from fedkrso_app.core.rso import RSO
 from fedkrso_app.core.subspace import AdapterLinear, SubspaceLinear
+from fedkrso_app.training import vocabulary
 from fedkrso_app.training.activations import activation_memory
 from fedkrso_app.training.loop import head_optimizer, precision
 from fedkrso_app.training.model import LoadedModel, find_targets
@@ -46,9 +47,58 @@ def classifier(size: str, attention: str = "sdpa") -> Any:
     return module.requires_grad_(False)
 
 
+def llama(size: str) -> Any:
+    """The shape of Llama-3.2-3B or -3.1-8B, random weights, frozen, in training mode, on torch's default device."""
+    common = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192, "pad_token_id": 0}
+    config = LlamaConfig(**common, **LLAMAS[size])
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train().requires_grad_(False)
+
+
+LLAMAS: dict[str, dict[str, int]] = {
+    "3.2-3B": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "tie_word_embeddings": True,
+    },
+    "3.1-8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+}
+
+# What benchmarks.gpu measures and benchmarks.memory counts: model, dtype, rows and tokens.
+ON_GPU: dict[str, tuple[Callable[[], Any], torch.dtype, tuple[int, int]]] = {
+    "RoBERTa-large, float32": (lambda: classifier("large"), torch.float32, (16, 128)),
+    "RoBERTa-large, bfloat16": (lambda: classifier("large"), torch.bfloat16, (16, 128)),
+    "Llama-3.2-3B, bfloat16": (lambda: llama("3.2-3B"), torch.bfloat16, (4, 768)),
+    "Llama-3.1-8B, bfloat16": (lambda: llama("3.1-8B"), torch.bfloat16, (1, 1024)),
+}
+
+
+def on_gpu(case: str, device: str, name: str, setting: str, logits: bool) -> "tuple[Peer, dict[str, Tensor]]":
+    """A peer of one of :data:`ON_GPU` and its batch, on ``device``."""
+    make, dtype, shape = ON_GPU[case]
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        try:
+            peer, inputs = Peer(name, make(), setting, logits), batch(*shape)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    if case.startswith("Llama"):
+        inputs["labels"] = inputs["input_ids"]
+    return peer, inputs
+
+
 def head_of(module: Any) -> dict[str, nn.Parameter]:
+    """What is trained of it; of a language model nothing, as in the app."""
     base = module.base_model_prefix + "."
-    return {name: p for name, p in sorted(module.named_parameters()) if not name.startswith(base)}
+    classifies = module.get_output_embeddings() is None
+    return {name: p for name, p in sorted(module.named_parameters()) if classifies and not name.startswith(base)}
 
 
 def loaded(module: nn.Module) -> LoadedModel:
@@ -63,10 +113,15 @@ def batch(rows: int, tokens: int) -> dict[str, Tensor]:
 
 
 class Peer:
-    """One way to train ``module``: ``forward`` gives the loss, ``step`` does one whole local step."""
+    """One way to train ``module``: ``forward`` gives the loss, ``step`` does one whole local step.
 
-    def __init__(self, name: str, module: Any, memory: str = "keep") -> None:
-        self.name, self.module, self.memory = name, module, memory
+    With ``logits`` a language model's loss is made from all its logits at once, as transformers does; without, as the
+    app does, from a few tokens' at a time.
+    """
+
+    def __init__(self, name: str, module: Any, memory: str = "keep", logits: bool = True) -> None:
+        self.name, self.module, self.memory, self.logits = name, module, memory, logits
+        vocabulary.can(module)  # before any layer is replaced
         weight = next(module.parameters())
         half = weight.dtype == torch.bfloat16
         self.precision = precision("bfloat16" if half else "float32", weight.device)
@@ -87,6 +142,8 @@ class Peer:
         elif name in ("lora", "a-frozen"):
             pairs = [lora.factors(layer) for layer in lora.attach(module, list(targets), RANK, 8.0, 0).values()]
             factors = [B for _, B in pairs] + [A for A, _ in pairs if name == "lora"]
+            for A, B in pairs:
+                A.data, B.data = A.data.to(weight.dtype), B.data.to(weight.dtype)
             module.requires_grad_(False)
             self.optimizers = [torch.optim.AdamW(factors, lr=RATE)]
         elif name == "floor":
@@ -99,9 +156,12 @@ class Peer:
     def trained(self) -> list[nn.Parameter]:
         return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
-    def keeping(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
         """What the app does to the model while it trains; the others are torch's and peft's own work."""
-        return activation_memory(self.module, self.memory) if self.name == "fedkrso" else nullcontext()
+        own = activation_memory(self.module, self.memory) if self.name == "fedkrso" else nullcontext()
+        with own, nullcontext() if self.logits else vocabulary.without_logits(self.module):
+            yield
 
     def step(self, inputs: Mapping[str, Tensor]) -> None:
         with self.keeping():

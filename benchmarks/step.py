@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.models import PEERS, Peer, batch, classifier, medians, show
-from fedkrso_app.runs.memory import SETTINGS
+from fedkrso_app.federation.memory import SETTINGS
 
 INTERVAL = 10
 

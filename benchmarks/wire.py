@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
-from benchmarks.gpu import llama
+from benchmarks.models import llama
 from fedkrso_app.core import quantize
 from fedkrso_app.core.projection import stream
 from fedkrso_app.records import wire
@@ -52,7 +52,7 @@ def shapes(size: str) -> Shapes:
     """RoBERTa-base or -large with a head for two labels, or the language model Llama-3.2-3B, without its weights."""
     if size == "Llama-3.2-3B":
         with torch.device("meta"):
-            module = llama()
+            module = llama("3.2-3B")
         return Shapes.of(LoadedModel(module, None, find_targets(module), {}, (), frozenset()))
     large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     common = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}

@@ -266,7 +266,7 @@ def _check(c: Config) -> None:
     choice("wire-dtype", c.wire_dtype, ["float32", "float16", "int8", "int4"])
     choice("head", c.head, ["dense", "linear", "frozen"])
     choice("schedule", c.schedule, ["cosine", "constant"])
-    choice("activation-memory", c.activation_memory, ["keep", "recompute", "checkpoint"])
+    choice("activation-memory", c.activation_memory, ["auto", "keep", "recompute", "checkpoint"])
     choice("device", c.device, ["auto", "cpu", "cuda", "mps", "xpu"])
     choice("compute-dtype", c.compute_dtype, ["float32", "bfloat16"])
     choice("state-dtype", c.state_dtype, ["float32", "bfloat16"])

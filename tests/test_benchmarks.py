@@ -28,8 +28,8 @@ from benchmarks import (
 )
 from fedkrso_app.federation import local
 from fedkrso_app.federation.streaming import StreamingGrid
-from fedkrso_app.runs.memory import Storage
 from fedkrso_app.strategies import parse
+from fedkrso_app.training.counting import Counter
 from fedkrso_app.training.static import Recorder
 
 DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -81,8 +81,24 @@ def test_memory_counts_agree_with_the_hooks_and_fall_with_the_setting():
     assert rows["full"]["optimizer"] == pytest.approx(2 * rows["full"]["weights"], rel=0.01)
 
 
+def test_counts_for_a_gpu_fall_with_the_setting_and_hold_logits_only_where_they_are_made(monkeypatch):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8}
+    monkeypatch.setitem(models.LLAMAS, "tiny", sizes | {"tie_word_embeddings": True})
+    monkeypatch.setitem(models.ON_GPU, "Llama", (lambda: models.llama("tiny"), torch.bfloat16, (2, 16)))
+
+    def count(*peer):
+        return memory.count(*models.on_gpu("Llama", "meta", *peer), seeds=2)
+
+    keep, recompute, checkpoint = (count("fedkrso", setting, False) for setting in memory.SETTINGS)
+    lora = count("lora", "keep", True)
+    assert lora["blocks"] > keep["blocks"] > recompute["blocks"] > checkpoint["blocks"]
+    assert keep["TFLOP"] < recompute["TFLOP"] < checkpoint["TFLOP"]
+    logits = 2 * 16 * 128256 * 2 / memory.MIB
+    assert count("fedkrso", "keep", True)["kept"] - keep["kept"] > logits
+
+
 def test_storage_counts_a_hand_computed_example():
-    with Storage() as storage:
+    with Counter() as storage:
         x = torch.zeros(100)  # 400 bytes
         y = x.view(10, 10) + 1  # another 400; the view is free
         del y

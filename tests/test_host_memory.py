@@ -21,9 +21,9 @@ from benchmarks.models import loaded
 from fedkrso_app.core.projection import stream
 from fedkrso_app.federation.replica import Replica
 from fedkrso_app.records.ledger import Ledger
-from fedkrso_app.runs.memory import Storage
 from fedkrso_app.strategies import make, parse
 from fedkrso_app.training import model
+from fedkrso_app.training.counting import Counter
 from fedkrso_app.training.loop import train
 from fedkrso_app.training.shapes import Shapes
 
@@ -83,7 +83,7 @@ def test_a_run_at_rest_is_rebuilt_from_its_entries(strategy, run_config):
 def test_the_copy_to_compute_with_is_made_tensor_by_tensor(run_config):
     _, local = local_of(run_config, **{"compute-dtype": "bfloat16"})
     parameters = list(local.module.parameters())
-    with Storage() as made:
+    with Counter() as made:
         copied = local.computing(torch.device("cpu"))
     assert made.live == bytes_of(copied.module.parameters()) < 0.6 * bytes_of(parameters)
     assert made.peak == made.live
@@ -94,7 +94,7 @@ def test_a_copy_of_few_bits_shares_what_nobody_moves_and_has_so_many_bytes(kind,
     """As float32 on a CPU: the embeddings of the copy are those of W^t, and target layers have no second weight."""
     pytest.importorskip("bitsandbytes", reason="the optional package bitsandbytes is not installed")
     _, local = local_of(run_config, width=128, **{"compute-weights": kind})
-    with Storage() as made:
+    with Counter() as made:
         copied = local.computing(torch.device("cpu"))
     theirs, ours = (half.module.get_parameter("roberta.embeddings.word_embeddings.weight") for half in (copied, local))
     assert theirs.data_ptr() == ours.data_ptr()
@@ -112,7 +112,7 @@ def test_what_applying_an_entry_takes_beside_w_does_not_grow_with_the_layers(run
         arrays = {"seeds": seeds, "accumulators": np.full((3, Q), 1e-3, np.float32)}
         local.version = 1
         tracemalloc.start()
-        with Storage() as made:
+        with Counter() as made:
             local.apply(arrays)
         peaks.append(made.peak + tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from helpers import ON_SERVER, default_config, play
 from test_contract import KINDS_OF_METHOD
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,9 +14,9 @@ from typer.testing import CliRunner
 from benchmarks import memory, models
 from fedkrso_app import cli
 from fedkrso_app.config import ConfigError
+from fedkrso_app.federation.memory import SETTINGS, client_memory, prepared
 from fedkrso_app.runs import plan
 from fedkrso_app.runs.compare import settings
-from fedkrso_app.runs.memory import SETTINGS, client_memory
 from fedkrso_app.strategies import STRATEGIES, make, parse
 from fedkrso_app.strategies.fedkrso import distinct_seeds
 from fedkrso_app.training import model
@@ -29,14 +28,12 @@ MIB = 2**20
 KINDS = ("weights", "gradients", "optimizer", "activations", "peak")
 
 
-def figures(config, folder, device):
+def figures(config, folder, device, cuda=False):
     """Bytes by setting of ``activation-memory`` for a RoBERTa in ``folder``, on a batch of full length."""
     loaded = model.outline(str(folder), 2) if device == "meta" else model.load(str(folder), 2, 0)
-    with torch.device(device):
-        method = make(config, Shapes.of(loaded))
-        local = method.local(loaded)
-        inputs = plan.batch(loaded, plan.data.task("glue/sst2"), config)
-        counted, refused = plan.heaviest([client_memory(local, inputs, turn) for turn in method.turns()])
+    method = make(config, Shapes.of(loaded))
+    local, inputs = prepared(method, loaded, plan.data.task("glue/sst2"))
+    counted, refused = client_memory(method, local, inputs, cuda)
     assert not refused
     return counted
 
@@ -71,9 +68,13 @@ def test_the_memory_planned_of_roberta_base_is_that_of_the_docs(tmp_path):
         assert [value / MIB for value in shared] == pytest.approx([477, 3.5, 9.6, 326], rel=0.01)
 
 
-@pytest.mark.parametrize("strategy", ON_SERVER)
-def test_real_tensors_take_what_was_planned_without_any(strategy, config, run_config, model_folder):
-    config = parse(run_config | {"strategy": strategy})
+FEW = [(strategy, {"compute-dtype": "bfloat16", **more}) for strategy, more in
+       [("fedkrso", {}), ("fedit", {}), ("fedfft", {}), ("fedkrso", {"state-dtype": "bfloat16"})]]  # fmt: skip
+
+
+@pytest.mark.parametrize(("strategy", "more"), [(strategy, {}) for strategy in ON_SERVER] + FEW)
+def test_real_tensors_take_what_was_planned_without_any(strategy, more, run_config, model_folder):
+    config = parse(run_config | {"strategy": strategy} | more)
     with sdpa_kernel(SDPBackend.MATH):  # as on meta; a CPU has a smaller one, for models without dropout
         planned, real = (figures(config, model_folder, device) for device in ("meta", "cpu"))
     for setting in SETTINGS:
@@ -215,10 +216,15 @@ def test_accumulated_batches_keep_one_batch_for_backward(run_config, model_folde
         assert one[setting].total <= four[setting].total <= 1.1 * one[setting].total
 
 
-def test_what_cannot_be_counted_leaves_the_bytes(model_folder):
-    answer = call(*tiny(model_folder, "compute-dtype=bfloat16"), "--strategies", "fedit", "--json")
-    (row,) = json.loads(answer.stdout)["rows"]
-    assert row["memory"] == {} and row["up"] > 0 and "compute-dtype='float32'" in row["refused"]["keep"]
+def test_bfloat16_takes_half_of_the_weights_and_no_copy_of_them(model_folder):
+    rows = [
+        json.loads(call(*tiny(model_folder, dtype), "--strategies", "fedkrso", "--json").stdout)["rows"][0]["memory"]
+        for dtype in ("compute-dtype=float32", "compute-dtype=bfloat16")
+    ]
+    whole, few = (memory["keep"] for memory in rows)
+    head = 4 * 306  # stays in float32
+    assert few["weights"] - head == pytest.approx((whole["weights"] - head) / 2, rel=0.15)  # factors are float32 too
+    assert few["aside"] == 0 < whole["aside"] and few["total"] < whole["total"]
 
 
 def test_what_a_model_cannot_do_is_said_beside_what_it_can(tmp_path):

@@ -1,9 +1,9 @@
 """``fedkrso plan``: its tables, and notes on what the figures mean."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich import box
@@ -18,19 +18,31 @@ def plan(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file with run settings.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One run setting.")] = None,
     clients: Annotated[int, typer.Option(min=1, help="Clients of the federation.")] = 10,
+    device_memory: Annotated[
+        str | None, typer.Option(metavar="8GB", help="Which settings fit into so much memory, instead; see above.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes instead of MB and MiB.")] = False,
 ) -> None:
     """Say what a run would cost before it starts: trained numbers, bytes both ways, and a client's memory.
 
     Needs the model's config.json and no weights (embedded is pretrained if it was not yet), computes nothing and takes
-    no memory to speak of. The memory is that of two steps by each method's own code on a batch of full length.
+    no memory to speak of. The memory is that of two steps by each method's own code on a batch of full length, as on a
+    CPU, or with device = "cuda" as on a GPU.
+
+    --device-memory says whether a client fits into a GPU of that memory (a CPU, if device = "cpu"), and which settings
+    would fit: activation-memory, then smaller batches that are accumulated, then compute-dtype and state-dtype. It
+    counts the method in the settings, unless --strategies names others. Exit code 0 if everything fits as set, 1 if
+    other settings fit, 3 if none does.
     """
     with explained():
         from fedkrso_app.runs import plan as p
         from fedkrso_app.runs.study import STRATEGIES, settings
 
+        given = settings(config, set_ or [])
+        if device_memory is not None:
+            _fit(given, names(strategies) or [given["strategy"]], device_memory, as_json)
         with err.status("Counting"):
-            facts = p.plan(settings(config, set_ or []), names(strategies) or list(STRATEGIES), clients)
+            facts = p.plan(given, names(strategies) or list(STRATEGIES), clients)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -39,6 +51,40 @@ def plan(
         out.print(_memory_table(facts))
     for line in notes(facts):
         out.print(f"- {line}", **PLAIN)
+
+
+def _fit(given: Mapping[str, Any], strategies: Sequence[str], text: str, as_json: bool) -> NoReturn:
+    from fedkrso_app.runs import fitting as f
+
+    memory = f.size(text)
+    with err.status("Counting"):
+        found = [f.fitting(given, strategy, memory) for strategy in strategies]
+    if as_json:
+        print(json.dumps(found, indent=2))
+    for facts in () if as_json else found:
+        out.print(_fit_table(facts, text))
+        for line in f.notes(facts):
+            out.print(f"- {line}", **PLAIN)
+    raise typer.Exit(max(3 if facts["choice"] is None else int(facts["choice"] > 0) for facts in found))
+
+
+def _fit_table(facts: Mapping[str, Any], text: str) -> Table:
+    on = "GPU" if facts["device"] == "cuda" else "CPU"
+    table = Table(
+        title=f"{facts['strategy']} on a {on} of {text}, {facts['budget'] / 2**30:.2f} GiB for what is counted",
+        box=box.SIMPLE_HEAD,
+    )
+    heads = ("activation-memory", "batch", "compute-dtype", "state-dtype", "device", "host", "operations")
+    for head in (*heads, "results", "fits"):
+        table.add_column(head, justify="right" if head in ("device", "host", "operations") else "left")
+    table.caption = "GiB (2^30 bytes). batch: rows × gradient accumulation; host: W^t beside the device"
+    for number, row in enumerate(facts["rows"]):
+        figures = (f"{row['device'] / 2**30:.2f}", f"{row['host'] / 2**30:.2f}", f"{row['operations']:.2f}")
+        batch = " × ".join(map(str, row["batch"]))
+        fits = "no" if not row["fits"] else "yes" if number != facts["choice"] else "yes, take it"
+        kinds = (row["activation_memory"], batch, row["compute_dtype"], row["state_dtype"])
+        table.add_row(*kinds, *figures, row["exactness"], fits)
+    return table
 
 
 def _costs_table(facts: Mapping[str, Any]) -> Table:
@@ -63,7 +109,9 @@ def _costs_table(facts: Mapping[str, Any]) -> Table:
 
 def _memory_table(facts: Mapping[str, Any]) -> Table:
     table = Table(
-        title="A client's memory while it trains, MiB (2^20 bytes), by activation-memory", box=box.SIMPLE_HEAD
+        title=f"A client's memory while it trains (as on a {facts['counted_as']}), MiB (2^20 bytes), "
+        "by activation-memory",
+        box=box.SIMPLE_HEAD,
     )
     kinds = {
         "weights": "weights",
@@ -115,6 +163,11 @@ def notes(facts: Mapping[str, Any]) -> Iterator[str]:
                 f"{row['strategy']}: sealed updates of {masks['nodes']} nodes, opened by {masks['threshold']}: "
                 f"{masks['missing']} may be missing. The smallest sum that a lying server opens has {honest}."
             )
+        if row["pass"]:
+            yield (
+                f"{row['strategy']}: a pass of {row['pass']['clients']} clients takes "
+                f"{row['pass']['total'] / 2**20:,.1f} MiB, with all seeds of a round; one that does not fit is halved."
+            )
         for setting, reason in row["refused"].items():
             yield f"{row['strategy']}: memory with {setting!r} is not counted: {reason}"
     yield (
@@ -122,8 +175,9 @@ def notes(facts: Mapping[str, Any]) -> Iterator[str]:
         "missed while others were asked. FedSRD's MB up are those of fedsrd.max-sparsity."
     )
     yield (
-        "peak of a pass: forward and backward, gradients included; total: most at any moment. Attention is counted as "
-        "written out: fused kernels keep less. On top: libraries, the allocator's reserve, packing the reply."
+        "peak of a pass: forward and backward, gradients included; total: most at any moment. On a CPU attention is "
+        "counted as written out: fused kernels keep less. On top: libraries, the allocator's reserve, packing the "
+        "reply."
     )
     yield "fedkrso.rank: bytes both ways, gradients and optimizer in proportion, except for the head; lora.rank too."
     yield (

@@ -22,6 +22,7 @@ from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.projection import stream
 from fedkrso_app.core.stacked import Group, Unstackable
 from fedkrso_app.federation import evaluation, released
+from fedkrso_app.federation.device_memory import settled
 from fedkrso_app.federation.private import ExampleLevel
 from fedkrso_app.federation.replica import NeedSync, Replica
 from fedkrso_app.federation.store import NodeStore
@@ -62,8 +63,9 @@ class Workplace:
     """
 
     def __init__(self, run: str, config: Config, partitions: int, folders: tuple[tuple[int, str], ...] = ()) -> None:
-        self.config, self._partitions, self._folders = config, partitions, dict(folders)
+        self._partitions, self._folders = partitions, dict(folders)
         self.task = data.resolve(config)
+        config = self.config = settled(config, self.task)
         for partition, folder in folders[1:]:
             if (other := data.resolve(replace(config, data_dir=folder))) != self.task:
                 raise ConfigError(

@@ -11,21 +11,21 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
 from fedkrso_app import data
 from fedkrso_app.config import Config, ConfigError
 from fedkrso_app.core.accounting import Releases, can_sample, epsilon
+from fedkrso_app.core.stacked import Unstackable
+from fedkrso_app.federation import memory
 from fedkrso_app.federation.nodes import sampled
 from fedkrso_app.records import protocol, wire
 from fedkrso_app.records.protocol import EVALUATE, TALLY, TRAIN, Figures, Instructions, Status
 from fedkrso_app.records.schema import Schema
-from fedkrso_app.runs.memory import Memory, client_memory
 from fedkrso_app.runs.sealed import with_masks
 from fedkrso_app.strategies import make, parse
-from fedkrso_app.strategies.base import Method
+from fedkrso_app.strategies.base import Local, Method
 from fedkrso_app.strategies.privacy import Privacy, noise_over_clip
 from fedkrso_app.training import metrics, model
 from fedkrso_app.training.shapes import Shapes
@@ -59,6 +59,7 @@ def plan(settings: Mapping[str, Any], strategies: Sequence[str], clients: int) -
         "clients": clients,
         "sampled": sampled(config.fraction_train, clients),
         "rounds": config.num_server_rounds,
+        "counted_as": "GPU" if config.device == "cuda" else "CPU",
         "rows": rows,
         "left_out": left_out,
         "epsilon": epsilon_by_rows(config),
@@ -98,26 +99,23 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
         config = replace(config, evaluate="clients")  # as it must be
     method = make(config, shapes)
     costs, lengths = traffic(method, clients, metrics.tally_size(task.metric, task.num_labels))
-    with torch.device("meta"):
-        local = method.local(loaded)
-        inputs = batch(loaded, task, config)
+    local, inputs = memory.prepared(method, loaded, task)
     if method.half not in halves:
-        turns = [{**turn, "labels": lambda: np.zeros(0, np.int64)} for turn in method.turns()]  # a plan has no rows
-        halves[method.half] = heaviest([client_memory(local, inputs, turn) for turn in turns])
+        halves[method.half] = memory.client_memory(method, local, inputs, config.device == "cuda")
     memories, refused = halves[method.half]
-    more = method.client_bytes(lengths)
+    later = method.client_bytes(lengths)
+    memories = {setting: replace(found, later=later) for setting, found in memories.items()}
     kinds = ("weights", "gradients", "optimizer", "aside", "activations", "peak", "total")
     table = {
-        setting: {kind: getattr(memory, kind) for kind in kinds}
-        | {"optimizer": memory.optimizer + more, "total": memory.total + max(0, more - memory.grown)}
-        for setting, memory in memories.items()
+        setting: {kind: getattr(found, kind) for kind in kinds} | {"optimizer": found.optimizer + later}
+        for setting, found in memories.items()
     }
     if config.of(Privacy).unit == "client":
         size = sum(math.prod(shape) for shape in method.layout(1, method.turns()[0]).values())
         costs["noise_over_clip"] = noise_over_clip(
             config.of(Privacy).noise, size, sampled(config.fraction_train, clients)
         )
-    trained = next((memory.trained for memory in memories.values()), None)
+    trained = next((found.trained for found in memories.values()), None)
     return {
         "strategy": config.strategy,
         "evaluate": config.evaluate,
@@ -127,30 +125,22 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
         **costs,
         "memory": table,
         "refused": refused,
+        "pass": together(method, local, inputs),
     }
 
 
-def heaviest(turns: Sequence[tuple[dict[str, Memory], dict[str, str]]]) -> tuple[dict[str, Memory], dict[str, str]]:
-    """Of rounds of several kinds, by setting, the memory of that which takes most."""
-    memories, refused = turns[0]
-    return {
-        setting: max((memories[setting] for memories, _ in turns), key=lambda memory: memory.total)
-        for setting in memories
-    }, refused
-
-
-def batch(loaded: model.LoadedModel, task: data.Task, config: Config) -> dict[str, Tensor]:
-    """A batch of full length on the default device; its labels, which training counts, are on the CPU."""
-    settings: Any = loaded.module.config
-    positions = getattr(settings.get_text_config(), "max_position_embeddings", config.max_length)
-    longest = getattr(loaded.tokenizer, "model_max_length", positions)
-    rows, tokens = config.batch_size, min(config.max_length, longest)
-    names = {"input_ids", "attention_mask", *getattr(loaded.tokenizer, "model_input_names", ())}
-    inputs = {name: torch.ones(rows, tokens, dtype=torch.long) for name in names}
-    if task.language:
-        return inputs | {"labels": torch.zeros(rows, tokens, dtype=torch.long, device="cpu")}
-    kind = torch.float32 if task.regression else torch.long
-    return inputs | {"labels": torch.zeros(rows, dtype=kind, device="cpu")}
+def together(method: Method, local: Local, inputs: Mapping[str, Tensor]) -> dict[str, int] | None:
+    """The most memory of a node's clients that train in one pass; None where they take turns."""
+    config = local.config
+    most = 1 if config.batch_clients == "auto" and config.device != "cuda" else config.clients_per_node
+    clients = most if config.batch_clients == "auto" else min(most, int(config.batch_clients))
+    if clients == 1 or config.few_bits:
+        return None
+    try:
+        total, _ = memory.pass_memory(method, local, inputs, clients, config.device == "cuda")
+    except Unstackable:
+        return None
+    return {"clients": clients, "total": total}
 
 
 def entries_received(share: float, rounds: int) -> float:

@@ -40,7 +40,8 @@ def factor_optimizer(factors: Sequence[nn.Parameter], learning_rate: float) -> t
 
 def precision(dtype: str, device: torch.device) -> AbstractContextManager:
     """The context of a forward pass in ``dtype``, a ``compute-dtype``."""
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    kind = "cpu" if device.type == "meta" else device.type  # what counts a step there goes by it (training.counting)
+    return torch.autocast(kind, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 @contextmanager
