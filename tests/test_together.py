@@ -21,7 +21,7 @@ from fedkrso_app.training.shapes import Shapes
 
 BATCHING = [n for n, m in STRATEGIES.items() if m.half.stacked is not Local.stacked and not m.zeroth_order]
 IN_ONE = {"batch-clients": "9"}
-SINGLE = 1e-7  # softmax and norms of some families are float32 whatever the weights are, so that last bits of it move
+SINGLE = 1e-6  # softmax and norms of some families are float32 whatever the weights are, so that last bits of it move
 CLIENTS, STEPS = 3, 5
 SIZES = [(4, 7), (2, 9), (4, 5)]  # rows and tokens of each client's batches
 
