@@ -116,7 +116,9 @@ def kept(seed: int, name: str, r: int, n: int, kind: str = "gaussian") -> np.nda
 
 def placed(seed: int, name: str, r: int, n: int, kind: str, like: Tensor) -> Tensor:
     """:func:`kept` with the device and the dtype of ``like``. A GPU need not finish its work before, and gets random
-    signs as bits."""
+    signs as bits; on the meta device there is nothing to draw."""
+    if like.is_meta:
+        return like.new_empty(r, n)
     if like.is_cuda and kind == "rademacher":
         words = torch.from_numpy(philox(seed, layer_key(name)).random_raw(-(-r * n // 64)).view(np.int64))
         return signs(sent(words, like.device), r, n).to(like.dtype)
