@@ -1,6 +1,7 @@
 """Both apps on an in-process grid: what a run leaves, determinism, resume, and replies that fail or do not fit."""
 
 import errno
+import os
 import re
 import shutil
 from pathlib import Path
@@ -178,12 +179,11 @@ def test_a_missing_input_fails_before_round_one_with_one_sentence(run_config, ch
 
 
 def test_a_full_disk_leaves_no_folder_that_takes_the_name_of_the_next_run(run_config, monkeypatch):
-    def full(self, text):
-        self.touch()  # as much as still fitted
+    def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(ConfigError, match=r"output-dir = .*: nothing can be written \(No space left on device\)"):
             play(run_config)
     assert play(run_config | {"num-server-rounds": 1}).status == "completed"
@@ -202,8 +202,7 @@ def test_a_run_is_running_only_while_someone_writes_it(tmp_path):
 def test_a_file_that_a_full_disk_cut_short_is_as_it_was(tmp_path, monkeypatch):
     folder = Run(tmp_path)
     folder.set_status("running")
-    write = Path.write_text
-    monkeypatch.setattr(Path, "write_text", lambda self, text: write(self, text[:3]) and 1 / 0)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         folder.set_status("completed")
     assert folder.status == "interrupted" and [path.name for path in tmp_path.iterdir()] == ["status"]

@@ -167,8 +167,8 @@ def test_a_line_that_was_cut_short_was_not_spent_and_a_broken_one_is_said():
 def test_delta_must_promise_something_to_a_client_of_so_many_rows():
     with pytest.raises(ConfigError, match="below 1/1000"):
         budget.spend(budget.book(), event(rows=1000), 1e-3)
-    assert [budget.told(value) for value in (0.0, 0.31, 0.4, 2.05)] == [0.0, 0.4, 0.4, 2.1]
-    assert budget.told(math.inf) == math.inf
+    assert [budget.reported(value) for value in (0.0, 0.31, 0.4, 2.05)] == [0.0, 0.4, 0.4, 2.1]
+    assert budget.reported(math.inf) == math.inf
 
 
 REFUSED = {

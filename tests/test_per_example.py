@@ -98,8 +98,9 @@ class Net(nn.Module):
         self.requires_grad_(False)
         self.mix = mix
 
-    def forward(self, input_ids, attention_mask):
-        x = torch.tanh(self.hidden(self.embed(input_ids))) * attention_mask[..., None]
+    def forward(self, input_ids, attention_mask=None):
+        x = torch.tanh(self.hidden(self.embed(input_ids)))
+        x = x if attention_mask is None else x * attention_mask[..., None]
         return SimpleNamespace(logits=self.out(self.norm(self.mix(x.mean(1)))))
 
     def session(self, **more):

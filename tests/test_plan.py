@@ -105,7 +105,7 @@ def predicted(run_config, clients):
 
 
 CERTAIN = {  # so that nothing is left to chance: one seed, FedSRD's bounds one, nothing dropped on the way down
-    "local-steps": 2,
+    "local-steps": 3,  # with two LoRA's A would not move in the first round, and what is 0 takes no room
     "fedkrso.num-seeds": 1,
     "fedkseed.slots": 1,
     "fwdllm.candidates": 1,

@@ -126,9 +126,10 @@ def test_dense_is_said_by_those_halves_whose_optimizers_move_a_layer_s_weight(ru
         assert half.dense == any(id(parameter) in weights for parameter in half.optimized()), strategy
 
 
-def test_a_plan_gives_bytes_and_says_why_it_counts_no_memory(run_config):
-    (row,) = plan.plan(run_config | FEW, ["fedkrso"], clients=2)["rows"]
-    assert row["up"] > 0 and not row["memory"] and "compute-dtype='float32'" in row["refused"]["keep"]
+def test_a_plan_counts_half_the_weights_and_no_copy_of_them(run_config):
+    rows = (plan.plan(run_config | more, ["fedkrso"], clients=2)["rows"][0] for more in ({}, FEW))
+    plain, few = (row["memory"]["keep"] for row in rows)
+    assert few["weights"] < 0.6 * plain["weights"] and few["aside"] < 0.1 * plain["aside"]
 
 
 def test_directions_of_rounded_weights_are_not_measured(run_config):
