@@ -13,11 +13,11 @@ from fedkrso_app import data
 from fedkrso_app.config import Config
 from fedkrso_app.strategies import parse
 
-LONGEST = {"test_contract", "test_deployment", "test_simulation"}
+LONGEST = {"test_contract", "test_deployment"}  # not Flower's engine: beside a deployment its many processes starve
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, one for each process: none of them is begun when the rest is nearly done."""
+    """The longest files first: none of them is begun when the rest is nearly done."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 

@@ -45,7 +45,7 @@ def test_flowers_engine_with_two_workers_gives_the_same_bits_as_one_process(site
         file, log = tmp_path / f"{engine}.toml", tmp_path / f"{engine}.log"
         settings = sites[0] | MASKS | {"run-name": engine, "clients-per-node": each, "secure-aggregation": masked}
         file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
-        for _ in zip(range(480), engines.play(engine, file, 5, each, log), strict=False):  # of half a second
+        for _ in zip(range(1200), engines.play(engine, file, 5, each, log), strict=False):  # of half a second
             pass
         run, said = Run(Path(settings["output-dir"]) / engine), log.read_text()
         assert run.path.is_dir() and run.status == "completed", said[-3000:]
