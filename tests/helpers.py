@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,3 +220,19 @@ def expire(keys: Path, days: int) -> None:
     subprocess.run(["openssl", "req", "-new", "-key", "server.key", "-out", "csr", *names], cwd=keys, check=True)
     sign = ["openssl", "x509", "-req", "-in", "csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-copy_extensions", "copy"]
     subprocess.run([*sign, "-days", str(days), "-out", "server.pem"], cwd=keys, check=True, capture_output=True)
+
+
+@contextmanager
+def killed(owner: Any, name: str, call: int) -> Iterator[None]:
+    """Inside, something is done that the ``call``-th call of ``owner``'s function ``name`` ends, as SIGKILL would."""
+    calls, original = [], getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise ZeroDivisionError
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(owner, name, counted)
+        yield

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Error, Message, RecordDict
-from helpers import MASKS, play
+from helpers import MASKS, killed, play
 
 from fedkrso_app.core import ring
 from fedkrso_app.federation import round as rounds
@@ -152,16 +152,7 @@ INSTANTS = {  # what is interrupted, and at which call
 def test_a_resumed_run_judges_no_version_again(settings, instant):
     owner, name, call = INSTANTS[instant]
     settings |= MASKS | {"num-server-rounds": 3}
-    calls, original = [], getattr(owner, name)
-
-    def killed(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise ZeroDivisionError
-        return original(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(owner, name, killed)
+    with killed(owner, name, call):
         play(settings, 4)
     run = Run(Path(settings["output-dir"]) / "run")
     play(settings | {"resume": str(run.path)}, 4, run_id=2)

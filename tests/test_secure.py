@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from helpers import digest, play
+from helpers import digest, killed, play
 
 from fedkrso_app.config import ConfigError
 from fedkrso_app.core.rso import RSO
@@ -192,16 +192,8 @@ def test_a_run_that_is_killed_continues_with_the_same_bits_or_leaves_out_the_rou
 ):
     owner, name, call, again = INSTANTS[instant]
     settings |= {"num-server-rounds": 3}
-    plain, calls, original = play(settings | {"run-name": "plain"}, 4), [], getattr(owner, name)
-
-    def killed(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise ZeroDivisionError
-        return original(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(owner, name, killed)
+    plain = play(settings | {"run-name": "plain"}, 4)
+    with killed(owner, name, call):
         play(settings | ON, 4, run_id=2)
     run = Run(Path(settings["output-dir"]) / "run")
     play(settings | ON | {"resume": str(run.path)}, 4, run_id=3)
