@@ -76,9 +76,7 @@ class Workplace:
         self.model = self._load()
         self.method = make(config, Shapes.of(self.model))
         self.transforms = transforms(self.method)
-        # A CPU is busy with one client's rows, and a pass pads them to the longest of all.
-        most = 1 if device(config.device).type == "cpu" else 2**31
-        self.at_once = most if config.batch_clients == "auto" else int(config.batch_clients)
+        self.at_once = together.at_once(config, device(config.device).type)
         self.recorder = graphs.recorder(config)
         span = self.method.entry.span
         self.store = NodeStore(run, keep=span + 1) if span else NodeStore(run)

@@ -11,6 +11,7 @@ from fedkrso_app.federation.device_memory import CONTEXT, GAPS, GIB, LIBRARIES, 
 from fedkrso_app.federation.memory import SETTINGS, Memory, client_memory, outlined, pass_memory
 from fedkrso_app.strategies import parse
 from fedkrso_app.training import model
+from fedkrso_app.training.together import at_once
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 # What a change costs in exactness, least first.
@@ -129,9 +130,7 @@ def _counted(config: Config, first: str, cuda: bool) -> tuple[dict[str, Memory],
 def _together(config: Config, cuda: bool, budget: int, base: float) -> dict[str, Any] | None:
     """How many of a node's clients fit into one pass, with its bytes and relative operations; None where clients take
     turns."""
-    most = config.clients_per_node
-    if config.batch_clients != "auto":
-        most = min(most, int(config.batch_clients))
+    most = min(config.clients_per_node, at_once(config, "cuda"))
     if most == 1:
         return None
     task = data.resolve(config, look=bool(config.data_dir or config.dataset))

@@ -29,6 +29,7 @@ from fedkrso_app.strategies.base import Local, Method
 from fedkrso_app.strategies.privacy import Privacy, noise_over_clip
 from fedkrso_app.training import metrics, model
 from fedkrso_app.training.shapes import Shapes
+from fedkrso_app.training.together import at_once
 
 _CLIENTS_ROWS = (200, 500, 1000, 2000, 5000, 10000, 50000)
 
@@ -132,8 +133,7 @@ def _row(config: Config, clients: int, halves: dict[type, Any]) -> dict[str, Any
 def together(method: Method, local: Local, inputs: Mapping[str, Tensor]) -> dict[str, int] | None:
     """The most memory of a node's clients that train in one pass; None where they take turns."""
     config = local.config
-    most = 1 if config.batch_clients == "auto" and config.device != "cuda" else config.clients_per_node
-    clients = most if config.batch_clients == "auto" else min(most, int(config.batch_clients))
+    clients = min(config.clients_per_node, at_once(config, "cuda" if config.device == "cuda" else "cpu"))
     if clients == 1 or config.few_bits:
         return None
     try:

@@ -21,6 +21,14 @@ from fedkrso_app.training.loop import Session, at_work, precision, predicted, sc
 logger = logging.getLogger("flwr")
 
 
+def at_once(config: Config, kind: str) -> int:
+    """The most clients of a node that train in one pass on a ``kind`` of device. With ``batch-clients = "auto"`` a CPU
+    takes one: it is busy with one client's rows, and a pass pads them to the longest of all."""
+    if config.batch_clients != "auto":
+        return int(config.batch_clients)
+    return 1 if kind == "cpu" else 2**31
+
+
 def train(
     module: nn.Module,
     batches: Sequence[Iterator[dict[str, Tensor]]],
